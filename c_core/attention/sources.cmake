@@ -1,0 +1,1 @@
+target_sources(sluice_objects PRIVATE attention/gated_attention.c attention/reference.c attention/validate.c)

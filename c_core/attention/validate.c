@@ -1,0 +1,86 @@
+/* Checks of sl_gated_attention_args: every message names the argument, its value and what was expected. */
+#include "attention/validate.h"
+
+#include <math.h>
+#include <stdint.h>
+
+#include "runtime/status.h"
+
+/* Token counts and the products of sizes stay below this, so that no index computation can overflow. */
+static const int64_t largest_count = INT64_C(1) << 31;
+static const int64_t largest_product = INT64_C(1) << 46;
+
+static sl_status check_count(const char *name, int64_t value, int64_t least, int64_t most) {
+  SL_REQUIRE(value >= least, SL_INVALID_ARGUMENT, "%s is %lld, expected at least %lld", name, (long long)value,
+             (long long)least);
+  SL_REQUIRE(value <= most, SL_OUT_OF_RANGE, "%s is %lld, expected at most %lld", name, (long long)value,
+             (long long)most);
+  return SL_OK;
+}
+
+static sl_status check_sizes(const sl_gated_attention_args *args) {
+  SL_REQUIRE(sl_dtype_size(args->dtype), SL_UNSUPPORTED,
+             "dtype is %d, expected float32, bfloat16, float16 or float64", (int)args->dtype);
+  SL_CHECK(check_count("batch", args->batch, 0, largest_count));
+  SL_CHECK(check_count("heads_q", args->heads_q, 1, largest_count));
+  SL_CHECK(check_count("heads_kv", args->heads_kv, 1, largest_count));
+  SL_CHECK(check_count("n_q", args->n_q, 0, largest_count - 1));
+  SL_CHECK(check_count("n_k", args->n_k, 0, largest_count - 1));
+  SL_CHECK(check_count("head_dim", args->head_dim, 1, SL_ATTENTION_MAX_HEAD_DIM));
+  SL_CHECK(check_count("head_dim_v", args->head_dim_v, 1, SL_ATTENTION_MAX_HEAD_DIM));
+  SL_CHECK(check_count("window", args->window, 0, INT64_MAX));
+  SL_CHECK(check_count("sinks", args->sinks, 0, INT64_MAX));
+  SL_REQUIRE(args->heads_q % args->heads_kv == 0, SL_INVALID_ARGUMENT,
+             "heads_q is %lld, expected a multiple of heads_kv, which is %lld", (long long)args->heads_q,
+             (long long)args->heads_kv);
+  int64_t tokens = args->n_q > args->n_k ? args->n_q : args->n_k;
+  int64_t product;
+  bool overflow = __builtin_mul_overflow(args->batch, args->heads_q, &product) ||
+                  __builtin_mul_overflow(product, tokens, &product) || product > largest_product;
+  SL_REQUIRE(!overflow, SL_OUT_OF_RANGE,
+             "batch * heads_q * tokens is %lld * %lld * %lld, expected a product of at most 2^46",
+             (long long)args->batch, (long long)args->heads_q, (long long)tokens);
+  SL_REQUIRE(isfinite(args->scale), SL_INVALID_ARGUMENT, "scale is %g, expected a finite number", args->scale);
+  SL_REQUIRE(!args->executor || (args->executor->parallel_for && args->executor->threads >= 1), SL_INVALID_ARGUMENT,
+             "executor has threads = %d, expected at least 1 and a parallel_for", (int)args->executor->threads);
+  return SL_OK;
+}
+
+static sl_status check_pointer(const char *name, const void *data, int64_t elements) {
+  SL_REQUIRE(data || elements == 0, SL_INVALID_ARGUMENT, "%s.data is NULL, expected %lld elements", name,
+             (long long)elements);
+  return SL_OK;
+}
+
+static sl_status check_key_range(const sl_gated_attention_args *args) {
+  for (int64_t batch = 0; args->key_range && batch < args->batch; ++batch) {
+    int64_t begin = args->key_range[2 * batch], end = args->key_range[2 * batch + 1];
+    SL_REQUIRE(0 <= begin && begin <= end && end <= args->n_k, SL_INVALID_ARGUMENT,
+               "key_range[%lld] is [%lld, %lld), expected 0 <= begin <= end <= n_k = %lld", (long long)batch,
+               (long long)begin, (long long)end, (long long)args->n_k);
+  }
+  return SL_OK;
+}
+
+sl_status sl_gated_attention_validate(const sl_gated_attention_args *args, sl_attention_tensors tensors) {
+  SL_REQUIRE(args, SL_INVALID_ARGUMENT, "args is NULL");
+  SL_CHECK(check_sizes(args));
+  if (tensors == SL_NO_TENSORS) return SL_OK;
+  int64_t queries = args->batch * args->heads_q * args->n_q;
+  int64_t keys = args->batch * args->heads_kv * args->n_k;
+  SL_CHECK(check_pointer("q", args->q.data, queries));
+  SL_CHECK(check_pointer("k", args->k.data, keys));
+  SL_CHECK(check_pointer("v", args->v.data, keys));
+  SL_CHECK(check_pointer("a", args->a.data, queries));
+  SL_CHECK(check_pointer("b", args->b.data, keys));
+  SL_CHECK(check_pointer("out", args->out.data, queries));
+  SL_CHECK(check_key_range(args));
+  if (tensors == SL_FORWARD_TENSORS) return SL_OK;
+  SL_CHECK(check_pointer("lse", args->lse.data, queries));
+  SL_CHECK(check_pointer("dout", args->dout.data, queries));
+  SL_CHECK(check_pointer("dq", args->dq.data, queries));
+  SL_CHECK(check_pointer("dk", args->dk.data, keys));
+  SL_CHECK(check_pointer("dv", args->dv.data, keys));
+  SL_CHECK(check_pointer("da", args->da.data, queries));
+  return check_pointer("db", args->db.data, keys);
+}

@@ -1,0 +1,17 @@
+/* Runs numbered tasks over an executor; idle workers take the next task, so uneven tasks balance. */
+#ifndef SL_RUNTIME_EXECUTOR_H
+#define SL_RUNTIME_EXECUTOR_H
+
+#include <sluice/executor.h>
+
+/* worker is in [0, sl_executor_workers()): use it to pick scratch memory. Which worker gets which task depends on
+ * timing, so a task's result must not depend on its worker. */
+typedef void (*sl_task_function)(void *context, int64_t worker, int64_t task);
+
+/* How many tasks may run at the same time; at least 1. NULL means serial. */
+int64_t sl_executor_workers(const sl_executor *executor);
+
+/* Runs function for every task in [0, count), handing out the lowest numbers first. */
+void sl_run_tasks(const sl_executor *executor, int64_t count, sl_task_function function, void *context);
+
+#endif

@@ -1,0 +1,120 @@
+/* gated_attention: attention in which a separable, learned gate picks the pairs that are worth computing.
+ *
+ * FORMULA (mode "select"; the seed formula softmax(QK^T / sqrt d) * sigma(W_g [q; k]) V, whose gate is linear in the
+ * concatenation [q; k] and therefore splits into one number per query and one per key):
+ *
+ *   s_ij = scale * <q_i, k_j>
+ *   z_ij = clamp(a_i, -40, 40) + clamp(b_j, -40, 40)      in float32 (NaN stays NaN)
+ *   p_i  = i + n_k - n_q                                  the position of query i among the keys (bottom-right aligned)
+ *   near_ij = |p_i - j| < window  or  j < sinks           such pairs are kept whatever the gate says, with g_ij = 1
+ *   g_ij = near_ij ? 1 : sigmoid(z_ij)
+ *   K_i  = { j valid : near_ij  or  not (z_ij < logit_tau)  or  (causal and j = p_i) }
+ *          where valid means key_begin <= j < key_end (key_range) and, if causal, j <= p_i
+ *   out_i = sum over j in K_i of softmax over K_i (s_i)_j * g_ij * v_j
+ *   lse_i = log sum over j in K_i of exp(s_ij)            (of the softmax alone: the gate is not in it)
+ *
+ * With logit_tau = -inf (tau = 0), window = 0 and sinks = 0 this is the seed's formula to the letter.
+ * A row with an empty K_i gives out_i = 0 and lse_i = -inf, and zero gradients.
+ *
+ * GRADIENT, with P = softmax, D_i = <dout_i, out_i>, e_ij = <dout_i, v_j>:
+ *   dv_j = sum_i P_ij g_ij dout_i                 ds_ij = P_ij (g_ij e_ij - D_i)
+ *   dq_i = scale sum_j ds_ij k_j                  dk_j  = scale sum_i ds_ij q_i
+ *   dz_ij = P_ij e_ij g_ij (1 - g_ij)  for pairs that are not near, else 0
+ *   da_i = sum_j dz_ij where |a_i| <= 40, else 0  db_j = sum_i dz_ij where |b_j| <= 40, else 0
+ * Dropped pairs have no gradient. With grouped query heads dk, dv and db sum over the group.
+ *
+ * OPERATORS
+ *   sluice::gated_attention(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? logit_tau, Tensor? key_range,
+ *                           bool causal, int window, int sinks, float scale) -> (Tensor out, Tensor lse)
+ *   sluice::gated_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? logit_tau,
+ *                           Tensor? key_range, Tensor out, Tensor lse, bool causal, int window, int sinks, float scale)
+ *                           -> (Tensor dq, Tensor dk, Tensor dv, Tensor da, Tensor db)
+ *
+ * SHAPES  q [B, Hq, Nq, D]  k [B, Hkv, Nk, D]  v [B, Hkv, Nk, Dv]  a [B, Hq, Nq]  b [B, Hkv, Nk]
+ *         logit_tau [B, Hq] (absent: tau = 0)   key_range [B, 2] int64, begin and end (absent: all keys)
+ *         out [B, Hq, Nq, Dv]  lse [B, Hq, Nq].  Hq is a multiple of Hkv; query head h reads key head h / (Hq / Hkv).
+ *         1 <= D, Dv <= 256. B, Nq may be 0 (empty results); Nk may be 0 (all rows empty).
+ * DTYPES  q, k, v, out, dout, dq, dk, dv: one of float32, bfloat16, float16, float64. a, b, logit_tau, lse, da, db:
+ *         float32, with float64 inputs float64. Half-precision inputs are multiplied exactly and accumulated in float32.
+ * STRIDES any; only the last dimension of q, k, v, out and dout and their gradients must be contiguous (stride 1).
+ * ERRORS  SL_INVALID_ARGUMENT, SL_OUT_OF_RANGE, SL_OUT_OF_MEMORY (workspace_size too small), SL_UNSUPPORTED (dtype).
+ * DETERMINISM  the same inputs give the same bits, whatever the number of threads.
+ */
+#ifndef SLUICE_GATED_ATTENTION_H
+#define SLUICE_GATED_ATTENTION_H
+
+#include <stdbool.h>
+
+#include <sluice/executor.h>
+#include <sluice/types.h>
+
+#define SL_GATED_ATTENTION_SCHEMA                                                                  \
+  "gated_attention(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? logit_tau, "          \
+  "Tensor? key_range, bool causal, int window, int sinks, float scale) -> (Tensor out, Tensor lse)"
+#define SL_GATED_ATTENTION_BACKWARD_SCHEMA                                                         \
+  "gated_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, "       \
+  "Tensor? logit_tau, Tensor? key_range, Tensor out, Tensor lse, bool causal, int window, "        \
+  "int sinks, float scale) -> (Tensor dq, Tensor dk, Tensor dv, Tensor da, Tensor db)"
+
+/* |a| and |b| are clamped to this, so that exp(-a) * exp(-b) stays finite in float32. */
+#define SL_GATE_LOGIT_LIMIT 40.0f
+#define SL_ATTENTION_MAX_HEAD_DIM 256
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* A [batch, head, token, channel] tensor; strides in elements, channel stride is 1. */
+typedef struct sl_tensor4 {
+  void *data;
+  int64_t batch_stride, head_stride, token_stride;
+} sl_tensor4;
+
+/* A [batch, head, token] tensor of gate logits, lse or their gradients; strides in elements. */
+typedef struct sl_tensor3 {
+  void *data;
+  int64_t batch_stride, head_stride, token_stride;
+} sl_tensor3;
+
+typedef struct sl_gated_attention_args {
+  sl_dtype dtype;
+  int64_t batch, heads_q, heads_kv, n_q, n_k, head_dim, head_dim_v;
+  sl_tensor4 q, k, v;
+  sl_tensor3 a, b;
+  const void *logit_tau;    /* [batch, heads_q], contiguous; NULL: tau = 0 */
+  const int64_t *key_range; /* [batch, 2], contiguous, begin and end of the valid keys; NULL: all */
+  bool causal;
+  int64_t window, sinks; /* >= 0 */
+  double scale;          /* finite */
+  sl_tensor4 out;        /* written by the forward, read by the backward */
+  sl_tensor3 lse;        /* written by the forward (data may be NULL there), read by the backward */
+
+  /* Backward only. */
+  sl_tensor4 dout;       /* read */
+  sl_tensor4 dq, dk, dv; /* written */
+  sl_tensor3 da, db;     /* written */
+
+  void *workspace; /* 64-byte aligned; its content on entry does not matter */
+  size_t workspace_size;
+  const sl_executor *executor; /* NULL: serial */
+} sl_gated_attention_args;
+
+/* Bytes of workspace that the call with these args needs (data pointers are not read). */
+SL_API sl_status sl_gated_attention_workspace_size(const sl_gated_attention_args *args, size_t *bytes);
+SL_API sl_status sl_gated_attention_backward_workspace_size(const sl_gated_attention_args *args, size_t *bytes);
+
+SL_API sl_status sl_gated_attention(const sl_gated_attention_args *args);
+SL_API sl_status sl_gated_attention_backward(const sl_gated_attention_args *args);
+
+/* The formula above in plain scalar C: the specification that every kernel is tested against.
+ * Needs no workspace; runs on the calling thread. */
+SL_API sl_status sl_gated_attention_reference(const sl_gated_attention_args *args);
+SL_API sl_status sl_gated_attention_backward_reference(const sl_gated_attention_args *args);
+
+/* Name of the kernel that dispatch picks for this dtype on this machine, e.g. "avx2_f32_6x16". Never NULL. */
+SL_API const char *sl_gated_attention_kernel_name(sl_dtype dtype);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

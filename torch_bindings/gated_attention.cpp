@@ -1,0 +1,139 @@
+// Shim of gated_attention: check shapes and dtypes, allocate, call C.
+#include <sluice/gated_attention.h>
+
+#include "shim.h"
+
+namespace sluice {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+std::string shape_text(const std::vector<int64_t>& shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+void check_tensor(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape, ScalarType dtype,
+                  const char* shape_names, const Tensor& like) {
+  bool same = static_cast<size_t>(tensor.dim()) == shape.size();
+  for (size_t i = 0; same && i < shape.size(); ++i) same = tensor.size(static_cast<int64_t>(i)) == shape[i];
+  same = same && tensor.scalar_type() == dtype;
+  if (!same) {
+    fail(std::string(name) + " is " + describe(tensor) + ", expected " + shape_names + " = " + shape_text(shape) +
+         " of the same dtype as its peers (q, k, v alike; a, b and logit_tau float32, or float64 with float64 inputs; "
+         "key_range int64)");
+  }
+  if (tensor.is_cpu() != like.is_cpu() || tensor.get_device_index() != like.get_device_index()) {
+    fail(std::string(name) + " is " + describe(tensor) + ", expected the device of q, which is " + describe(like));
+  }
+}
+
+// The kernels read rows of channels: only the last stride must be 1.
+Tensor with_dense_rows(const Tensor& tensor) {
+  return tensor.size(3) <= 1 || tensor.stride(3) == 1 ? tensor : torch::stable::clone(tensor);
+}
+
+sl_tensor4 view4(const Tensor& tensor) {
+  return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+sl_tensor3 view3(const Tensor& tensor) {
+  return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+// Tensors that the args point into must outlive the call, hence the copies here.
+struct Inputs {
+  Tensor q, k, v, a, b;
+  OptionalTensor logit_tau, key_range;
+  sl_executor executor;
+  sl_gated_attention_args args{};
+  ScalarType dtype, gate_dtype;
+};
+
+Inputs check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& a, const Tensor& b,
+                    const OptionalTensor& logit_tau, const OptionalTensor& key_range, bool causal, int64_t window,
+                    int64_t sinks, double scale) {
+  if (q.dim() != 4) fail("q is " + describe(q) + ", expected [batch, heads_q, n_q, head_dim]");
+  if (k.dim() != 4) fail("k is " + describe(k) + ", expected [batch, heads_kv, n_k, head_dim]");
+  if (v.dim() != 4) fail("v is " + describe(v) + ", expected [batch, heads_kv, n_k, head_dim_v]");
+  int64_t B = q.size(0), Hq = q.size(1), Nq = q.size(2), D = q.size(3);
+  int64_t Hkv = k.size(1), Nk = k.size(2), Dv = v.size(3);
+  ScalarType dtype = q.scalar_type();
+  ScalarType gate_dtype = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  sl_dtype c_dtype = dtype_of(q, "q");
+  check_tensor("k", k, {B, Hkv, Nk, D}, dtype, "[batch, heads_kv, n_k, head_dim]", q);
+  check_tensor("v", v, {B, Hkv, Nk, Dv}, dtype, "[batch, heads_kv, n_k, head_dim_v]", q);
+  check_tensor("a", a, {B, Hq, Nq}, gate_dtype, "[batch, heads_q, n_q]", q);
+  check_tensor("b", b, {B, Hkv, Nk}, gate_dtype, "[batch, heads_kv, n_k]", q);
+  if (logit_tau) check_tensor("logit_tau", *logit_tau, {B, Hq}, gate_dtype, "[batch, heads_q]", q);
+  if (key_range) check_tensor("key_range", *key_range, {B, 2}, ScalarType::Long, "[batch, 2]", q);
+
+  Inputs in{with_dense_rows(q), with_dense_rows(k), with_dense_rows(v), a, b, logit_tau, key_range,
+            torch_executor(),   {},                 dtype,              gate_dtype};
+  if (in.logit_tau && !in.logit_tau->is_contiguous()) in.logit_tau = torch::stable::clone(*in.logit_tau);
+  if (in.key_range && !in.key_range->is_contiguous()) in.key_range = torch::stable::clone(*in.key_range);
+  sl_gated_attention_args& args = in.args;
+  args.dtype = c_dtype;
+  args.batch = B, args.heads_q = Hq, args.heads_kv = Hkv, args.n_q = Nq, args.n_k = Nk;
+  args.head_dim = D, args.head_dim_v = Dv;
+  args.q = view4(in.q), args.k = view4(in.k), args.v = view4(in.v);
+  args.a = view3(in.a), args.b = view3(in.b);
+  args.logit_tau = in.logit_tau ? in.logit_tau->const_data_ptr() : nullptr;
+  args.key_range = in.key_range ? static_cast<const int64_t*>(in.key_range->const_data_ptr()) : nullptr;
+  args.causal = causal, args.window = window, args.sinks = sinks, args.scale = scale;
+  return in;
+}
+
+std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, OptionalTensor logit_tau,
+                                   OptionalTensor key_range, bool causal, int64_t window, int64_t sinks,
+                                   double scale) {
+  Inputs in = check_inputs(q, k, v, a, b, logit_tau, key_range, causal, window, sinks, scale);
+  sl_gated_attention_args& args = in.args;
+  args.executor = &in.executor;
+  size_t bytes = 0;
+  check_status(sl_gated_attention_workspace_size(&args, &bytes));
+  Tensor out = empty({args.batch, args.heads_q, args.n_q, args.head_dim_v}, in.dtype, q);
+  Tensor lse = empty({args.batch, args.heads_q, args.n_q}, in.gate_dtype, q);
+  Tensor workspace = empty({static_cast<int64_t>(bytes)}, ScalarType::Byte, q);
+  args.out = view4(out), args.lse = view3(lse);
+  args.workspace = workspace.mutable_data_ptr(), args.workspace_size = bytes;
+  check_status(sl_gated_attention(&args));
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor a,
+                                                            Tensor b, OptionalTensor logit_tau,
+                                                            OptionalTensor key_range, Tensor out, Tensor lse,
+                                                            bool causal, int64_t window, int64_t sinks,
+                                                            double scale) {
+  Inputs in = check_inputs(q, k, v, a, b, logit_tau, key_range, causal, window, sinks, scale);
+  sl_gated_attention_args& args = in.args;
+  args.executor = &in.executor;
+  std::vector<int64_t> out_shape = {args.batch, args.heads_q, args.n_q, args.head_dim_v};
+  check_tensor("dout", dout, out_shape, in.dtype, "[batch, heads_q, n_q, head_dim_v]", q);
+  check_tensor("out", out, out_shape, in.dtype, "[batch, heads_q, n_q, head_dim_v]", q);
+  check_tensor("lse", lse, {args.batch, args.heads_q, args.n_q}, in.gate_dtype, "[batch, heads_q, n_q]", q);
+  Tensor dout_rows = with_dense_rows(dout), out_rows = with_dense_rows(out);
+  size_t bytes = 0;
+  check_status(sl_gated_attention_backward_workspace_size(&args, &bytes));
+  Tensor dq = empty({args.batch, args.heads_q, args.n_q, args.head_dim}, in.dtype, q);
+  Tensor dk = empty({args.batch, args.heads_kv, args.n_k, args.head_dim}, in.dtype, q);
+  Tensor dv = empty({args.batch, args.heads_kv, args.n_k, args.head_dim_v}, in.dtype, q);
+  Tensor da = empty({args.batch, args.heads_q, args.n_q}, in.gate_dtype, q);
+  Tensor db = empty({args.batch, args.heads_kv, args.n_k}, in.gate_dtype, q);
+  Tensor workspace = empty({static_cast<int64_t>(bytes)}, ScalarType::Byte, q);
+  args.dout = view4(dout_rows), args.out = view4(out_rows), args.lse = view3(lse);
+  args.dq = view4(dq), args.dk = view4(dk), args.dv = view4(dv), args.da = view3(da), args.db = view3(db);
+  args.workspace = workspace.mutable_data_ptr(), args.workspace_size = bytes;
+  check_status(sl_gated_attention_backward(&args));
+  return {dq, dk, dv, da, db};
+}
+
+}  // namespace
+}  // namespace sluice
+
+STABLE_TORCH_LIBRARY_IMPL(sluice, CPU, library) {
+  library.impl("gated_attention", TORCH_BOX(&sluice::forward));
+  library.impl("gated_attention_backward", TORCH_BOX(&sluice::backward));
+}

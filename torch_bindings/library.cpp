@@ -1,0 +1,85 @@
+// The sluice:: operator library: schemas of all families, and the helpers that their shims share.
+#include "shim.h"
+
+#include <new>
+#include <stdexcept>
+
+#include <sluice/gated_attention.h>
+#include <sluice/status.h>
+
+namespace sluice {
+
+namespace {
+
+void run_on_torch_pool(void*, int64_t count, sl_range_function function, void* context) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { function(context, begin, end); });
+}
+
+}  // namespace
+
+sl_executor torch_executor() {
+  return {run_on_torch_pool, nullptr, static_cast<int32_t>(torch::stable::get_num_threads())};
+}
+
+void check_status(sl_status status) {
+  switch (status) {
+    case SL_OK: return;
+    case SL_INVALID_ARGUMENT: throw std::invalid_argument(sl_last_error());
+    case SL_OUT_OF_RANGE: throw std::out_of_range(sl_last_error());
+    case SL_OUT_OF_MEMORY: throw std::bad_alloc();
+    default: throw std::runtime_error(sl_last_error());
+  }
+}
+
+void fail(const std::string& message) { throw std::invalid_argument(message); }
+
+sl_dtype dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return SL_F32;
+    case ScalarType::BFloat16: return SL_BF16;
+    case ScalarType::Half: return SL_F16;
+    case ScalarType::Double: return SL_F64;
+    default: fail(std::string(name) + " is " + describe(tensor) + ", expected float32, bfloat16, float16 or float64");
+  }
+}
+
+std::string describe(const Tensor& tensor) {
+  std::string text;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: text = "float32"; break;
+    case ScalarType::BFloat16: text = "bfloat16"; break;
+    case ScalarType::Half: text = "float16"; break;
+    case ScalarType::Double: text = "float64"; break;
+    case ScalarType::Long: text = "int64"; break;
+    case ScalarType::Int: text = "int32"; break;
+    case ScalarType::Bool: text = "bool"; break;
+    default: text = "dtype " + std::to_string(static_cast<int>(tensor.scalar_type())); break;
+  }
+  text += " [";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  return text + "]" + (tensor.is_cpu() ? " on cpu" : " on device " + std::to_string(tensor.get_device_index()));
+}
+
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes[i] > 0 ? sizes[i] : 1;
+  }
+  int32_t device_type = 0, device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+}  // namespace sluice
+
+STABLE_TORCH_LIBRARY(sluice, library) {
+  library.def(SL_GATED_ATTENTION_SCHEMA);
+  library.def(SL_GATED_ATTENTION_BACKWARD_SCHEMA);
+}
