@@ -1,0 +1,200 @@
+// The runtime: tiers and their cap, the executor, the arena, status and error text.
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include <sluice/sluice.h>
+
+#include "support.h"
+
+extern "C" {
+#include "runtime/arena.h"
+#include "runtime/executor.h"
+#include "runtime/status.h"
+}
+
+using sluice_test::ThreadExecutor;
+
+TEST(Cpu, EveryTierNameParsesBackToItself) {
+  for (int i = SL_ISA_SCALAR; i <= SL_ISA_AVX512BF16; ++i) {
+    sl_isa parsed;
+    ASSERT_EQ(sl_isa_parse(sl_isa_name(static_cast<sl_isa>(i)), &parsed), SL_OK);
+    EXPECT_EQ(parsed, i);
+  }
+  EXPECT_STREQ(sl_isa_name(static_cast<sl_isa>(99)), "unknown isa");
+}
+
+TEST(Cpu, AnUnknownTierIsNamedInTheError) {
+  sl_isa parsed;
+  for (const char* name : {"", "AVX2", "avx2 ", "sse"}) {
+    EXPECT_EQ(sl_isa_parse(name, &parsed), SL_INVALID_ARGUMENT);
+    EXPECT_NE(std::string(sl_last_error()).find("isa is '" + std::string(name) + "', expected one of scalar, avx2"),
+              std::string::npos)
+        << sl_last_error();
+  }
+  EXPECT_EQ(sl_isa_parse(nullptr, &parsed), SL_INVALID_ARGUMENT);
+  EXPECT_EQ(sl_isa_parse("avx2", nullptr), SL_INVALID_ARGUMENT);
+}
+
+TEST(Cpu, TheCapLowersButNeverRaises) {
+  for (int i = SL_ISA_SCALAR; i <= SL_ISA_AVX512BF16; ++i) {
+    ASSERT_EQ(sl_cpu_cap(static_cast<sl_isa>(i)), SL_OK);
+    EXPECT_EQ(sl_cpu_isa(), std::min<int>(i, sl_cpu_detect()));
+  }
+  EXPECT_EQ(sl_cpu_cap(static_cast<sl_isa>(4)), SL_INVALID_ARGUMENT);
+  EXPECT_STREQ(sl_last_error(), "isa is 4, expected 0 to 3");
+  sl_cpu_cap(sl_cpu_detect());
+}
+
+TEST(Cpu, AMisspeltEnvironmentVariableIsReported) {
+  const char* before = getenv("SLUICE_ISA");
+  std::string saved = before ? before : "";
+  setenv("SLUICE_ISA", "avx1024", 1);
+  ASSERT_NE(sl_cpu_cap_problem(), nullptr);
+  EXPECT_NE(std::string(sl_cpu_cap_problem()).find("SLUICE_ISA is 'avx1024', expected one of scalar"),
+            std::string::npos);
+  setenv("SLUICE_ISA", "scalar", 1);
+  EXPECT_EQ(sl_cpu_cap_problem(), nullptr);
+  if (before) {
+    setenv("SLUICE_ISA", saved.c_str(), 1);
+  } else {
+    unsetenv("SLUICE_ISA");
+  }
+}
+
+namespace {
+
+struct Visits {
+  std::vector<std::atomic<int>> tasks, busy;
+  std::atomic<bool> worker_shared{false}, worker_wrong{false};
+  Visits(int64_t count, int64_t workers)
+      : tasks(static_cast<size_t>(count)), busy(static_cast<size_t>(workers)) {}
+};
+
+void visit(void* context, int64_t worker, int64_t task) {
+  Visits* visits = static_cast<Visits*>(context);
+  if (worker < 0 || worker >= static_cast<int64_t>(visits->busy.size())) {
+    visits->worker_wrong = true;
+    return;
+  }
+  std::atomic<int>& busy = visits->busy[static_cast<size_t>(worker)];
+  if (busy.fetch_add(1) != 0) visits->worker_shared = true;
+  visits->tasks[static_cast<size_t>(task)].fetch_add(1);
+  busy.fetch_sub(1);
+}
+
+void expect_every_task_once(const sl_executor* executor, int64_t count) {
+  Visits visits(count, sl_executor_workers(executor));
+  sl_run_tasks(executor, count, visit, &visits);
+  for (auto& times : visits.tasks) ASSERT_EQ(times.load(), 1);
+  EXPECT_FALSE(visits.worker_shared);
+  EXPECT_FALSE(visits.worker_wrong);
+}
+
+}  // namespace
+
+TEST(Executor, EveryTaskRunsOnceOnAWorkerOfItsOwn) {
+  for (int64_t count : {0, 1, 2, 7, 1000}) {
+    expect_every_task_once(nullptr, count);
+    expect_every_task_once(sl_serial_executor(), count);
+    for (int threads : {1, 2, 3, 8}) {
+      ThreadExecutor executor(threads);
+      expect_every_task_once(executor.get(), count);
+    }
+  }
+}
+
+TEST(Executor, NothingRunsForACountBelowOne) {
+  Visits visits(1, 1);
+  sl_run_tasks(nullptr, -3, visit, &visits);
+  sl_serial_executor()->parallel_for(nullptr, -3, [](void*, int64_t, int64_t) { FAIL(); }, nullptr);
+  EXPECT_EQ(visits.tasks[0].load(), 0);
+}
+
+TEST(Arena, PiecesAreAlignedDisjointAndInside) {
+  alignas(64) char memory[1024];
+  sl_arena arena = sl_arena_make(memory, sizeof memory);
+  char* first = static_cast<char*>(sl_arena_take(&arena, 3, 7));
+  char* second = static_cast<char*>(sl_arena_take(&arena, 100, 1));
+  char* nothing = static_cast<char*>(sl_arena_take(&arena, 0, 8));
+  char* third = static_cast<char*>(sl_arena_take(&arena, 1, 1));
+  EXPECT_EQ(first, memory);
+  EXPECT_EQ(second, memory + 64);
+  EXPECT_EQ(nothing, memory + 192);
+  EXPECT_EQ(third, memory + 192);
+  EXPECT_EQ(arena.used, 256u);
+}
+
+TEST(Arena, MeasuringAsksForWhatTakingUses) {
+  sl_arena measured = sl_arena_make(nullptr, 0);
+  EXPECT_EQ(sl_arena_take(&measured, 33, 4), nullptr);
+  EXPECT_EQ(sl_arena_take(&measured, 1, 1), nullptr);
+  EXPECT_EQ(measured.used, 256u);
+  EXPECT_FALSE(measured.overflow);
+}
+
+TEST(Arena, WhatDoesNotFitIsNullAndSaysHowMuchWasWanted) {
+  alignas(64) char memory[128];
+  sl_arena arena = sl_arena_make(memory, sizeof memory);
+  EXPECT_NE(sl_arena_take(&arena, 128, 1), nullptr);
+  EXPECT_EQ(sl_arena_take(&arena, 1, 1), nullptr);
+  EXPECT_EQ(arena.used, 192u);
+  EXPECT_FALSE(arena.overflow);
+}
+
+TEST(Arena, ATotalBeyondSizeIsFlagged) {
+  sl_arena product = sl_arena_make(nullptr, 0);
+  EXPECT_EQ(sl_arena_take(&product, INT64_MAX, 8), nullptr);
+  EXPECT_TRUE(product.overflow);
+  sl_arena padded = sl_arena_make(nullptr, 0);
+  EXPECT_EQ(sl_arena_take(&padded, -1, 1), nullptr);
+  EXPECT_TRUE(padded.overflow);
+  sl_arena sum = sl_arena_make(nullptr, 0);
+  for (int i = 0; i < 3; ++i) sl_arena_take(&sum, INT64_MAX, 1);
+  EXPECT_TRUE(sum.overflow);
+}
+
+TEST(Status, EveryCodeHasAName) {
+  EXPECT_STREQ(sl_status_name(SL_OK), "ok");
+  EXPECT_STREQ(sl_status_name(SL_INVALID_ARGUMENT), "invalid argument");
+  EXPECT_STREQ(sl_status_name(SL_OUT_OF_RANGE), "out of range");
+  EXPECT_STREQ(sl_status_name(SL_OUT_OF_MEMORY), "out of memory");
+  EXPECT_STREQ(sl_status_name(SL_UNSUPPORTED), "unsupported");
+  EXPECT_STREQ(sl_status_name(SL_INTERNAL), "internal error");
+  EXPECT_STREQ(sl_status_name(static_cast<sl_status>(77)), "unknown status");
+}
+
+TEST(Status, ErrorTextBelongsToItsThread) {
+  sl_fail(SL_INTERNAL, "the text of %s", "this thread");
+  std::string at_start, after;
+  std::thread other([&] {
+    at_start = sl_last_error();
+    sl_fail(SL_INTERNAL, "another text");
+    after = sl_last_error();
+  });
+  other.join();
+  EXPECT_EQ(at_start, "");
+  EXPECT_EQ(after, "another text");
+  EXPECT_STREQ(sl_last_error(), "the text of this thread");
+}
+
+TEST(Status, ALongTextIsCutNotOverrun) {
+  std::string text(5000, 'x');
+  EXPECT_EQ(sl_fail(SL_UNSUPPORTED, "%s", text.c_str()), SL_UNSUPPORTED);
+  std::string kept = sl_last_error();
+  EXPECT_GT(kept.size(), 100u);
+  EXPECT_EQ(kept, text.substr(0, kept.size()));
+}
+
+TEST(Types, SizesAndNames) {
+  EXPECT_EQ(sl_dtype_size(SL_F32), 4u);
+  EXPECT_EQ(sl_dtype_size(SL_BF16), 2u);
+  EXPECT_EQ(sl_dtype_size(SL_F16), 2u);
+  EXPECT_EQ(sl_dtype_size(SL_F64), 8u);
+  EXPECT_EQ(sl_dtype_size(static_cast<sl_dtype>(9)), 0u);
+  EXPECT_STREQ(sl_dtype_name(SL_BF16), "bfloat16");
+  EXPECT_STREQ(sl_dtype_name(static_cast<sl_dtype>(9)), "unknown dtype");
+}
