@@ -5,5 +5,7 @@ from torch_sluice._library import library_path
 
 _library.load()
 
+from torch_sluice.functional import gated_attention  # noqa: E402
+
 __version__ = "0.1.0"
-__all__ = ["library_path"]
+__all__ = ["gated_attention", "library_path"]

@@ -1,0 +1,121 @@
+"""What the sluice:: attention operators need beside their kernels: shapes for tracing, gradients, autocast.
+
+All of it is registered from Python, because LibTorch's stable ABI has no C++ way to do it that holds across versions.
+"""
+
+import torch
+
+_FORWARD = torch.ops.sluice.gated_attention.default
+_BACKWARD = torch.ops.sluice.gated_attention_backward.default
+_library = torch.library.Library("sluice", "FRAGMENT")  # keeps the autocast registrations alive
+
+
+def _gate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check_shape(name, tensor, expected, meaning):
+    if tensor.dim() != len(expected):
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {meaning}")
+    for size, wanted in zip(tensor.shape, expected, strict=True):
+        torch._check_value(
+            size == wanted, lambda: f"{name} has shape {list(tensor.shape)}, expected {meaning} = {list(expected)}"
+        )
+
+
+def _check_inputs(q, k, v, a, b, logit_tau, key_range):
+    """The shape checks of the native operator, for tracing with fake tensors."""
+    for name, tensor, meaning in (
+        ("q", q, "[batch, heads_q, n_q, head_dim]"),
+        ("k", k, "[batch, heads_kv, n_k, head_dim]"),
+        ("v", v, "[batch, heads_kv, n_k, head_dim_v]"),
+    ):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {meaning}")
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, expected the dtype of q, which is {q.dtype}")
+    batch, heads_q, n_q, head_dim = q.shape
+    heads_kv, n_k = k.shape[1:3]
+    _check_shape("k", k, (batch, heads_kv, n_k, head_dim), "[batch, heads_kv, n_k, head_dim]")
+    _check_shape("v", v, (batch, heads_kv, n_k, v.shape[3]), "[batch, heads_kv, n_k, head_dim_v]")
+    _check_shape("a", a, (batch, heads_q, n_q), "[batch, heads_q, n_q]")
+    _check_shape("b", b, (batch, heads_kv, n_k), "[batch, heads_kv, n_k]")
+    torch._check_value(
+        heads_q % heads_kv == 0, lambda: f"heads_q is {heads_q}, expected a multiple of heads_kv, which is {heads_kv}"
+    )
+    if logit_tau is not None:
+        _check_shape("logit_tau", logit_tau, (batch, heads_q), "[batch, heads_q]")
+    if key_range is not None:
+        _check_shape("key_range", key_range, (batch, 2), "[batch, 2]")
+
+
+@torch.library.register_fake("sluice::gated_attention")
+def _fake_forward(q, k, v, a, b, logit_tau, key_range, causal, window, sinks, scale):
+    _check_inputs(q, k, v, a, b, logit_tau, key_range)
+    batch, heads_q, n_q, _ = q.shape
+    out = q.new_empty((batch, heads_q, n_q, v.shape[3]))
+    lse = q.new_empty((batch, heads_q, n_q), dtype=_gate_dtype(q.dtype))
+    return out, lse
+
+
+@torch.library.register_fake("sluice::gated_attention_backward")
+def _fake_backward(dout, q, k, v, a, b, logit_tau, key_range, out, lse, causal, window, sinks, scale):
+    _check_inputs(q, k, v, a, b, logit_tau, key_range)
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (q, k, v, a, b))
+
+
+def _save_for_backward(ctx, inputs, output):
+    q, k, v, a, b, logit_tau, key_range, *options = inputs
+    out, lse = output
+    ctx.options = options
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, a, b, logit_tau, key_range, out, lse)
+
+
+def _run_backward(ctx, dout, dlse):
+    if dout is None:
+        return (None,) * 11
+    q, k, v, a, b, logit_tau, key_range, out, lse = ctx.saved_tensors
+    gradients = torch.ops.sluice.gated_attention_backward(
+        dout, q, k, v, a, b, logit_tau, key_range, out, lse, *ctx.options
+    )
+    return (*gradients, None, None, None, None, None, None)
+
+
+def _refuse_second_order(ctx, *gradients):
+    raise NotImplementedError(
+        "sluice::gated_attention_backward has no derivative: gated attention supports first-order gradients only"
+    )
+
+
+def _refuse_vmap(info, in_dims, *args):
+    raise NotImplementedError(
+        "torch.vmap over sluice::gated_attention is not supported: the operator has a batch dimension of its own, use it"
+    )
+
+
+torch.library.register_autograd("sluice::gated_attention", _run_backward, setup_context=_save_for_backward)
+torch.library.register_autograd("sluice::gated_attention_backward", _refuse_second_order)
+torch.library.register_vmap("sluice::gated_attention", _refuse_vmap)
+torch.library.register_vmap("sluice::gated_attention_backward", _refuse_vmap)
+
+
+def _register_autocast(device_type: str, key_name: str) -> None:
+    """Under autocast q, k, v take the autocast dtype and the gate logits float32: rounding a gate to 8 bits of
+    mantissa would move pairs across the threshold."""
+    key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key_name))
+
+    def forward(q, k, v, a, b, *rest):
+        dtype = torch.get_autocast_dtype(device_type)
+        q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
+        if q.dtype != torch.float64:
+            a, b = (x.float() if x.is_floating_point() else x for x in (a, b))
+        with torch._C._ExcludeDispatchKeyGuard(key):
+            return _FORWARD(q, k, v, a, b, *rest)
+
+    _library.impl("gated_attention", forward, key_name)
+
+
+_register_autocast("cpu", "AutocastCPU")
+_register_autocast("cuda", "AutocastCUDA")

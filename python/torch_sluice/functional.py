@@ -1,0 +1,138 @@
+"""``torch_sluice.gated_attention``: the functional front of the gated attention operator."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from torch_sluice import _operators
+from torch_sluice.selection import select_logit_tau
+
+_MODES = ("select",)
+_operator = _operators._FORWARD
+
+
+def _logit(tau: float) -> float:
+    return math.log(tau) - math.log1p(-tau) if tau > 0 else -math.inf
+
+
+def _check_number(name: str, value, least: float, below: float, expected: str) -> None:
+    if not least <= value < below:
+        raise ValueError(f"{name} is {value}, expected {expected}")
+
+
+def _logit_tau_of(tau: float | Tensor, q: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The operator's threshold [B, Hq] for a tau given as a number, [Hq] or [B, Hq]; None where everything is kept."""
+    shape = q.shape[:2]
+    if not isinstance(tau, Tensor):
+        _check_number("tau", tau, 0, 1, "a number in [0, 1) or a tensor [heads_q] or [batch, heads_q] of them")
+        return torch.full(shape, _logit(tau), dtype=dtype, device=q.device) if tau else None
+    if tau.dim() == 0:
+        tau = tau.reshape(1, 1)
+    if tau.dim() > 2 or tau.shape[-1] not in (1, shape[1]) or (tau.dim() == 2 and tau.shape[0] not in (1, shape[0])):
+        raise ValueError(f"tau has shape {list(tau.shape)}, expected [heads_q] or [batch, heads_q] = {list(shape)}")
+    # Looking at the values of a tensor on an accelerator would wait for it, and a traced one has none.
+    if tau.device.type == "cpu" and tau.numel() and not torch.compiler.is_compiling():
+        low, high = tau.detach().aminmax()
+        _check_number("tau", low.item(), 0, 1, "every element in [0, 1)")
+        _check_number("tau", high.item(), 0, 1, "every element in [0, 1)")
+    return torch.logit(tau.detach().to(q.device, dtype)).expand(shape)
+
+
+def _gates_of(name: str, logits: Tensor, dtype: torch.dtype) -> Tensor:
+    if not logits.is_floating_point():
+        raise ValueError(f"{name} is {logits.dtype}, expected floating-point gate logits")
+    return logits.to(dtype)
+
+
+def gated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    causal: bool = False,
+    mode: str = "select",
+    tau: float | Tensor = 0.0,
+    density: float | Tensor | None = None,
+    window: int = 0,
+    sinks: int = 0,
+    scale: float | None = None,
+    key_range: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Attention in which a separable gate picks the pairs of query and key that are worth computing.
+
+    With ``z_ij = clamp(a_i, -40, 40) + clamp(b_j, -40, 40)`` and ``p_i = i + Nk - Nq``, the place of query i among the
+    keys::
+
+        near_ij = |p_i - j| < window  or  j < sinks             kept whatever the gate says, with g_ij = 1
+        g_ij    = 1 where near, else sigmoid(z_ij)
+        K_i     = {j : near_ij  or  g_ij >= tau  or  (causal and j = p_i)}, within the causal triangle and key_range
+        out_i   = sum_{j in K_i} softmax_{K_i}(scale * q_i . k_j) * g_ij * v_j
+
+    At ``tau=0``, ``window=0`` and ``sinks=0`` this is ``softmax(QK^T / sqrt(d)) * sigmoid(W_g [Q; K]) V``, whose gate
+    is linear in [q; k] and so splits into one number per query and one per key. Pairs that are not kept cost nothing.
+    A row that keeps nothing gives 0, and zero gradients. The exact contract is in ``ops/sluice/gated_attention.h``.
+
+    Args:
+        q: [B, Hq, Nq, D] queries, float32, bfloat16 or float16 (float64: by the slow reference, for tests).
+        k: [B, Hkv, Nk, D] keys, of the dtype and device of q. Hq is a multiple of Hkv; query head h reads key head
+            ``h // (Hq // Hkv)``. D and Dv are at most 256.
+        v: [B, Hkv, Nk, Dv] values.
+        a: [B, Hq, Nq] gate logits of the queries; converted to float32 (float64 with float64 q).
+        b: [B, Hkv, Nk] gate logits of the keys; converted alike.
+        causal: query i sees keys j <= p_i only (bottom-right aligned: the last query sees every key).
+        mode: only ``"select"`` exists: softmax over the kept pairs alone.
+        tau: threshold on g in [0, 1): a number, [Hq] or [B, Hq]. 0 keeps every pair. The values of a tensor that lies
+            on an accelerator or is traced by a compiler are not checked. Not differentiable.
+        density: share in [0, 1] of the *far* pairs (those not near) to keep, a number or a tensor that broadcasts to
+            [B, Hq]; picks tau per (batch, head) from a sample of a and b, see
+            :func:`torch_sluice.selection.select_logit_tau` for its accuracy. Excludes ``tau``.
+        window: keys at a distance below this are near: ``w`` are the last w keys, itself included. 0: none.
+        sinks: the first ``sinks`` keys are near.
+        scale: of the scores; default ``1 / sqrt(D)``.
+        key_range: [B, 2] int64, begin and end of the valid keys of each batch element (padding); default all.
+        return_lse: also return ``lse_i = log sum_{j in K_i} exp(scale * q_i . k_j)``, [B, Hq, Nq] in the dtype of the
+            gates, -inf for an empty row. Not differentiable.
+
+    Returns:
+        out [B, Hq, Nq, Dv] in the dtype of q; with ``return_lse`` the tuple (out, lse).
+
+    Gradients flow to q, k, v, a and b (first order); dropped pairs have none. Under autocast q, k and v take the
+    autocast dtype and the gates float32. The same inputs give the same bits, whatever the number of threads.
+
+    Raises:
+        ValueError: an argument of a wrong shape, dtype, device or value; the message names it.
+        IndexError: sizes beyond what the operator can index.
+    """
+    if mode not in _MODES:
+        raise ValueError(f"mode is {mode!r}, expected 'select', the only mode that exists")
+    if q.dim() != 4:
+        raise ValueError(f"q has shape {list(q.shape)}, expected [batch, heads_q, n_q, head_dim]")
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    a, b = _gates_of("a", a, dtype), _gates_of("b", b, dtype)
+    if density is None:
+        logit_tau = _logit_tau_of(tau, q, dtype)
+    else:
+        if isinstance(tau, Tensor) or tau != 0:
+            raise ValueError(f"tau is {tau} and density is {density}, expected at most one of them")
+        if not isinstance(density, Tensor):
+            _check_number("density", density, 0, math.nextafter(1, 2), "a number in [0, 1]")
+        logit_tau = select_logit_tau(
+            a, b, density, causal=causal, window=window, sinks=sinks, key_range=key_range
+        )
+    if scale is None:
+        scale = 1 / math.sqrt(max(q.shape[3], 1))
+    arguments = (q, k, v, a, b, logit_tau, key_range, causal, window, sinks, scale)
+    if torch.compiler.is_compiling() or (
+        torch.is_grad_enabled()
+        and (q.requires_grad or k.requires_grad or v.requires_grad or a.requires_grad or b.requires_grad)
+    ):
+        out, lse = _operator(*arguments)
+    else:
+        # Nothing to differentiate: go past the autograd kernel, which is Python and costs some microseconds.
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = _operator(*arguments)
+    return (out, lse) if return_lse else out
