@@ -1,0 +1,71 @@
+"""Attention through a gate: the one call that an attention layer makes, whatever phase its gate is in."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from torch_sluice.attention.counterfactual import add_counterfactual_gradient
+from torch_sluice.attention.gate import PHASES
+from torch_sluice.functional import gated_attention
+
+
+class GateRecord(NamedTuple):
+    """What a controller needs to know of one attention call: shapes as in ``attend``, graph attached."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    tau: float
+    causal: bool
+    window: int
+    sinks: int
+    key_range: torch.Tensor | None
+
+
+def attend(
+    gate, x, q, k, v, *, causal=False, window=0, sinks=0, scale=None, key_range=None, key_x=None, logits=None
+):
+    """Attention of q over k and v, restricted to the pairs that ``gate`` keeps.
+
+    This is ``torch_sluice.gated_attention(q, k, v, a, b, mode="select", tau=gate.tau, ...)`` with (a, b) = gate(x),
+    in evaluation and in the phase "hard". In training mode it also does what the gate's phase asks for:
+
+    - "noise": normal noise of standard deviation ``gate.noise`` is added to every a_i and b_j, so that pairs near the
+      threshold are tried and left out at random. The gate stays separable and the kernel sparse.
+    - "straight_through" and "noise", if ``gate.rows`` > 0: the backward pass also works out, for that share of the
+      query rows, what each pair would have changed had it been kept or dropped, and gives it to a and b.
+
+    and, while a controller listens, leaves a record of a and b with the gate.
+
+    Args:
+        gate: a ``Gate`` with Hq query heads and Hkv key heads.
+        x: [B, Nq, dim], the input of the attention layer.
+        q: [B, Hq, Nq, D]  k: [B, Hkv, Nk, D]  v: [B, Hkv, Nk, Dv], float32, bfloat16 or float16 (float64: slowly).
+        causal, window, sinks, scale, key_range: as in ``torch_sluice.gated_attention``. Pairs within the window and
+            the sinks are kept and not gated.
+        key_x: [B, Nk, dim], what the keys were made of, if not x (cross attention).
+        logits: (a [B, Hq, Nq], b [B, Hkv, Nk]) to use instead of gate(x), for callers that keep b of past keys beside
+            their key-value cache; x is then not looked at and may be None.
+
+    Returns:
+        [B, Hq, Nq, Dv] in the dtype of q.
+
+    Raises:
+        ValueError: from the operator, or for a phase that does not exist.
+    """
+    a, b = gate(x, key_x) if logits is None else logits
+    teaching = gate.training and gate.learn and torch.is_grad_enabled()
+    phase = gate.phase if teaching else "hard"
+    if phase not in PHASES:
+        raise ValueError(f"gate.phase is {phase!r}, expected one of {PHASES}")
+    if gate.record is not None and teaching:
+        gate.record.append(GateRecord(a, b, gate.tau, causal, window, sinks, key_range))
+    if phase == "noise" and gate.noise > 0:
+        a = a + gate.noise * torch.randn_like(a)
+        b = b + gate.noise * torch.randn_like(b)
+    options = dict(causal=causal, window=window, sinks=sinks, scale=scale, key_range=key_range)
+    out = gated_attention(q, k, v, a, b, tau=gate.tau, **options)
+    if phase != "hard" and gate.rows > 0:
+        options["scale"] = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
+        out = add_counterfactual_gradient(out, q, k, v, a, b, tau=gate.tau, rows=gate.rows, **options)
+    return out

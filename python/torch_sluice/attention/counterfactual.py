@@ -1,0 +1,114 @@
+"""What every pair would change: the gradient of the gate logits through the choice of pairs, for sampled query rows.
+
+The operator's own gradient knows only the pairs that it kept. With P = softmax over the kept pairs of a row, the
+derivative of a row's output with respect to the *presence* of pair j is P_j (g_j v_j - out) for a kept pair; a dropped
+pair that is admitted alone takes the share p_j = exp(s_j) / (Z + exp(s_j)) = sigmoid(s_j - lse), and changes the output
+by p_j (g_j v_j - out). The straight-through rule passes that through the slope of the gate:
+
+    dz_ij = sigmoid'(z_ij) * share_ij * (max(g_ij, tau) <dout_i, v_j> - <dout_i, out_i>)
+
+where share is P for kept pairs and p for dropped ones. All far pairs of a row are looked at, which is dense work, so it
+is done for a stratified random sample of the rows and scaled up: the gradient of b is unbiased, and so is that of every
+parameter behind a. Nothing of size n^2 is made: rows are taken in chunks.
+"""
+
+import math
+
+import torch
+
+from torch_sluice.selection import GATE_LOGIT_LIMIT
+
+_CHUNK_ELEMENTS = 1 << 20  # of a [batch, heads, rows, keys] temporary
+
+
+def sample_rows(n, share, device):
+    """Sorted int64 indices of ``ceil(share * n)`` of n rows, one drawn from each of equal strata."""
+    count = min(n, math.ceil(share * n))
+    if count == n:
+        return torch.arange(n, device=device)
+    strata = torch.arange(count, device=device) + torch.rand(count, device=device)
+    return (strata * (n / count)).long().clamp(max=n - 1)
+
+
+def add_counterfactual_gradient(out, q, k, v, a, b, *, tau, rows, causal, window, sinks, scale, key_range=None):
+    """``out`` unchanged; its backward adds the gradient described above to ``a`` and ``b``.
+
+    Args:
+        out: [B, Hq, Nq, Dv], what the operator made of the other arguments, which have its shapes and meaning.
+        tau: threshold on g, a number in [0, 1).
+        rows: share of the query rows to look at, in (0, 1].
+    """
+    chosen = sample_rows(a.shape[-1], rows, a.device)
+    options = (tau, causal, window, sinks, scale)
+    return _Counterfactual.apply(out, q.detach(), k.detach(), v.detach(), a, b, key_range, chosen, options)
+
+
+class _Counterfactual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out, q, k, v, a, b, key_range, chosen, options):
+        ctx.save_for_backward(out, q, k, v, a, b, key_range, chosen)
+        ctx.options = options
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, dout):
+        da, db = _gate_gradients(dout, *ctx.saved_tensors, *ctx.options)
+        return dout, None, None, None, da, db, None, None, None
+
+
+@torch.no_grad()
+def _gate_gradients(dout, out, q, k, v, a, b, key_range, chosen, tau, causal, window, sinks, scale):
+    batch, heads, n_q, _ = q.shape
+    heads_kv, n_k = k.shape[1:3]
+    da, db = torch.zeros_like(a), torch.zeros_like(b)
+    if not (batch and chosen.numel() and n_k):
+        return da, db
+    dtype = a.dtype
+    k_t, v_t = k.to(dtype).transpose(2, 3), v.to(dtype).transpose(2, 3)
+    chunk = max(1, _CHUNK_ELEMENTS // (batch * heads * n_k))
+    for rows in chosen.split(chunk):
+        dz = _row_gradients(
+            *(x.index_select(2, rows).to(dtype) for x in (dout, out, q)),
+            k_t, v_t, a.index_select(2, rows), b, key_range, rows + (n_k - n_q), tau, causal, window, sinks, scale,
+        )  # fmt: skip
+        da.index_add_(2, rows, dz.sum(-1).reshape(batch, heads, -1))
+        db += dz.sum(2)
+    upscale = n_q / chosen.numel()
+    for logits, gradient in ((a, da), (b, db)):
+        gradient.mul_(upscale).masked_fill_(logits.abs() > GATE_LOGIT_LIMIT, 0.0)
+    return da, db
+
+
+def _row_gradients(dout, out, q, k_t, v_t, a, b, key_range, positions, tau, causal, window, sinks, scale):
+    """dz of a few rows: [B, Hkv, G * rows, Nk], the G query heads of a key head side by side."""
+    batch, heads, count, _ = q.shape
+    heads_kv, n_k = b.shape[1:]
+    grouped = (batch, heads_kv, heads // heads_kv * count)
+    scores = (q * scale).reshape(*grouped, -1) @ k_t
+    effect = dout.reshape(*grouped, -1) @ v_t
+    logits = a.clamp(-GATE_LOGIT_LIMIT, GATE_LOGIT_LIMIT).reshape(*grouped, 1) + b.clamp(
+        -GATE_LOGIT_LIMIT, GATE_LOGIT_LIMIT
+    ).unsqueeze(2)
+
+    keys = torch.arange(n_k, device=q.device)
+    distance = positions.unsqueeze(1) - keys
+    valid = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    near = (distance.abs() < window) | (keys < sinks)
+    # The pair of a query with itself is always kept under a causal mask: nothing to learn about it.
+    fixed = near | (distance == 0) if causal else near
+    repeat = (1, grouped[2] // count, 1)
+    valid, fixed = (x.unsqueeze(0).expand(repeat[1], -1, -1).reshape(grouped[2], n_k) for x in (valid, fixed))
+    if key_range is not None:
+        begin, end = key_range.view(-1, 1, 1, 2).unbind(-1)
+        valid = valid & ((keys >= begin.unsqueeze(-1)) & (keys < end.unsqueeze(-1)))
+    threshold = math.log(tau) - math.log1p(-tau) if tau > 0 else -math.inf
+    kept = (fixed | ~(logits < threshold)) & valid
+
+    lse = scores.masked_fill(~kept, -math.inf).logsumexp(-1, keepdim=True)
+    scores -= lse  # an empty row has lse = -inf: a pair admitted there takes the whole row, sigmoid(inf) = 1
+    share = torch.where(kept, scores.exp(), scores.sigmoid())
+    gates = logits.sigmoid()
+    effect *= gates.clamp(min=tau)
+    effect -= (dout * out).sum(-1).reshape(*grouped, 1)
+    slope = gates * (1 - gates)
+    return (slope * share * effect).masked_fill_(fixed | ~valid, 0.0)
