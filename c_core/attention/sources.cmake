@@ -1,1 +1,9 @@
-target_sources(sluice_objects PRIVATE attention/gated_attention.c attention/reference.c attention/validate.c)
+target_sources(sluice_objects PRIVATE
+  attention/gated_attention.c attention/kernels.c attention/reference.c attention/scalar.c attention/validate.c)
+
+# Overlays of the micro-op table; kernels.def names them.
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$" OR SLUICE_EMULATED)
+  target_compile_definitions(sluice_objects PRIVATE SL_X86_OVERLAYS=1)
+else()
+  target_compile_definitions(sluice_objects PRIVATE SL_X86_OVERLAYS=0)
+endif()
