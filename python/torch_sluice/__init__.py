@@ -6,6 +6,15 @@ from torch_sluice._library import library_path
 _library.load()
 
 from torch_sluice.functional import gated_attention  # noqa: E402
+from torch_sluice.modules import GatedAttention  # noqa: E402
+from torch_sluice.swap import gate_parameters, restore, swap_attention  # noqa: E402
 
-__version__ = "0.1.0"
-__all__ = ["gated_attention", "library_path"]
+__version__ = _library.version()
+__all__ = [
+    "GatedAttention",
+    "gate_parameters",
+    "gated_attention",
+    "library_path",
+    "restore",
+    "swap_attention",
+]

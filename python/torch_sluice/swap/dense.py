@@ -1,0 +1,61 @@
+"""The gated attention formula in plain torch, for what the operator does not take: any mask, a bias, the weights."""
+
+import torch
+from torch import Tensor
+
+from torch_sluice.functional import _logit
+from torch_sluice.selection import GATE_LOGIT_LIMIT
+
+
+def dense_gated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    tau: float = 0.0,
+    window: int = 0,
+    sinks: int = 0,
+    scale: float | None = None,
+    key_range: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``torch_sluice.gated_attention`` with a mask and with the weights, at the cost and memory of n_q * n_k pairs.
+
+    Args:
+        mask: broadcasts to [B, Hq, Nq, Nk]; bool, True where a pair may be looked at, or a float bias on the scores.
+        The others: as in :func:`torch_sluice.gated_attention`.
+
+    Returns:
+        (out [B, Hq, Nq, Dv], weights [B, Hq, Nq, Nk]); the weights are softmax times gate, 0 for dropped pairs.
+    """
+    group = q.shape[1] // k.shape[1]
+    k, v, b = (x.repeat_interleave(group, 1) for x in (k, v, b)) if group > 1 else (k, v, b)
+    n_q, n_k = q.shape[2], k.shape[2]
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scores = (q.to(dtype) @ k.to(dtype).transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    limit = GATE_LOGIT_LIMIT
+    z = a.to(dtype).clamp(-limit, limit).unsqueeze(-1) + b.to(dtype).clamp(-limit, limit).unsqueeze(-2)
+
+    keys = torch.arange(n_k, device=q.device)
+    distance = torch.arange(n_k - n_q, n_k, device=q.device).unsqueeze(-1) - keys
+    near = (distance.abs() < window) | (keys < sinks)
+    kept = near | ~(z < _logit(tau))
+    if causal:
+        kept = (kept | (distance == 0)) & (distance >= 0)
+    if key_range is not None:
+        begin, end = key_range.view(-1, 1, 1, 2).unbind(-1)
+        kept = kept & (keys >= begin.unsqueeze(-1)) & (keys < end.unsqueeze(-1))
+    if mask is not None and mask.dtype == torch.bool:
+        kept = kept & mask
+    elif mask is not None:
+        kept = kept & (mask != -torch.inf)
+        scores = scores + mask.masked_fill(mask == -torch.inf, 0).to(dtype)
+
+    # A row that keeps nothing is given finite scores first, so that its gradients are 0 and not NaN.
+    empty = ~kept.any(-1, keepdim=True)
+    softmax = scores.masked_fill(~kept & ~empty, -torch.inf).softmax(-1).masked_fill(~kept, 0)
+    weights = softmax * torch.where(near, 1.0, z.sigmoid())
+    return (weights @ v.to(dtype)).to(v.dtype), weights
