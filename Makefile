@@ -1,0 +1,87 @@
+# From a fresh machine to a result: `make demo` and `make test` install what they need, into .venv/ and build/ only
+# (and, as root, the Debian packages that are missing). `make help` lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+ARGS ?=
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
+export CMAKE_GENERATOR ?= Unix Makefiles
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --quiet install --constraint tools/constraints.txt
+SOURCES := $(shell find CMakeLists.txt cmake c_core ops torch_bindings python tools/*.py -type f \
+             -not -name '*.pyc' -not -name '* *')
+NVCC := $(shell command -v nvcc)
+GPU := $(if $(NVCC),$(shell nvidia-smi -L 2>/dev/null | head -n 1))
+PRESETS := release asan tsan emulated $(if $(NVCC),cuda)
+
+.PHONY: help
+help: ## List the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+
+.PHONY: demo
+demo: packages-demo .venv/package ## Set up, then train a small model densely and with Sluice, and report
+	$(BIN)/torch-sluice train --preset demo --out runs/demo $(ARGS)
+
+.PHONY: test
+test: packages-test .venv/package native ## Set up, then run every test: GoogleTest for C, pytest for the rest
+	$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: native
+native: $(PRESETS:%=native-%) ## Build the C core under every preset and run its tests
+
+# Every preset runs its tests; `cuda` needs no GPU to build, and its GPU tests skip where there is none.
+.PHONY: $(PRESETS:%=native-%)
+$(PRESETS:%=native-%): native-%: packages-test .venv/package
+	@echo "== $*: build and test the C core =="
+	cmake --preset $* --log-level=WARNING "-DPython3_EXECUTABLE=$$PWD/$(BIN)/python" >/dev/null
+	cmake --build --preset $* --parallel "$$CMAKE_BUILD_PARALLEL_LEVEL" | { grep -vE 'Built target|Building|Linking' || true; }
+	ctest --preset $* --quiet --output-log build/$*/ctest.log || { tail -n 200 build/$*/ctest.log; exit 1; }
+	@tail -n 3 build/$*/ctest.log | head -n 1
+
+.PHONY: lint
+lint: .venv/lint build/lint/compile_commands.json ## Check formatting and lint: clang-format, clang-tidy, ruff
+	tools/lint.sh check
+
+.PHONY: format
+format: .venv/lint ## Rewrite all sources with clang-format and ruff
+	tools/lint.sh format
+
+.PHONY: test-abi
+test-abi: .venv/package ## Opt-in, several GB: run one library file under torch 2.13, 2.11 and the newest
+	tools/test_abi.sh $(ARGS)
+
+.PHONY: clean
+clean: ## Remove build/ and .venv/
+	rm -rf build .venv
+
+.PHONY: packages-demo packages-test
+packages-demo packages-test: packages-%:
+	@tools/debian_packages.sh $* "$(PYTHON)"
+
+# The three steps of the environment. A stamp is newer than all that it was made from.
+.venv/created:
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/torch: .venv/created tools/constraints.txt
+	$(PIP) torch numpy scikit-build-core
+	touch $@
+
+# With a GPU and nvcc at hand the package gets its CUDA kernels.
+.venv/package: .venv/torch pyproject.toml README.md $(SOURCES)
+	$(PIP) --no-build-isolation --config-settings=build-dir=build/wheel \
+	  --config-settings=cmake.define.SLUICE_BUILD_CUDA=$(if $(GPU),ON,OFF) '.[test]'
+	touch $@
+
+.venv/lint: .venv/created tools/constraints.txt
+	$(PIP) ruff clang-format clang-tidy
+	touch $@
+
+build/lint/compile_commands.json: .venv/torch $(filter %CMakeLists.txt %.cmake,$(SOURCES))
+	cmake -S . -B build/lint -DSLUICE_BUILD_TORCH=ON -DSLUICE_BUILD_TESTS=OFF \
+	  "-DPython3_EXECUTABLE=$$PWD/$(BIN)/python" >/dev/null
