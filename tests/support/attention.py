@@ -1,0 +1,74 @@
+"""The gated attention formula of ops/sluice/gated_attention.h in eager torch, and inputs for it."""
+
+import math
+
+import torch
+
+
+def formula(
+    q, k, v, a, b, *, causal=False, tau=0.0, window=0, sinks=0, scale=None, key_range=None, choice_dtype=None
+):
+    """out and lse, in the precision of q.
+
+    tau: a number or a tensor [Hq] or [B, Hq]. choice_dtype: that in which a_i + b_j is compared with the threshold,
+    where it is not that of a.
+    """
+    dtype, gate_dtype = q.dtype, a.dtype
+    group = q.shape[1] // k.shape[1]
+    k, v, b = (x.repeat_interleave(group, 1) for x in (k, v, b))
+    z = a.clamp(-40, 40)[..., :, None] + b.clamp(-40, 40)[..., None, :]
+    choice = z.detach()
+    if choice_dtype is not None:
+        choice = (a.clamp(-40, 40).to(choice_dtype)[..., :, None] + b.clamp(-40, 40).to(choice_dtype)[..., None, :])
+    batch, heads, n_q, head_dim = q.shape
+    n_k = k.shape[2]
+    tau = torch.as_tensor(tau, dtype=torch.float64, device=q.device)
+    logit_tau = torch.logit(tau).to(choice.dtype).expand(batch, heads)[..., None, None]
+    i = torch.arange(n_q, device=q.device)[:, None] + (n_k - n_q)
+    j = torch.arange(n_k, device=q.device)[None, :]
+    near = ((i - j).abs() < window) | (j < sinks)
+    kept = near | ~(choice < logit_tau)
+    if causal:
+        kept = (kept | (i == j)) & (j <= i)
+    if key_range is not None:
+        begin, end = key_range[:, 0, None, None, None], key_range[:, 1, None, None, None]
+        kept = kept & (j >= begin) & (j < end)
+    kept = kept.expand(z.shape)
+    scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(head_dim) if scale is None else scale)
+    empty = ~kept.any(-1, keepdim=True)
+    p = scores.masked_fill(~kept & ~empty, -math.inf).softmax(-1).masked_fill(~kept, 0)
+    gate = torch.where(near, 1.0, z.sigmoid()).to(dtype)
+    if torch.isfinite(v).all():
+        out = (p * gate) @ v
+    else:  # a dropped pair must not bring in its NaN as 0 * NaN
+        terms = (p * gate)[..., None] * v[:, :, None]
+        out = terms.masked_fill(~kept[..., None], 0).sum(-2)
+    lse = scores.to(gate_dtype).masked_fill(~kept, -math.inf).logsumexp(-1)
+    return out, lse
+
+
+def formula_with_gradients(inputs, dout, *, exact=False, **options):
+    """(out, lse, dq, dk, dv, da, db) of the formula in the precision of the inputs, or in float64 (``exact``)."""
+    choice_dtype = inputs[3].dtype
+    leaves = [(x.double() if exact else x.clone()).requires_grad_() for x in map(torch.Tensor.detach, inputs)]
+    out, lse = formula(*leaves, **options, choice_dtype=choice_dtype)
+    return out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))
+
+
+def random_inputs(
+    batch=2, heads=4, heads_kv=2, n_q=33, n_k=33, head_dim=16, head_dim_v=16, dtype=torch.float32, device="cpu", seed=0
+):
+    """(q, k, v, a, b) with normal entries."""
+    generator = torch.Generator().manual_seed(seed)
+    gate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def normal(*shape, dtype):
+        return torch.randn(*shape, generator=generator, dtype=torch.float32).to(device, dtype)
+
+    return (
+        normal(batch, heads, n_q, head_dim, dtype=dtype),
+        normal(batch, heads_kv, n_k, head_dim, dtype=dtype),
+        normal(batch, heads_kv, n_k, head_dim_v, dtype=dtype),
+        normal(batch, heads, n_q, dtype=gate_dtype),
+        normal(batch, heads_kv, n_k, dtype=gate_dtype),
+    )

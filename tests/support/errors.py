@@ -1,0 +1,35 @@
+"""When a result in a given precision counts as right: three rules at once."""
+
+import torch
+
+RMS_LIMIT = 0.005
+
+
+def assert_close_as_torch(name, actual, truth, peer):
+    """Fails unless ``actual`` is as good as torch is at its precision.
+
+    1. NaN and infinities are where they are in the truth, once that is rounded to the dtype of ``actual``.
+    2. The largest error is at most twice that of ``peer``, plus two units in the last place of the largest value.
+    3. The root mean square of the error is below 0.5 % of that of the truth.
+
+    Args:
+        name: of the tensor, for the message.
+        actual: what is judged.
+        truth: the same in float64.
+        peer: the same maths in torch, in the precision of ``actual``.
+    """
+    assert actual.shape == truth.shape, f"{name}: shape {list(actual.shape)}, expected {list(truth.shape)}"
+    rounded = truth.to(actual.dtype)
+    for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+        wrong = kind(actual) != kind(rounded)
+        assert not wrong.any(), f"{name}: {kind.__name__} differs at {wrong.nonzero()[:5].tolist()}"
+    finite = rounded.isfinite()
+    if not finite.any():
+        return
+    actual, truth, eps = actual.double()[finite], truth[finite], torch.finfo(actual.dtype).eps
+    error = (actual - truth).abs()
+    peer_error = (peer.double()[finite] - truth).abs().nan_to_num(0.0)
+    limit = 2 * peer_error.max() + 2 * eps * truth.abs().max()
+    assert error.max() <= limit, f"{name}: largest error {error.max():.3g}, expected at most {limit:.3g}"
+    rms, truth_rms = error.square().mean().sqrt(), truth.square().mean().sqrt()
+    assert rms <= RMS_LIMIT * truth_rms, f"{name}: rms error {rms:.3g}, expected below 0.5 % of {truth_rms:.3g}"
