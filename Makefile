@@ -12,7 +12,7 @@ export CMAKE_GENERATOR ?= Unix Makefiles
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --quiet install --constraint tools/constraints.txt
+PIP := $(BIN)/python -m pip -qq install --constraint tools/constraints.txt
 SOURCES := $(shell find CMakeLists.txt cmake c_core ops torch_bindings python tools/*.py -type f \
              -not -name '*.pyc' -not -name '* *')
 NVCC := $(shell command -v nvcc)

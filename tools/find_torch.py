@@ -12,7 +12,7 @@ OLDEST = (2, 11)
 
 
 def find_torch() -> Path:
-    """Folder of the installed torch package; raises RuntimeError with a sentence if there is none, or none new enough."""
+    """Folder of the installed torch package; RuntimeError with a sentence if there is none, or none new enough."""
     try:
         distribution = importlib.metadata.distribution("torch")
     except importlib.metadata.PackageNotFoundError:

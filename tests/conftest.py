@@ -1,0 +1,32 @@
+"""What all Python tests share. They run against the package that is installed, or with PYTHONPATH=python and
+SLUICE_LIBRARY=... against the working tree."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+import torch_sluice
+
+# No deadline: nothing here asserts on time. Derandomised, so that a run can be repeated.
+settings.register_profile("sluice", deadline=None, derandomize=True)
+settings.load_profile("sluice")
+
+
+def pytest_report_header():
+    return f"torch {torch.__version__}, operators from {torch_sluice.library_path()}"
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+@pytest.fixture(scope="session")
+def repository():
+    """Root of the source tree."""
+    return Path(__file__).parent.parent

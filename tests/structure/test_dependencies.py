@@ -1,0 +1,108 @@
+"""Dependencies run one way: python -> torch_bindings -> c_core -> ops."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+NATIVE = {".c", ".h", ".cpp", ".cu", ".cuh", ".def"}
+INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.M)
+
+PLAIN_HEADERS = {"stdbool.h", "stddef.h", "stdint.h"}
+C_HEADERS = PLAIN_HEADERS | {
+    *("assert.h", "errno.h", "fenv.h", "float.h", "inttypes.h", "limits.h", "math.h", "stdalign.h", "stdarg.h"),
+    *("stdatomic.h", "stdio.h", "stdlib.h", "string.h", "time.h", "threads.h"),
+}
+INTRINSICS = re.compile(r"(immintrin|arm_neon)\.h|simde/.*")
+CUDA_HEADERS = re.compile(r"(cuda_\w+|cuda|mma|cooperative_groups)\.h|c(math|stdint|stddef|float)")
+
+
+def native_files(room):
+    return sorted(path for path in (REPOSITORY / room).rglob("*") if path.suffix in NATIVE)
+
+
+def forbidden_includes(room, path, text):
+    """Includes that a file in this room may not have."""
+    found = []
+    for quote, name in INCLUDE.findall(text):
+        if name.startswith("sluice/"):
+            allowed = quote == "<"
+        elif room == "ops":
+            allowed = name in PLAIN_HEADERS
+        elif room == "c_core" and quote == "<":
+            is_cuda = path.suffix in {".cu", ".cuh"} and CUDA_HEADERS.fullmatch(name)
+            allowed = name in C_HEADERS or INTRINSICS.fullmatch(name) or is_cuda
+        elif room == "c_core":
+            allowed = (REPOSITORY / "c_core" / name).is_file()
+        else:
+            allowed = quote == "<" or (REPOSITORY / "torch_bindings" / name).is_file()
+        if not allowed:
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("room", ["ops", "c_core", "torch_bindings"])
+def test_native_code_includes_only_what_is_below_it(room):
+    files = native_files(room)
+    assert files
+    found = {path.name: forbidden_includes(room, path, path.read_text()) for path in files}
+    assert {name: includes for name, includes in found.items() if includes} == {}
+
+
+def test_the_check_sees_an_include_that_runs_upwards():
+    upwards = '#include <torch/csrc/stable/tensor.h>\n#include "torch_bindings/shim.h"\n#include <stdint.h>\n'
+    found = forbidden_includes("c_core", Path("x.c"), upwards)
+    assert found == ["torch/csrc/stable/tensor.h", "torch_bindings/shim.h"]
+    assert forbidden_includes("ops", Path("x.h"), "#include <math.h>") == ["math.h"]
+    assert forbidden_includes("torch_bindings", Path("x.cpp"), '#include "attention/kernel.h"') == [
+        "attention/kernel.h"
+    ]
+
+
+def strip_comments(text):
+    return re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.S)
+
+
+# A shim that computes needs a typed pointer into a tensor, or a numeric header. Pointers to int64 stay allowed:
+# strides, sizes and ranges are handed to C through them.
+ARITHMETIC = [
+    re.compile(r"<\s*(?:const\s+)?(?:float|double|_Float16|__bf16|u?int(?:8|16|32)_t)\s*\*"),
+    re.compile(r"\(\s*(?:const\s+)?(?:float|double)\s*\*\s*\)"),
+    re.compile(r"data_ptr\s*<"),
+    re.compile(r"#\s*include\s*<(?:cmath|numeric|immintrin\.h|math\.h|valarray)>"),
+    re.compile(r"\bstd::(?:accumulate|transform|inner_product|reduce)\b"),
+]
+
+
+def find_arithmetic(text):
+    return [match.group(0) for pattern in ARITHMETIC for match in pattern.finditer(strip_comments(text))]
+
+
+def test_shims_do_no_arithmetic_on_tensor_data():
+    files = [path for path in native_files("torch_bindings") if "c10d" not in path.parts]
+    found = {path.name: find_arithmetic(path.read_text()) for path in files}
+    assert {name: places for name, places in found.items() if places} == {}
+
+
+def test_the_check_sees_a_shim_that_computes():
+    loop = "auto *x = static_cast<const float *>(t.const_data_ptr()); for (int i = 0; i < n; ++i) sum += x[i];"
+    assert find_arithmetic(loop)
+    assert find_arithmetic("float *x = (float *)p;")
+    assert not find_arithmetic("// static_cast<float *>(p)")
+
+
+SPEAKS = re.compile(
+    r"(?<![\w.])(abort|exit|_Exit|quick_exit|printf|vprintf|puts|putchar|fprintf|vfprintf|perror|fputs)\s*\("
+)
+
+
+def test_the_core_neither_prints_nor_ends_the_process():
+    found = {path.name: SPEAKS.findall(strip_comments(path.read_text())) for path in native_files("c_core")}
+    assert {name: calls for name, calls in found.items() if calls} == {}
+    assert SPEAKS.findall('printf("x"); snprintf(b, 1, "x"); abort ();') == ["printf", "abort"]
+
+
+def test_the_package_imports_neither_tests_nor_benchmarks():
+    imports = re.compile(r"^\s*(?:from|import)\s+(tests|benchmarks)\b", re.M)
+    assert [path.name for path in (REPOSITORY / "python").rglob("*.py") if imports.search(path.read_text())] == []

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Usage: test_abi.sh [pytest arguments]. Builds one wheel against the torch of .venv and runs the operator tests on that
+# same file under torch 2.13, 2.11 and the newest, each in an environment under build/abi/. Fetches several GB, once.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+abi=build/abi
+mkdir -p "$abi"
+rm -f "$abi"/*.whl
+.venv/bin/python -m pip -qq wheel --no-deps --no-build-isolation --config-settings=build-dir=build/wheel -w "$abi" .
+wheel=$(echo "$abi"/*.whl)
+
+# A cap on torch in pip's configuration would hide the newest, so pip runs without a configuration file here.
+export PIP_CONFIG_FILE=/dev/null
+newest=$(.venv/bin/python -m pip index versions torch 2>/dev/null | sed -nE 's/^torch \(([0-9.]+).*/\1/p')
+failed=0
+for version in 2.13.0 2.11.0 "$newest"; do
+  environment=$abi/torch-$version
+  if [[ ! -e $environment/ready ]]; then
+    echo "== torch $version: setting up $environment =="
+    [[ -x $environment/bin/python ]] || .venv/bin/python -m venv "$environment"
+    "$environment/bin/python" -m pip -qq install "torch==$version" numpy pytest hypothesis torch-abi-audit transformers
+    touch "$environment/ready"
+  fi
+  "$environment/bin/python" -m pip -qq install --no-deps --force-reinstall "$wheel"
+  echo "== torch $version =="
+  "$environment/bin/python" - <<'PYTHON' || { failed=1; continue; }
+import hashlib, pathlib, torch, torch_sluice
+library = pathlib.Path(torch_sluice.library_path())
+print(f"torch {torch.__version__}, CUDA build: {torch.version.cuda}, {library.name} sha256", end=" ")
+print(hashlib.sha256(library.read_bytes()).hexdigest()[:16])
+PYTHON
+  "$environment/bin/python" -m pytest -q tests/ops tests/structure/test_loading.py tests/structure/test_abi.py "$@" || failed=1
+done
+exit $failed
