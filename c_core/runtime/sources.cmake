@@ -1,1 +1,6 @@
 target_sources(sluice_objects PRIVATE runtime/cpu.c runtime/executor.c runtime/status.c)
+if(SLUICE_BUILD_CUDA)
+  target_sources(sluice_objects PRIVATE runtime/cuda.cu)
+else()
+  target_sources(sluice_objects PRIVATE runtime/no_cuda.c)
+endif()

@@ -3,6 +3,7 @@
 #define SLUICE_SLUICE_H
 
 #include <sluice/cpu.h>
+#include <sluice/cuda.h>
 #include <sluice/executor.h>
 #include <sluice/gated_attention.h>
 #include <sluice/status.h>
