@@ -16,18 +16,10 @@ import math
 
 import torch
 
+from torch_sluice.attention.sampling import sample_rows
 from torch_sluice.selection import GATE_LOGIT_LIMIT
 
 _CHUNK_ELEMENTS = 1 << 20  # of a [batch, heads, rows, keys] temporary
-
-
-def sample_rows(n, share, device):
-    """Sorted int64 indices of ``ceil(share * n)`` of n rows, one drawn from each of equal strata."""
-    count = min(n, math.ceil(share * n))
-    if count == n:
-        return torch.arange(n, device=device)
-    strata = torch.arange(count, device=device) + torch.rand(count, device=device)
-    return (strata * (n / count)).long().clamp(max=n - 1)
 
 
 def add_counterfactual_gradient(out, q, k, v, a, b, *, tau, rows, causal, window, sinks, scale, key_range=None):
