@@ -23,6 +23,40 @@ static inline float sl_emulated_reduce_add_ps(simde__m512 values) {
 #define _mm512_reduce_add_ps(values) sl_emulated_reduce_add_ps(values)
 #endif
 
+/* Conversions. */
+#ifndef _mm512_cvtps_pd
+static inline simde__m512d sl_emulated_cvtps_pd(simde__m256 values) {
+  float from[8];
+  double to[8];
+  simde_mm256_storeu_ps(from, values);
+  for (int i = 0; i < 8; ++i) to[i] = from[i];
+  return simde_mm512_loadu_pd(to);
+}
+#define _mm512_cvtps_pd(values) sl_emulated_cvtps_pd(values)
+#endif
+
+#ifndef _mm512_cvtepi32_epi16
+static inline simde__m256i sl_emulated_cvtepi32_epi16(simde__m512i values) {
+  uint32_t from[16];
+  uint16_t to[16];
+  simde_mm512_storeu_si512(from, values);
+  for (int i = 0; i < 16; ++i) to[i] = (uint16_t)from[i];
+  return simde_mm256_loadu_si256((const simde__m256i *)to);
+}
+#define _mm512_cvtepi32_epi16(values) sl_emulated_cvtepi32_epi16(values)
+#endif
+
+#ifndef _mm512_cvtps_ph
+#define _mm512_cvtps_ph(values, rounding)                                                                  \
+  simde_mm256_set_m128i(                                                                                   \
+      simde_mm256_cvtps_ph(simde_mm512_extractf32x8_ps(values, 1), (rounding) & 7),                        \
+      simde_mm256_cvtps_ph(simde_mm512_castps512_ps256(values), (rounding) & 7))
+#endif
+
+#ifndef _MM_FROUND_NO_EXC
+#define _MM_FROUND_NO_EXC SIMDE_MM_FROUND_NO_EXC
+#endif
+
 #else
 #include <immintrin.h>
 #endif

@@ -2,6 +2,7 @@
 #ifndef SLUICE_SLUICE_H
 #define SLUICE_SLUICE_H
 
+#include <sluice/accumulate.h>
 #include <sluice/cpu.h>
 #include <sluice/cuda.h>
 #include <sluice/executor.h>

@@ -1,0 +1,120 @@
+/* The AVX-512 tier (F, BW, DQ, VL): sixteen lanes are one register. */
+#include "accumulate/kernel.h"
+#include "runtime/simd.h"
+
+#define LANE_FUNCTION static inline __attribute__((always_inline))
+
+typedef __m512 floats16;
+typedef __m512i ints16;
+typedef __mmask16 mask16;
+typedef struct doubles16 { __m512d low, high; } doubles16;
+
+LANE_FUNCTION floats16 load_f32(const void *values) { return _mm512_loadu_ps(values); }
+
+LANE_FUNCTION void store_f32(void *values, floats16 what) { _mm512_storeu_ps(values, what); }
+
+LANE_FUNCTION floats16 load_bf16(const void *values) {
+  __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)values));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+}
+
+/* To nearest even; NaN keeps its upper bits and becomes quiet. As sl_float_to_bf16. */
+LANE_FUNCTION void store_bf16(void *values, floats16 what) {
+  __m512i bits = _mm512_castps_si512(what);
+  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  __mmask16 nan = _mm512_cmp_ps_mask(what, what, _CMP_UNORD_Q);
+  __m512i words = _mm512_srli_epi32(_mm512_mask_blend_epi32(nan, rounded, quiet), 16);
+  _mm256_storeu_si256((__m256i *)values, _mm512_cvtepi32_epi16(words));
+}
+
+LANE_FUNCTION floats16 load_f16(const void *values) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)values));
+}
+
+LANE_FUNCTION void store_f16(void *values, floats16 what) {
+  _mm256_storeu_si256((__m256i *)values, _mm512_cvtps_ph(what, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+LANE_FUNCTION floats16 round_to_f16(floats16 x) {
+  return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+LANE_FUNCTION floats16 broadcast(float value) { return _mm512_set1_ps(value); }
+
+LANE_FUNCTION floats16 add(floats16 x, floats16 y) { return _mm512_add_ps(x, y); }
+
+LANE_FUNCTION floats16 subtract(floats16 x, floats16 y) { return _mm512_sub_ps(x, y); }
+
+LANE_FUNCTION floats16 multiply(floats16 x, floats16 y) { return _mm512_mul_ps(x, y); }
+
+LANE_FUNCTION ints16 broadcast_int(uint32_t value) { return _mm512_set1_epi32((int)value); }
+
+LANE_FUNCTION ints16 lane_numbers(void) {
+  return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+
+LANE_FUNCTION ints16 bits_of(floats16 x) { return _mm512_castps_si512(x); }
+
+LANE_FUNCTION floats16 floats_of(ints16 x) { return _mm512_castsi512_ps(x); }
+
+LANE_FUNCTION floats16 to_floats(ints16 x) { return _mm512_cvtepi32_ps(x); }
+
+LANE_FUNCTION ints16 and_ints(ints16 x, ints16 y) { return _mm512_and_si512(x, y); }
+
+LANE_FUNCTION ints16 xor_ints(ints16 x, ints16 y) { return _mm512_xor_si512(x, y); }
+
+LANE_FUNCTION ints16 add_ints(ints16 x, ints16 y) { return _mm512_add_epi32(x, y); }
+
+LANE_FUNCTION ints16 multiply_ints(ints16 x, ints16 y) { return _mm512_mullo_epi32(x, y); }
+
+LANE_FUNCTION ints16 shift_right(ints16 x, unsigned bits) { return _mm512_srli_epi32(x, bits); }
+
+LANE_FUNCTION ints16 max_unsigned(ints16 x, ints16 y) { return _mm512_max_epu32(x, y); }
+
+LANE_FUNCTION ints16 absolute_bits(floats16 x) { return and_ints(bits_of(x), broadcast_int(0x7fffffffu)); }
+
+LANE_FUNCTION floats16 cut_fraction(floats16 x) { /* |x| < 2^31 */
+  return _mm512_cvtepi32_ps(_mm512_cvttps_epi32(x));
+}
+
+LANE_FUNCTION floats16 copy_sign(floats16 magnitude, floats16 sign) {
+  return floats_of(_mm512_or_si512(bits_of(magnitude), and_ints(bits_of(sign), broadcast_int(0x80000000u))));
+}
+
+LANE_FUNCTION mask16 lanes_below(floats16 x, floats16 y) { return _mm512_cmp_ps_mask(x, y, _CMP_LT_OQ); }
+
+LANE_FUNCTION uint32_t mask_bits(mask16 mask) { return mask; }
+
+LANE_FUNCTION floats16 choose(mask16 mask, floats16 set, floats16 other) {
+  return _mm512_mask_blend_ps(mask, other, set);
+}
+
+LANE_FUNCTION __m512d add_square(__m512d sum, __m256 values) {
+  __m512d wide = _mm512_cvtps_pd(values);
+  return _mm512_add_pd(sum, _mm512_mul_pd(wide, wide));
+}
+
+LANE_FUNCTION doubles16 add_squares(doubles16 sum, floats16 x) {
+  return (doubles16){add_square(sum.low, _mm512_castps512_ps256(x)),
+                     add_square(sum.high, _mm512_extractf32x8_ps(x, 1))};
+}
+
+LANE_FUNCTION double sum_lanes(doubles16 x) {
+  __m512d eight = _mm512_add_pd(x.low, x.high);
+  __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(eight), _mm512_extractf64x4_pd(eight, 1));
+  __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+}
+
+LANE_FUNCTION uint32_t largest_lane(ints16 x) {
+  __m256i eight = _mm256_max_epu32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+  __m128i four = _mm_max_epu32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  __m128i two = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4e));
+  return (uint32_t)_mm_cvtsi128_si32(_mm_max_epu32(two, _mm_shuffle_epi32(two, 0xb1)));
+}
+
+#include "accumulate/block.h"
+
+const sl_accumulate_kernel sl_accumulate_avx512 = {"avx512", SL_ISA_AVX512, accumulate, measure, read};
