@@ -211,8 +211,10 @@ INLINE void add_rows(sl_dtype dtype, float *out, const float *weights, const sl_
       .pack_depths = pack_depths_##suffix,                                                                            \
       .multiply_nt = sl_avx2_multiply_nt,                                                                             \
       .multiply_nn = sl_avx2_multiply_nn,                                                                             \
+      .multiply_tn = sl_avx2_multiply_tn,                                                                             \
       .mask_tile = sl_avx2_mask_tile,                                                                                 \
       .softmax_tile = sl_avx2_softmax_tile,                                                                           \
+      .softmax_gradient_tile = sl_avx2_softmax_gradient_tile,                                                         \
       .store_rows = store_rows_##suffix,                                                                              \
       .dot_rows = dot_rows_##suffix,                                                                                  \
       .add_rows = add_rows_##suffix,                                                                                  \

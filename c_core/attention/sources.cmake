@@ -4,7 +4,7 @@ target_sources(sluice_objects PRIVATE
 # Overlays of the micro-op table; kernels.def names them.
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$" OR SLUICE_EMULATED)
   target_compile_definitions(sluice_objects PRIVATE SL_X86_OVERLAYS=1)
-  foreach(part avx2 avx2_multiply avx2_softmax)
+  foreach(part avx2 avx2_multiply avx2_softmax avx2_backward)
     sluice_overlay(attention/${part}.c ${SLUICE_AVX2_FLAGS})
   endforeach()
 else()

@@ -364,7 +364,9 @@ struct SoftmaxOperands {
         exp_minus_a(SL_F32, padded),
         exp_minus_b(SL_F32, sl_round_up(width, panel), 1) {
     double size = extreme ? 300 : 3;
-    auto odds = [&] { return std::exp(extreme && random.chance(0.3) ? random.pick<double>({-40, 40}) : random.normal(2)); };
+    auto odds = [&] {
+      return std::exp(extreme && random.chance(0.3) ? random.pick<double>({-40, 40}) : random.normal(2));
+    };
     for (int64_t r = 0; r < padded; ++r) {
       bool all_dropped = extreme && random.chance(0.15);
       for (int64_t j = 0; j < lengths[r]; ++j) {
@@ -444,7 +446,8 @@ TEST_P(Kernel, SoftmaxTile) {
             double before = out_before[static_cast<size_t>(r * out_stride + c)];
             double want = c < out_width && in.lengths[r] > 0 ? before * shrink : before;
             if (top == -kInfinity) want = out.get(r * out_stride + c); // a row that saw nothing: out is not read
-            ASSERT_NEAR(out.get(r * out_stride + c), want, std::fabs(want) * exp2_tolerance(std::fabs(shift)) + 1e-37) << c;
+            double near = std::fabs(want) * exp2_tolerance(std::fabs(shift)) + 1e-37;
+            ASSERT_NEAR(out.get(r * out_stride + c), want, near) << c;
           }
         }
         expect_intact(in.lengths, in.scores, in.exp_minus_a, in.exp_minus_b, separate, maximum, sum, out);
@@ -505,7 +508,8 @@ TEST_P(Kernel, SoftmaxGradientTile) {
           double want_da = 0.5, error_da = 0.5;
           for (int64_t j = 0; j < in.lengths[r]; ++j) {
             size_t place = static_cast<size_t>(r * stride + j);
-            double p = lse.get(r) == -kInfinity ? 0 : std::exp2(scale * score[place] - lse.get(r)), e = dout_value[place];
+            double p = lse.get(r) == -kInfinity ? 0 : std::exp2(scale * score[place] - lse.get(r));
+            double e = dout_value[place];
             double odds = gated ? in.odds(r, j) : 0, gate = 1 / (1 + odds), dz = gated ? p * e * gate * (1 - gate) : 0;
             double near = p > 0 ? p * exp2_tolerance(std::fabs(scale * score[place]) + std::fabs(lse.get(r))) : 0;
             double size_ds = p * (std::fabs(gate * e) + std::fabs(mean.get(r))), relative = near / (p > 0 ? p : 1);
@@ -559,10 +563,10 @@ TEST_P(Kernel, StoreRows) {
         ASSERT_TRUE(std::isnan(rounded) ? std::isnan(got) : got == rounded) << got << " for " << rounded;
       }
     }
+    const unsigned char* bytes = static_cast<const unsigned char*>(target.data());
     for (int64_t t = 0; t < 3; ++t) {  // tokens that are not in the index stay
-      unsigned char byte = 0;
-      std::memcpy(&byte, static_cast<char*>(target.data()) + target.index(0, 0, t) * (int64_t)sl_dtype_size(kernel->dtype), 1);
-      EXPECT_EQ(byte, GuardedBuffer::kCanary);
+      size_t start = static_cast<size_t>(target.index(0, 0, t)) * sl_dtype_size(kernel->dtype);
+      EXPECT_EQ(bytes[start], GuardedBuffer::kCanary);
     }
     expect_intact(target, out, factors, index);
   }
