@@ -1,7 +1,10 @@
 // Shim of gated_attention: check shapes and dtypes, allocate, call C.
+#include "gated_attention.h"
+
+#include <sluice/cuda.h>
 #include <sluice/gated_attention.h>
 
-#include "shim.h"
+#include "cuda.h"
 
 namespace sluice {
 namespace {
@@ -85,28 +88,46 @@ Inputs check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   return in;
 }
 
-std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, OptionalTensor logit_tau,
-                                   OptionalTensor key_range, bool causal, int64_t window, int64_t sinks,
-                                   double scale) {
+// The kernels of the device that the tensors are on.
+sl_status measure_backward_workspace(const sl_gated_attention_args& args, const Tensor& q, size_t* bytes) {
+  return q.is_cpu() ? sl_gated_attention_backward_workspace_size(&args, bytes)
+                    : sl_gated_attention_backward_cuda_workspace_size(&args, bytes);
+}
+
+sl_status run_forward(const sl_gated_attention_args& args, const Tensor& q) {
+  if (q.is_cpu()) return sl_gated_attention(&args);
+  CudaScope cuda(q);
+  return sl_gated_attention_cuda(&args, cuda.stream());
+}
+
+sl_status run_backward(const sl_gated_attention_args& args, const Tensor& q) {
+  if (q.is_cpu()) return sl_gated_attention_backward(&args);
+  CudaScope cuda(q);
+  return sl_gated_attention_backward_cuda(&args, cuda.stream());
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> gated_attention(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, OptionalTensor logit_tau,
+                                           OptionalTensor key_range, bool causal, int64_t window, int64_t sinks,
+                                           double scale) {
   Inputs in = check_inputs(q, k, v, a, b, logit_tau, key_range, causal, window, sinks, scale);
   sl_gated_attention_args& args = in.args;
   args.executor = &in.executor;
   size_t bytes = 0;
-  check_status(sl_gated_attention_workspace_size(&args, &bytes));
+  if (q.is_cpu()) check_status(sl_gated_attention_workspace_size(&args, &bytes));
   Tensor out = empty({args.batch, args.heads_q, args.n_q, args.head_dim_v}, in.dtype, q);
   Tensor lse = empty({args.batch, args.heads_q, args.n_q}, in.gate_dtype, q);
   Tensor workspace = empty({static_cast<int64_t>(bytes)}, ScalarType::Byte, q);
   args.out = view4(out), args.lse = view3(lse);
   args.workspace = workspace.mutable_data_ptr(), args.workspace_size = bytes;
-  check_status(sl_gated_attention(&args));
+  check_status(run_forward(args, q));
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor a,
-                                                            Tensor b, OptionalTensor logit_tau,
-                                                            OptionalTensor key_range, Tensor out, Tensor lse,
-                                                            bool causal, int64_t window, int64_t sinks,
-                                                            double scale) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_attention_backward(
+    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, OptionalTensor logit_tau, OptionalTensor key_range,
+    Tensor out, Tensor lse, bool causal, int64_t window, int64_t sinks, double scale) {
   Inputs in = check_inputs(q, k, v, a, b, logit_tau, key_range, causal, window, sinks, scale);
   sl_gated_attention_args& args = in.args;
   args.executor = &in.executor;
@@ -116,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, Tensor 
   check_tensor("lse", lse, {args.batch, args.heads_q, args.n_q}, in.gate_dtype, "[batch, heads_q, n_q]", q);
   Tensor dout_rows = with_dense_rows(dout), out_rows = with_dense_rows(out);
   size_t bytes = 0;
-  check_status(sl_gated_attention_backward_workspace_size(&args, &bytes));
+  check_status(measure_backward_workspace(args, q, &bytes));
   Tensor dq = empty({args.batch, args.heads_q, args.n_q, args.head_dim}, in.dtype, q);
   Tensor dk = empty({args.batch, args.heads_kv, args.n_k, args.head_dim}, in.dtype, q);
   Tensor dv = empty({args.batch, args.heads_kv, args.n_k, args.head_dim_v}, in.dtype, q);
@@ -126,14 +147,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, Tensor 
   args.dout = view4(dout_rows), args.out = view4(out_rows), args.lse = view3(lse);
   args.dq = view4(dq), args.dk = view4(dk), args.dv = view4(dv), args.da = view3(da), args.db = view3(db);
   args.workspace = workspace.mutable_data_ptr(), args.workspace_size = bytes;
-  check_status(sl_gated_attention_backward(&args));
+  check_status(run_backward(args, q));
   return {dq, dk, dv, da, db};
 }
 
-}  // namespace
 }  // namespace sluice
 
 STABLE_TORCH_LIBRARY_IMPL(sluice, CPU, library) {
-  library.impl("gated_attention", TORCH_BOX(&sluice::forward));
-  library.impl("gated_attention_backward", TORCH_BOX(&sluice::backward));
+  library.impl("gated_attention", TORCH_BOX(&sluice::gated_attention));
+  library.impl("gated_attention_backward", TORCH_BOX(&sluice::gated_attention_backward));
 }

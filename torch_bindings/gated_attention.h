@@ -1,0 +1,18 @@
+// The gated_attention operators, registered for each kind of device by a file of its own.
+#pragma once
+
+#include <tuple>
+
+#include "shim.h"
+
+namespace sluice {
+
+std::tuple<Tensor, Tensor> gated_attention(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b,
+                                           std::optional<Tensor> logit_tau, std::optional<Tensor> key_range,
+                                           bool causal, int64_t window, int64_t sinks, double scale);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_attention_backward(
+    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, std::optional<Tensor> logit_tau,
+    std::optional<Tensor> key_range, Tensor out, Tensor lse, bool causal, int64_t window, int64_t sinks, double scale);
+
+}  // namespace sluice
