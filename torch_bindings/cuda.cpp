@@ -11,7 +11,7 @@ namespace sluice {
 
 CudaScope::CudaScope(const Tensor& tensor) : guard_(tensor.get_device_index()) {
   if (!aoti_torch_get_current_cuda_stream) throw std::runtime_error("this torch has no CUDA, expected a CUDA build");
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
 }
 
 }  // namespace sluice
