@@ -1,0 +1,161 @@
+"""The command ``torch-sluice``. Only what a command needs is imported, so that ``info`` works on a bare install."""
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+
+# Options of train that change a preset: (option, type, help).
+_OVERRIDES = (
+    ("--steps", int, "optimizer steps"),
+    ("--context", int, "bytes that a sequence holds"),
+    ("--micro-batches", int, "micro-batches that are accumulated into a step"),
+    ("--micro-size", int, "sequences in a micro-batch"),
+    ("--layers", int, "layers of the model"),
+    ("--width", int, "width of the model"),
+    ("--heads", int, "attention heads"),
+    ("--learning-rate", float, "peak learning rate"),
+    ("--target-density", float, "share of the pairs to keep, in (0, 1]"),
+    ("--local-window", int, "nearest keys that are kept whatever the gate says"),
+    ("--seed", int, "decides the weights, the batches and the noise"),
+    ("--threads", int, "threads; default: as many as torch takes"),
+)
+_WITH_RESUME = ("resume", "json", "threads")  # what may be said beside --resume
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code: 0, 2 for a mistake of the user, 130 after Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _fail(message: object) -> int:
+    print(f"torch-sluice: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="torch-sluice",
+        description="Gated sparse attention and mixed-precision gradient accumulation for PyTorch.",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_info(commands)
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser, *_):
+        import torch_sluice
+
+        print(torch_sluice.__version__)
+        parser.exit()
+
+
+def _add_train(commands) -> None:
+    train = commands.add_parser(
+        "train",
+        help="train a small language model dense and with Sluice, and compare",
+        description="Trains a small byte-level language model twice from the same weights on the same text: dense "
+        "(SDPA) with ordinary gradient accumulation, and with Sluice's gated attention and accumulation. Ends with a "
+        "table, results.json and report.html. Ctrl-C finishes the step, saves, and says how to resume.",
+    )
+    train.add_argument("--data", metavar="PATH", help="text file or folder; default: the Python standard library")
+    train.add_argument(
+        "--out", metavar="DIR", help="folder for checkpoint, results.json and report.html; default: sluice-run"
+    )
+    train.add_argument("--json", metavar="FILE", help="write the results to this file, too")
+    train.add_argument(
+        "--preset", choices=("demo", "long"), help="demo (default): minutes on two cores; long: about an hour"
+    )
+    train.add_argument(
+        "--with-window",
+        action="store_true",
+        default=None,
+        help="train a third side: a sliding window of the same density",
+    )
+    train.add_argument("--resume", metavar="DIR", help="continue the run in this folder exactly where it stopped")
+    train.add_argument("--overwrite", action="store_true", default=None, help="replace an unfinished run in --out")
+    changes = train.add_argument_group("changes to the preset")
+    for option, kind, text in _OVERRIDES:
+        changes.add_argument(option, type=kind, metavar="N" if kind is int else "X", help=text)
+    train.set_defaults(run=_train)
+
+
+def _train(options: argparse.Namespace) -> int:
+    try:
+        from rich.console import Console
+
+        from torch_sluice.train.errors import TrainError
+        from torch_sluice.train.main import Interrupted, execute_run, resume_run, start_run, write_report
+        from torch_sluice.train.settings import PRESETS
+    except ModuleNotFoundError as error:
+        return _fail(f"'train' needs the package {error.name}: pip install 'torch-sluice[train]'")
+    console = Console()
+    run = None
+    try:
+        if options.resume is not None:
+            _refuse_with_resume(options)
+            run = resume_run(Path(options.resume), options.threads)
+        else:
+            names = [option.removeprefix("--").replace("-", "_") for option, *_ in _OVERRIDES]
+            changes = {name: getattr(options, name) for name in (*names, "with_window")}
+            settings = PRESETS[options.preset or "demo"].override(**changes)
+            run = start_run(settings, options.data, Path(options.out or "sluice-run"), bool(options.overwrite))
+        result = execute_run(run, console, Path(options.json) if options.json else None)
+        from torch_sluice.report import print_comparison
+
+        print_comparison(result, console)
+        print(f"Report: {write_report(result, run.folder)}")
+    except Interrupted:
+        print(f"Stopped after step {run.step} of {run.settings.steps}, and saved.")
+        return _say_how_to_resume(run)
+    except KeyboardInterrupt:
+        print("Stopped.")
+        return _say_how_to_resume(run)
+    except TrainError as error:
+        return _fail(error)
+    return 0
+
+
+def _say_how_to_resume(run) -> int:
+    if run is not None and run.saved:
+        print(f"To continue: torch-sluice train --resume {shlex.quote(str(run.folder))}")
+    return 130
+
+
+def _refuse_with_resume(options: argparse.Namespace) -> None:
+    """A resumed run keeps its settings: naming others is a mistake to point out, not to pass over."""
+    from torch_sluice.train.errors import TrainError
+
+    given = [name for name, value in vars(options).items() if value is not None and name not in (*_WITH_RESUME, "run")]
+    if given:
+        names = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise TrainError(
+            f"--resume continues a run with its own settings: leave out {names} (only --json and --threads go with it)"
+        )
+
+
+def _add_info(commands) -> None:
+    text = "show what the plugin sees: torch, ABI, processor, kernels, and what is missing and how to get it"
+    info = commands.add_parser("info", help=text, description=text[0].upper() + text[1:] + ".")
+    info.add_argument("--json", action="store_true", help="print it as JSON")
+    info.set_defaults(run=_info)
+
+
+def _info(options: argparse.Namespace) -> int:
+    from torch_sluice.info import describe_plugin, fact_lines
+
+    facts = describe_plugin()
+    print(json.dumps(facts, indent=1) if options.json else "\n".join(fact_lines(facts)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

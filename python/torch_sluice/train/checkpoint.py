@@ -1,0 +1,67 @@
+"""Checkpoints: written whole or not at all, and checked when read."""
+
+import contextlib
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+
+from torch_sluice.train.errors import TrainError
+
+NAME = "checkpoint.pt"
+_FORMAT = "torch-sluice train, version 1"
+
+# What torch.load raises for files that are cut short, overwritten, or no archive of tensors.
+_DAMAGED = (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
+
+
+def save_checkpoint(folder: Path, state: dict) -> Path:
+    """Replaces the folder's checkpoint in one step: a crash leaves the old one or the new one."""
+    path = folder / NAME
+    unfinished = folder / (NAME + ".unfinished")
+    try:
+        with open(unfinished, "wb") as file:
+            torch.save({"format": _FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise TrainError(f"cannot write the checkpoint {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            unfinished.unlink()
+    return path
+
+
+def load_checkpoint(folder: Path) -> dict:
+    """The state of ``save_checkpoint``. Loads tensors and plain values only, never code.
+
+    Raises:
+        TrainError: there is none, it is cut short or damaged, or it was written by something else.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        raise TrainError(f"--resume is '{folder}', which holds no {NAME}; give the --out folder of an earlier run")
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise TrainError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
+        with file:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except _DAMAGED as error:
+        raise TrainError(f"{path} is damaged or is not a checkpoint; train anew with another --out") from error
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        raise TrainError(f"{path} is not a checkpoint of 'torch-sluice train' (this version writes '{_FORMAT}')")
+    return state
+
+
+def peek_steps(folder: Path) -> tuple[int, int] | None:
+    """(steps done, steps wanted) of the folder's checkpoint, None where there is none that can be read."""
+    try:
+        state = load_checkpoint(folder)
+        return int(state["step"]), int(state["settings"]["steps"])
+    except (TrainError, KeyError, TypeError, ValueError):
+        return None

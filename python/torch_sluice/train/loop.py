@@ -1,0 +1,140 @@
+"""Trains all sides in lockstep: every step, each side takes the same batches, one side after the other.
+
+Lockstep makes the comparison fair on a machine that is not quiet (whatever slows a stretch of the run slows all sides)
+and keeps one position for a checkpoint: the step.
+"""
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from torch_sluice.train.checkpoint import save_checkpoint
+from torch_sluice.train.data import Corpus
+from torch_sluice.train.errors import TrainError
+from torch_sluice.train.evaluate import evaluate
+from torch_sluice.train.settings import Settings
+from torch_sluice.train.side import Side
+from torch_sluice.train.sluice import SluiceSide, WindowSide
+
+SAVE_EVERY_SECONDS = 60.0
+
+
+class Interrupted(Exception):
+    """Training was asked to stop and has saved its state."""
+
+
+SIDES: dict[str, type[Side]] = {"dense": Side, "sluice": SluiceSide, "window": WindowSide}
+
+
+def make_sides(settings: Settings) -> dict[str, Side]:
+    names = [name for name in SIDES if name != "window" or settings.with_window]
+    return {name: SIDES[name](settings) for name in names}
+
+
+class Run:
+    """A comparison in progress: its settings, its text, its sides and the number of steps done."""
+
+    def __init__(self, settings: Settings, corpus: Corpus, folder: Path, data: str | None):
+        self.settings, self.corpus, self.folder, self.data = settings, corpus, folder, data
+        self.step = 0
+        self.saved = False  # whether the folder holds a checkpoint of this run
+        self.sides = make_sides(settings)
+        self.quick_windows = corpus.heldout_windows(settings.quick_windows, settings.context)
+
+    def state_dict(self) -> dict:
+        return {
+            "settings": self.settings.to_dict(),
+            "data": self.data,
+            "fingerprint": self.corpus.fingerprint,
+            "step": self.step,
+            "sides": {name: side.state_dict() for name, side in self.sides.items()},
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        if state["fingerprint"] != self.corpus.fingerprint:
+            raise TrainError(
+                f"the text in {self.corpus.name} is not what this run was trained on; restore it, or train anew"
+            )
+        try:
+            for name, side in self.sides.items():
+                side.load_state_dict(state["sides"][name])
+            self.step = int(state["step"])
+            self.saved = True
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise TrainError(f"the checkpoint in '{self.folder}' does not fit its own settings; train anew") from error
+
+    def save(self) -> None:
+        save_checkpoint(self.folder, self.state_dict())
+        self.saved = True
+
+    def train(self, report: Callable[["Run"], None]) -> None:
+        """Trains up to the last step; ``report`` is called after every step.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM came; the step was finished and the state saved. A second signal ends the
+                process at once, in the usual way.
+        """
+        settings = self.settings
+        saved = time.monotonic()
+        with StopRequest() as stop:
+            while self.step < settings.steps:
+                batches = [
+                    self.corpus.batch(settings.seed, self.step, micro, settings.micro_size, settings.context)
+                    for micro in range(settings.micro_batches)
+                ]
+                for name, side in self.sides.items():
+                    side.train_step(batches, self.step)
+                    if side.history.loss[-1] != side.history.loss[-1]:
+                        raise TrainError(
+                            f"the loss of {name} became NaN at step {self.step}; try a smaller --learning-rate"
+                        )
+                self.step += 1
+                if self.step % settings.evaluate_every == 0 or self.step == settings.steps:
+                    self._evaluate()
+                report(self)
+                if stop.requested:
+                    self.save()
+                    raise Interrupted
+                if time.monotonic() - saved > SAVE_EVERY_SECONDS or self.step == settings.steps:
+                    self.save()
+                    saved = time.monotonic()
+
+    def _evaluate(self) -> None:
+        for side in self.sides.values():
+            figures = evaluate(side.model, self.quick_windows)
+            side.history.evaluated_steps.append(self.step)
+            side.history.heldout_loss.append(figures["loss"])
+            side.history.heldout_accuracy.append(figures["accuracy"])
+
+    def close(self) -> None:
+        for side in self.sides.values():
+            side.close()
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a flag; a second one does what it always did."""
+
+    def __enter__(self) -> "StopRequest":
+        self.requested = False
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, number, frame) -> None:
+        self.requested = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *exception) -> None:
+        self._restore()
+
+
+def set_threads(settings: Settings) -> int:
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    return torch.get_num_threads()

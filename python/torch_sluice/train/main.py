@@ -1,0 +1,128 @@
+"""The main job from end to end: text, training, comparison, report."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from torch_sluice.train.checkpoint import load_checkpoint, peek_steps
+from torch_sluice.train.compare import compare
+from torch_sluice.train.data import load_corpus
+from torch_sluice.train.errors import TrainError
+from torch_sluice.train.loop import Interrupted, Run, set_threads
+from torch_sluice.train.progress import TrainProgress
+from torch_sluice.train.settings import Settings
+
+
+def start_run(settings: Settings, data: str | None, folder: Path, overwrite: bool) -> Run:
+    """A new run whose files go to ``folder``, which is made if need be."""
+    corpus = load_corpus(data, settings.context)
+    _make_folder(folder)
+    done = peek_steps(folder)
+    if done is not None and done[0] < done[1] and not overwrite:
+        raise TrainError(
+            f"--out is '{folder}', which holds an unfinished run (step {done[0]} of {done[1]}): continue it with "
+            f"'torch-sluice train --resume {folder}', or add --overwrite, or choose another --out"
+        )
+    data = None if data is None else str(Path(data).resolve())
+    return Run(settings, corpus, folder, data)
+
+
+def resume_run(folder: Path, threads: int | None) -> Run:
+    """The run that was saved in ``folder``, exactly where it stopped."""
+    state = load_checkpoint(folder)
+    try:
+        settings = Settings.from_dict(state["settings"]).override(threads=threads)
+        corpus = load_corpus(state["data"], settings.context)
+    except (KeyError, TypeError) as error:
+        raise TrainError(f"the checkpoint in '{folder}' lacks {error}; train anew") from error
+    _make_folder(folder)
+    run = Run(settings, corpus, folder, state["data"])
+    run.load_state_dict(state)
+    return run
+
+
+def execute_run(run: Run, console: Console, json_path: Path | None) -> dict:
+    """Trains what is left, compares, writes results.json and report.html into the run's folder and ``json_path``.
+
+    Raises:
+        Interrupted: the user asked to stop; everything needed to resume has been saved.
+    """
+    if json_path is not None:
+        _check_writable(json_path)
+    threads = set_threads(run.settings)
+    settings, corpus = run.settings, run.corpus
+    passed_over = f", {corpus.skipped_files} files passed over (empty or not UTF-8)" if corpus.skipped_files else ""
+    console.print(
+        f"Text: {corpus.name}: {len(corpus.train) / 1e6:.1f} MB to train on, {len(corpus.heldout) / 1e6:.1f} MB held "
+        f"out{passed_over}\n"
+        f"Model: {settings.layers} layers, width {settings.width}, {settings.heads} heads, context {settings.context}; "
+        f"{settings.steps} steps of {settings.tokens_per_step} bytes; {threads} threads\n"
+        f"Sides: {', '.join(side.title for side in run.sides.values())}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    if run.step:
+        console.print(f"Continuing after step {run.step}", highlight=False)
+    with TrainProgress(run, console) as progress:
+        run.train(progress.update)
+    with console.status("comparing") as status:
+        result = compare(run, lambda text: status.update(text))
+    run.close()
+    write_json(run.folder / "results.json", result)
+    if json_path is not None:
+        write_json(json_path, result)
+    return result
+
+
+def write_report(result: dict, folder: Path) -> Path:
+    from torch_sluice.report import render_html
+
+    path = folder / "report.html"
+    try:
+        page = render_html(result)
+    except ImportError as error:
+        raise TrainError(f"no HTML report: {error}; pip install 'torch-sluice[train]'") from error
+    _write_whole(path, page)
+    return path
+
+
+def write_json(path: Path, result: dict) -> None:
+    _write_whole(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Through a file beside it, so that a crash never leaves half of it."""
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise TrainError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise TrainError(f"--out is '{folder}', where nothing can be written: {error.strerror or error}") from error
+
+
+def _check_writable(path: Path) -> None:
+    """Before an hour of training, not after it."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(21, "it is a folder")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise TrainError(f"--json is '{path}', which cannot be written: {error.strerror or error}") from error
+
+
+__all__ = ["Interrupted", "execute_run", "resume_run", "start_run", "write_report"]

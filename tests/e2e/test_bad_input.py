@@ -1,0 +1,163 @@
+"""Mistakes of the user: one line that names the argument, its value and what to do, and exit code 2."""
+
+import json
+import os
+
+import pytest
+import torch
+from support.training import TINY
+
+from torch_sluice.cli import main
+from torch_sluice.train.checkpoint import save_checkpoint
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs the command in this process and returns the one line that it refused with."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == 2
+        captured = capsys.readouterr()
+        lines = captured.err.splitlines()
+        assert len(lines) == 1, captured.err
+        assert lines[0].startswith("torch-sluice: error: ")
+        return lines[0]
+
+    return run
+
+
+def test_missing_data(refused, tmp_path):
+    message = refused("train", "--data", tmp_path / "nowhere", "--out", tmp_path / "out")
+    assert f"--data is '{tmp_path / 'nowhere'}', and there is no such file or folder" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b" \n\n"])
+def test_empty_data(refused, tmp_path, content):
+    (tmp_path / "text").write_bytes(content)
+    assert "is empty" in refused("train", "--data", tmp_path / "text", "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("content", "position"), [(b"good text \xff and more", 10), (b"zero\0byte", 4)])
+def test_data_that_is_not_text(refused, tmp_path, content, position):
+    (tmp_path / "text").write_bytes(content)
+    message = refused("train", "--data", tmp_path / "text", "--out", tmp_path / "out")
+    assert f"not UTF-8 text (byte {position} " in message
+
+
+def test_folder_without_text(refused, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "picture").write_bytes(b"\x89PNG\xff\0")
+    message = refused("train", "--data", tmp_path / "data", "--out", tmp_path / "out")
+    assert "no UTF-8 text file in it (1 files passed over)" in message
+
+
+def test_too_little_text_for_the_context(refused, tmp_path):
+    (tmp_path / "text").write_text("short text " * 20)
+    message = refused("train", "--data", tmp_path / "text", "--out", tmp_path / "out", *TINY)
+    assert "a context of 48 needs at least 50 of each" in message
+
+
+def test_out_is_a_file(refused, tmp_path, text_folder):
+    (tmp_path / "out").write_text("in the way")
+    message = refused("train", "--data", text_folder, "--out", tmp_path / "out", *TINY)
+    assert f"--out is '{tmp_path / 'out'}', where nothing can be written" in message
+    assert (tmp_path / "out").read_text() == "in the way"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_out_is_read_only(refused, tmp_path, text_folder):
+    (tmp_path / "out").mkdir(mode=0o500)
+    message = refused("train", "--data", text_folder, "--out", tmp_path / "out", *TINY)
+    assert "where nothing can be written: Permission denied" in message
+
+
+def test_json_cannot_be_written(refused, tmp_path, text_folder):
+    target = tmp_path / "missing" / "figures.json"
+    message = refused("train", "--data", text_folder, "--out", tmp_path / "out", "--json", target, *TINY)
+    assert f"--json is '{target}', which cannot be written" in message
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ("--steps=0", "--steps is 0, expected at least 1"),
+        ("--context=8", "--context is 8, expected at least 32 bytes"),
+        ("--width=15", "--width is 15, expected an even multiple of --heads = 2"),
+        ("--target-density=0", "--target-density is 0.0, expected a number in (0, 1]"),
+        ("--threads=-1", "--threads is -1, expected at least 1"),
+        ("--learning-rate=nan", "--learning-rate is nan, expected a positive number"),
+        ("--local-window=-1", "--local-window is -1, expected at least 0"),
+        ("--seed=-1", "--seed is -1, expected at least 0"),
+    ],
+)
+def test_bad_settings(refused, tmp_path, text_folder, option, text):
+    assert text in refused("train", "--data", text_folder, "--out", tmp_path / "out", *TINY, option)
+
+
+def test_option_that_is_no_number(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_of:
+        main(["train", "--steps", "many"])
+    assert exit_of.value.code == 2
+    assert "argument --steps: invalid int value: 'many'" in capsys.readouterr().err
+
+
+def test_resume_without_checkpoint(refused, tmp_path):
+    message = refused("train", "--resume", tmp_path)
+    assert "holds no checkpoint.pt; give the --out folder of an earlier run" in message
+
+
+def _damaged_checkpoints():
+    whole = json.dumps({"not": "a checkpoint"}).encode()
+    return {"empty": b"", "text": whole, "zeros": bytes(4096)}
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "zeros", "cut short"])
+def test_resume_from_a_damaged_checkpoint(refused, tmp_path, kind):
+    path = tmp_path / "checkpoint.pt"
+    if kind == "cut short":
+        save_checkpoint(tmp_path, {"step": 1, "weights": torch.zeros(10000)})
+        path.write_bytes(path.read_bytes()[:20000])
+    else:
+        path.write_bytes(_damaged_checkpoints()[kind])
+    assert f"{path} is damaged or is not a checkpoint" in refused("train", "--resume", tmp_path)
+
+
+def test_resume_from_somebody_elses_checkpoint(refused, tmp_path):
+    torch.save({"model": {"weight": torch.zeros(2)}}, tmp_path / "checkpoint.pt")
+    assert "is not a checkpoint of 'torch-sluice train'" in refused("train", "--resume", tmp_path)
+
+
+def test_resume_from_a_checkpoint_that_would_run_code(refused, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    torch.save(Payload(), tmp_path / "checkpoint.pt")
+    assert "damaged or is not a checkpoint" in refused("train", "--resume", tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_resume_from_a_checkpoint_with_parts_missing(refused, tmp_path):
+    save_checkpoint(tmp_path, {"step": 3})
+    assert "lacks 'settings'" in refused("train", "--resume", tmp_path)
+
+
+def test_resume_refuses_other_settings(refused, tmp_path):
+    message = refused("train", "--resume", tmp_path, "--steps=5", "--preset=long")
+    assert "leave out --preset, --steps" in message
+
+
+def test_resume_refuses_changed_text(refused, tmp_path):
+    data = tmp_path / "text.txt"
+    data.write_text("some text to learn " * 200)
+    from torch_sluice.train.main import start_run
+    from torch_sluice.train.settings import PRESETS
+
+    settings = PRESETS["demo"].override(steps=2, context=48, width=16, heads=2, layers=1)
+    run = start_run(settings, str(data), tmp_path / "out", overwrite=False)
+    run.save()
+    run.close()
+    data.write_text("other text to learn " * 200)
+    assert "is not what this run was trained on" in refused("train", "--resume", tmp_path / "out")
