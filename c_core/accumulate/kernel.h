@@ -33,12 +33,12 @@ enum { SL_ACCUMULATE_LANES = 16 };
 void sl_measure_values(sl_dtype dtype, const void *values, int64_t count, double *sumsq, double *amax,
                        double *nonfinite);
 
-static inline int64_t sl_count_blocks(int64_t count) {
+SL_SHARED_INLINE int64_t sl_count_blocks(int64_t count) {
   return count / SL_ACCUMULATE_BLOCK + (count % SL_ACCUMULATE_BLOCK != 0);
 }
 
 /* Elements of this block. */
-static inline int64_t sl_block_count(const sl_accumulate_args *args, int64_t block) {
+SL_SHARED_INLINE int64_t sl_block_count(const sl_accumulate_args *args, int64_t block) {
   int64_t left = args->count - block * SL_ACCUMULATE_BLOCK;
   return left < SL_ACCUMULATE_BLOCK ? left : SL_ACCUMULATE_BLOCK;
 }
@@ -49,16 +49,16 @@ static inline void *sl_offset(const void *data, int64_t index, sl_dtype dtype) {
 }
 
 /* 2^exponent for -126 <= exponent <= 127. */
-static inline float sl_power_of_two(int exponent) { return sl_float_from_bits((uint32_t)(127 + exponent) << 23); }
+SL_SHARED_INLINE float sl_power_of_two(int exponent) { return sl_float_from_bits((uint32_t)(127 + exponent) << 23); }
 
 /* The e of the contract, from the bits of amax. */
-static inline int sl_choose_exponent(uint32_t amax_bits) {
+SL_SHARED_INLINE int sl_choose_exponent(uint32_t amax_bits) {
   int exponent = (int)(amax_bits >> 23) - 127 - 14;
   return exponent < -126 ? -126 : exponent; /* at most 254 - 127 - 14 = 113 */
 }
 
 /* The key of a block's random numbers: low and high half of splitmix64's output. */
-static inline uint64_t sl_block_key(uint64_t seed, int64_t block) {
+SL_SHARED_INLINE uint64_t sl_block_key(uint64_t seed, int64_t block) {
   uint64_t z = seed + ((uint64_t)block + 1) * UINT64_C(0x9E3779B97F4A7C15);
   z = (z ^ (z >> 30)) * UINT64_C(0xBF58476D1CE4E5B9);
   z = (z ^ (z >> 27)) * UINT64_C(0x94D049BB133111EB);

@@ -23,3 +23,23 @@ sl_status sl_gated_attention_backward_cuda(const sl_gated_attention_args *args, 
   (void)args, (void)stream;
   return fail_without_cuda();
 }
+
+sl_status sl_accumulate_cuda_workspace_size(int64_t count, size_t *bytes) {
+  (void)count, (void)bytes;
+  return fail_without_cuda();
+}
+
+sl_status sl_accumulate_cuda(const sl_accumulate_args *args, void *stream) {
+  (void)args, (void)stream;
+  return fail_without_cuda();
+}
+
+sl_status sl_measure_gradient_cuda(const sl_accumulate_args *args, void *stream) {
+  (void)args, (void)stream;
+  return fail_without_cuda();
+}
+
+sl_status sl_read_accumulator_cuda(const sl_accumulate_args *args, void *stream) {
+  (void)args, (void)stream;
+  return fail_without_cuda();
+}

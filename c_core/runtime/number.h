@@ -5,13 +5,20 @@
 #include <stdint.h>
 #include <string.h>
 
-static inline uint32_t sl_float_bits(float value) {
+/* What CUDA kernels call as well. */
+#if defined(__CUDACC__)
+#define SL_SHARED_INLINE static inline __host__ __device__
+#else
+#define SL_SHARED_INLINE static inline
+#endif
+
+SL_SHARED_INLINE uint32_t sl_float_bits(float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-static inline float sl_float_from_bits(uint32_t bits) {
+SL_SHARED_INLINE float sl_float_from_bits(uint32_t bits) {
   float value;
   memcpy(&value, &bits, sizeof value);
   return value;

@@ -14,6 +14,7 @@
 
 #include <stdbool.h>
 
+#include <sluice/accumulate.h>
 #include <sluice/gated_attention.h>
 
 #ifdef __cplusplus
@@ -29,6 +30,13 @@ SL_API bool sl_cuda_built(void);
 SL_API sl_status sl_gated_attention_cuda(const sl_gated_attention_args *args, void *stream);
 SL_API sl_status sl_gated_attention_backward_cuda_workspace_size(const sl_gated_attention_args *args, size_t *bytes);
 SL_API sl_status sl_gated_attention_backward_cuda(const sl_gated_attention_args *args, void *stream);
+
+/* accumulate.h on a CUDA device. The accumulator and what is read from it have the bits that the CPU gives, but for
+ * those of a NaN; statistics may differ in their last bits. stats is device memory too. */
+SL_API sl_status sl_accumulate_cuda_workspace_size(int64_t count, size_t *bytes);
+SL_API sl_status sl_accumulate_cuda(const sl_accumulate_args *args, void *stream);
+SL_API sl_status sl_measure_gradient_cuda(const sl_accumulate_args *args, void *stream);
+SL_API sl_status sl_read_accumulator_cuda(const sl_accumulate_args *args, void *stream);
 
 #ifdef __cplusplus
 }

@@ -196,6 +196,9 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
   return votes;
 }
 
+inline bool __all_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) == 0xffffffffu; }
+inline float __fmul_rn(float left, float right) { return left * right; }
+inline float __fadd_rn(float left, float right) { return left + right; }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 template <typename... Parameters, typename... Arguments>
