@@ -7,11 +7,13 @@ _library.load()
 
 from torch_sluice.functional import gated_attention  # noqa: E402
 from torch_sluice.modules import GatedAttention  # noqa: E402
+from torch_sluice.monitor import Monitor  # noqa: E402
 from torch_sluice.swap import gate_parameters, restore, swap_attention  # noqa: E402
 
 __version__ = _library.version()
 __all__ = [
     "GatedAttention",
+    "Monitor",
     "gate_parameters",
     "gated_attention",
     "library_path",
