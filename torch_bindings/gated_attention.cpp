@@ -32,9 +32,9 @@ void check_tensor(const char* name, const Tensor& tensor, const std::vector<int6
   }
 }
 
-// The kernels read rows of channels: only the last stride must be 1.
+// The kernels read rows of channels: only the last stride must be 1. (A clone would keep the strides.)
 Tensor with_dense_rows(const Tensor& tensor) {
-  return tensor.size(3) <= 1 || tensor.stride(3) == 1 ? tensor : torch::stable::clone(tensor);
+  return tensor.size(3) <= 1 || tensor.stride(3) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
 sl_tensor4 view4(const Tensor& tensor) {
@@ -72,19 +72,24 @@ Inputs check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   if (logit_tau) check_tensor("logit_tau", *logit_tau, {B, Hq}, gate_dtype, "[batch, heads_q]", q);
   if (key_range) check_tensor("key_range", *key_range, {B, 2}, ScalarType::Long, "[batch, 2]", q);
 
+  sl_gated_attention_args sizes{};
+  sizes.dtype = c_dtype;
+  sizes.batch = B, sizes.heads_q = Hq, sizes.heads_kv = Hkv, sizes.n_q = Nq, sizes.n_k = Nk;
+  sizes.head_dim = D, sizes.head_dim_v = Dv;
+  sizes.causal = causal, sizes.window = window, sizes.sinks = sinks, sizes.scale = scale;
+  // Checks the numbers before anything is copied: an expanded tensor can be larger than memory.
+  size_t workspace_bytes = 0;
+  check_status(sl_gated_attention_workspace_size(&sizes, &workspace_bytes));
+
   Inputs in{with_dense_rows(q), with_dense_rows(k), with_dense_rows(v), a, b, logit_tau, key_range,
-            torch_executor(),   {},                 dtype,              gate_dtype};
-  if (in.logit_tau && !in.logit_tau->is_contiguous()) in.logit_tau = torch::stable::clone(*in.logit_tau);
-  if (in.key_range && !in.key_range->is_contiguous()) in.key_range = torch::stable::clone(*in.key_range);
+            torch_executor(),   sizes,              dtype,              gate_dtype};
+  if (in.logit_tau) in.logit_tau = torch::stable::contiguous(*in.logit_tau);
+  if (in.key_range) in.key_range = torch::stable::contiguous(*in.key_range);
   sl_gated_attention_args& args = in.args;
-  args.dtype = c_dtype;
-  args.batch = B, args.heads_q = Hq, args.heads_kv = Hkv, args.n_q = Nq, args.n_k = Nk;
-  args.head_dim = D, args.head_dim_v = Dv;
   args.q = view4(in.q), args.k = view4(in.k), args.v = view4(in.v);
   args.a = view3(in.a), args.b = view3(in.b);
   args.logit_tau = in.logit_tau ? in.logit_tau->const_data_ptr() : nullptr;
   args.key_range = in.key_range ? static_cast<const int64_t*>(in.key_range->const_data_ptr()) : nullptr;
-  args.causal = causal, args.window = window, args.sinks = sinks, args.scale = scale;
   return in;
 }
 

@@ -47,6 +47,9 @@ def _check_inputs(q, k, v, a, b, logit_tau, key_range):
         _check_shape("logit_tau", logit_tau, (batch, heads_q), "[batch, heads_q]")
     if key_range is not None:
         _check_shape("key_range", key_range, (batch, 2), "[batch, 2]")
+    for name, tensor in (("k", k), ("v", v), ("a", a), ("b", b), ("logit_tau", logit_tau), ("key_range", key_range)):
+        if tensor is not None and tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device}, expected the device of q, which is {q.device}")
 
 
 @torch.library.register_fake("sluice::gated_attention")

@@ -35,14 +35,15 @@ def formula(
         kept = kept & (j >= begin) & (j < end)
     kept = kept.expand(z.shape)
     scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(head_dim) if scale is None else scale)
-    empty = ~kept.any(-1, keepdim=True)
-    p = scores.masked_fill(~kept & ~empty, -math.inf).softmax(-1).masked_fill(~kept, 0)
+    # A row without weight (it keeps nothing, or only scores of -inf) gives 0.
+    empty = (scores.masked_fill(~kept, -math.inf) == -math.inf).all(-1, keepdim=True)
+    p = scores.masked_fill(~kept & ~empty, -math.inf).softmax(-1)
     gate = torch.where(near, 1.0, z.sigmoid()).to(dtype)
+    weights = torch.where(kept & ~empty, p * gate, 0)
     if torch.isfinite(v).all():
-        out = (p * gate) @ v
+        out = weights @ v
     else:  # a dropped pair must not bring in its NaN as 0 * NaN
-        terms = (p * gate)[..., None] * v[:, :, None]
-        out = terms.masked_fill(~kept[..., None], 0).sum(-2)
+        out = (weights[..., None] * v[:, :, None]).masked_fill(~kept[..., None], 0).sum(-2)
     lse = scores.to(gate_dtype).masked_fill(~kept, -math.inf).logsumexp(-1)
     return out, lse
 

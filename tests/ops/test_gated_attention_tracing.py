@@ -1,0 +1,106 @@
+"""The operator under torch's machinery: opcheck, torch.compile, autocast, checkpointing."""
+
+import pytest
+import torch
+from support.attention import random_inputs
+
+from torch_sluice import gated_attention
+
+FORWARD = torch.ops.sluice.gated_attention.default
+BACKWARD = torch.ops.sluice.gated_attention_backward.default
+
+
+def operator_arguments(dtype, with_optional):
+    inputs = random_inputs(n_q=6, n_k=9, dtype=dtype)
+    logit_tau = torch.full((2, 4), 0.2, dtype=inputs[3].dtype) if with_optional else None
+    key_range = torch.tensor([[0, 9], [2, 7]]) if with_optional else None
+    return *inputs, logit_tau, key_range, True, 2, 1, 0.25
+
+
+@pytest.mark.parametrize("with_optional", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_opcheck_forward(dtype, with_optional):
+    arguments = operator_arguments(dtype, with_optional)
+    torch.library.opcheck(FORWARD, arguments)
+    torch.library.opcheck(FORWARD, [x.requires_grad_() for x in arguments[:5]] + list(arguments[5:]))
+
+
+@pytest.mark.parametrize("with_optional", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_backward(dtype, with_optional):
+    arguments = operator_arguments(dtype, with_optional)
+    out, lse = FORWARD(*arguments)
+    torch.library.opcheck(BACKWARD, (torch.randn_like(out), *arguments[:7], out, lse, *arguments[7:]))
+
+
+def gradients(function, inputs):
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    return out, *torch.autograd.grad(out.float().square().sum(), leaves)
+
+
+@pytest.mark.parametrize("options", [dict(tau=0.4), dict(density=0.3), dict(tau=torch.tensor([0, 0.2, 0.4, 0.6]))], ids=str)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(options, dynamic):
+    torch._dynamo.reset()
+
+    def attention(*inputs):
+        return gated_attention(*inputs, causal=True, window=3, **options)
+
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for n in (20, 31):
+        inputs = random_inputs(n_q=n, n_k=n)
+        for ours, eager in zip(gradients(compiled, inputs), gradients(attention, inputs), strict=True):
+            assert torch.equal(ours, eager)
+
+
+def test_compiled_bad_shape():
+    torch._dynamo.reset()
+    q, k, v, a, b = random_inputs()
+    compiled = torch.compile(gated_attention, backend="aot_eager")
+    with pytest.raises(Exception, match=r"b has shape .*expected .*heads_kv, n_k"):
+        compiled(q, k, v, a, b[..., :5])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype):
+    inputs = random_inputs()
+    rounded = [x.to(dtype) for x in inputs[:3]] + list(inputs[3:])
+    with torch.autocast("cpu", dtype=dtype):
+        out, *ours = gradients(lambda *x: gated_attention(*x, causal=True, tau=0.5), inputs)
+        half_gates = gated_attention(*inputs[:3], inputs[3].to(dtype), inputs[4].to(dtype))
+    assert out.dtype == half_gates.dtype == dtype
+    assert all(x.dtype == torch.float32 for x in ours)
+    expected, *theirs = gradients(lambda *x: gated_attention(*x, causal=True, tau=0.5), rounded)
+    assert torch.equal(out, expected)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine, other.float())
+
+
+def test_autocast_leaves_float64_alone():
+    inputs = random_inputs(dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert gated_attention(*inputs).dtype == torch.float64
+
+
+def test_checkpoint():
+    inputs = random_inputs()
+
+    def attention(*x):
+        return gated_attention(*x, causal=True, tau=0.5)
+
+    def checkpointed(*x):
+        return torch.utils.checkpoint.checkpoint(attention, *x, use_reentrant=False)
+
+    for ours, plain in zip(gradients(checkpointed, inputs), gradients(attention, inputs), strict=True):
+        assert torch.equal(ours, plain)
+
+
+def test_export():
+    class Layer(torch.nn.Module):
+        def forward(self, *x):
+            return gated_attention(*x, causal=True, tau=0.5)
+
+    inputs = random_inputs()
+    program = torch.export.export(Layer(), inputs)
+    assert torch.equal(program.module()(*inputs), Layer()(*inputs))
