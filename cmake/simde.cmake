@@ -13,6 +13,6 @@ if(NOT SLUICE_SIMDE_INCLUDE_DIR)
     "Run 'pip install cmeel-simde==0.8.2' (and pass -DPython3_EXECUTABLE=... of that Python), "
     "or 'apt-get install libsimde-dev', or pass -DSLUICE_SIMDE_INCLUDE_DIR=...")
 endif()
-target_compile_definitions(sluice_options INTERFACE SL_EMULATED=1 SIMDE_ENABLE_NATIVE_ALIASES=1)
+target_compile_definitions(sluice_options INTERFACE SL_EMULATED=1)
 target_include_directories(sluice_options SYSTEM INTERFACE "${SLUICE_SIMDE_INCLUDE_DIR}")
 target_compile_options(sluice_options INTERFACE -Wno-psabi)
