@@ -4,7 +4,7 @@ import warnings
 
 import torch
 
-from torch_sluice.attention.density import kept_pairs, mean_gate
+from torch_sluice.attention.density import sample_gate
 from torch_sluice.attention.gate import Gate
 
 
@@ -41,9 +41,8 @@ class _Controller:
         for gate in self.gates:
             for a, b, tau, *options in gate.record:
                 options = dict(zip(("causal", "window", "sinks", "key_range"), options, strict=True))
-                means.append(mean_gate(a, b, **options))
-                kept, possible = kept_pairs(a.detach(), b.detach(), tau=tau, **options)
-                kept, possible = kept.sum().double(), possible.sum().double() * a.shape[1]
+                mean, kept, possible = sample_gate(a, b, tau=tau, **options)
+                means.append(mean)
                 self._kept = kept if self._kept is None else self._kept + kept
                 self._possible = possible if self._possible is None else self._possible + possible
             gate.record.clear()

@@ -19,37 +19,39 @@ import torch
 from torch_sluice.attention.sampling import sample_rows
 from torch_sluice.selection import GATE_LOGIT_LIMIT
 
+_MAX_EXPONENT = 80.0
 _CHUNK_ELEMENTS = 1 << 20  # of a [batch, heads, rows, keys] temporary
 
 
-def add_counterfactual_gradient(out, q, k, v, a, b, *, tau, rows, causal, window, sinks, scale, key_range=None):
+def add_counterfactual_gradient(out, lse, q, k, v, a, b, *, tau, rows, causal, window, sinks, scale, key_range=None):
     """``out`` unchanged; its backward adds the gradient described above to ``a`` and ``b``.
 
     Args:
-        out: [B, Hq, Nq, Dv], what the operator made of the other arguments, which have its shapes and meaning.
+        out, lse: [B, Hq, Nq, Dv] and [B, Hq, Nq], what the operator made of the other arguments, which have its
+            shapes and meaning.
         tau: threshold on g, a number in [0, 1).
         rows: share of the query rows to look at, in (0, 1].
     """
     chosen = sample_rows(a.shape[-1], rows, a.device)
     options = (tau, causal, window, sinks, scale)
-    return _Counterfactual.apply(out, q.detach(), k.detach(), v.detach(), a, b, key_range, chosen, options)
+    return _Counterfactual.apply(out, lse, q.detach(), k.detach(), v.detach(), a, b, key_range, chosen, options)
 
 
 class _Counterfactual(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, out, q, k, v, a, b, key_range, chosen, options):
-        ctx.save_for_backward(out, q, k, v, a, b, key_range, chosen)
+    def forward(ctx, out, lse, q, k, v, a, b, key_range, chosen, options):
+        ctx.save_for_backward(out, lse, q, k, v, a, b, key_range, chosen)
         ctx.options = options
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx, dout):
         da, db = _gate_gradients(dout, *ctx.saved_tensors, *ctx.options)
-        return dout, None, None, None, da, db, None, None, None
+        return dout, None, None, None, None, da, db, None, None, None
 
 
 @torch.no_grad()
-def _gate_gradients(dout, out, q, k, v, a, b, key_range, chosen, tau, causal, window, sinks, scale):
+def _gate_gradients(dout, out, lse, q, k, v, a, b, key_range, chosen, tau, causal, window, sinks, scale):
     batch, heads, n_q, _ = q.shape
     heads_kv, n_k = k.shape[1:3]
     da, db = torch.zeros_like(a), torch.zeros_like(b)
@@ -60,7 +62,7 @@ def _gate_gradients(dout, out, q, k, v, a, b, key_range, chosen, tau, causal, wi
     chunk = max(1, _CHUNK_ELEMENTS // (batch * heads * n_k))
     for rows in chosen.split(chunk):
         dz = _row_gradients(
-            *(x.index_select(2, rows).to(dtype) for x in (dout, out, q)),
+            *(x.index_select(2, rows).to(dtype) for x in (dout, out, lse, q)),
             k_t, v_t, a.index_select(2, rows), b, key_range, rows + (n_k - n_q), tau, causal, window, sinks, scale,
         )  # fmt: skip
         da.index_add_(2, rows, dz.sum(-1).reshape(batch, heads, -1))
@@ -71,7 +73,7 @@ def _gate_gradients(dout, out, q, k, v, a, b, key_range, chosen, tau, causal, wi
     return da, db
 
 
-def _row_gradients(dout, out, q, k_t, v_t, a, b, key_range, positions, tau, causal, window, sinks, scale):
+def _row_gradients(dout, out, lse, q, k_t, v_t, a, b, key_range, positions, tau, causal, window, sinks, scale):
     """dz of a few rows: [B, Hkv, G * rows, Nk], the G query heads of a key head side by side."""
     batch, heads, count, _ = q.shape
     heads_kv, n_k = b.shape[1:]
@@ -96,11 +98,12 @@ def _row_gradients(dout, out, q, k_t, v_t, a, b, key_range, positions, tau, caus
     threshold = math.log(tau) - math.log1p(-tau) if tau > 0 else -math.inf
     kept = (fixed | ~(logits < threshold)) & valid
 
-    lse = scores.masked_fill(~kept, -math.inf).logsumexp(-1, keepdim=True)
-    scores -= lse  # an empty row has lse = -inf: a pair admitted there takes the whole row, sigmoid(inf) = 1
-    share = torch.where(kept, scores.exp(), scores.sigmoid())
+    # P of a kept pair is exp(s - lse), p of a dropped one exp(s - lse) / (1 + exp(s - lse)). The bound keeps that finite
+    # for a row that kept nothing: lse = -inf, and an admitted pair takes the whole row.
+    share = (scores.sub_(lse.reshape(*grouped, 1))).clamp_(max=_MAX_EXPONENT).exp_()
+    share /= torch.where(kept, 1.0, 1.0 + share)
     gates = logits.sigmoid()
     effect *= gates.clamp(min=tau)
     effect -= (dout * out).sum(-1).reshape(*grouped, 1)
     slope = gates * (1 - gates)
-    return (slope * share * effect).masked_fill_(fixed | ~valid, 0.0)
+    return effect.mul_(slope).mul_(share).masked_fill_(fixed | ~valid, 0.0)

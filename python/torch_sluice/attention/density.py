@@ -7,6 +7,7 @@ import torch
 from torch_sluice.attention.sampling import sample_rows
 from torch_sluice.selection import GATE_LOGIT_LIMIT
 
+_SMALLEST = 4  # log2 of the smallest block of keys that kept_pairs sorts
 _ROW_ELEMENTS = 1 << 18  # of g for the rows of mean_gate, per call: bounds its cost and memory
 
 
@@ -43,38 +44,38 @@ def _far_ranges(n_q, n_k, causal, window, sinks, key_range, device):
     if window == 0:
         return [(begin_far, torch.maximum(begin_far, end))]
     before = torch.minimum(end, positions - (window - 1))
-    after = torch.maximum(begin_far, positions + window)
+    after = torch.maximum(begin_far, (positions + window).clamp(max=n_k))
     return [(begin_far, torch.maximum(begin_far, before)), (after, torch.maximum(after, end))]
 
 
-def _count_below(limits, bounds, values):
-    """For each query, how many of values[:limit] are >= bound.
+def _count_below(limits, bounds, ranks):
+    """For each query, how many of ranks[:limit] are >= bound: int64 [B, H, Nq].
 
-    limits [B or 1, Nq] int64, bounds [B, H, Nq], values [B, H, Nk]; int64 [B, H, Nq]. Values are sorted in chunks of
-    about sqrt(Nk): whole chunks are counted by binary search, the one that the limit cuts by comparing.
+    limits [B or 1, Nq], bounds [B, H, Nq], ranks [B, H, Nk], all int64; ranks and bounds lie in [0, Nk]. Any stretch
+    [0, limit) is a sum of blocks of 2^l keys, one for each bit l of limit. Blocks are sorted level by level and counted
+    by binary search; the last few keys, below 2^_SMALLEST, by comparing.
     """
-    batch, heads, n_k = values.shape
-    size = max(16, math.isqrt(n_k))
-    chunks = -(-n_k // size)
-    # NaN is kept by the operator, so it counts as +inf; what pads the last chunk lies behind every limit.
-    values = torch.nn.functional.pad(torch.nan_to_num(values, nan=math.inf), (0, chunks * size - n_k), value=-math.inf)
-    values = values.view(batch, heads, chunks, size)
-    ordered = values.sort(dim=-1).values
-    targets = bounds.unsqueeze(2).expand(batch, heads, chunks, -1).contiguous()
-    per_chunk = size - torch.searchsorted(ordered, targets)
-    before = torch.nn.functional.pad(per_chunk.cumsum(2), (0, 0, 1, 0))
+    batch, heads, n_k = ranks.shape
     limits = limits.unsqueeze(1).expand(batch, heads, -1)
-    whole = limits // size
-    count = before.gather(2, whole.unsqueeze(2)).squeeze(2)
-    cut = whole.clamp(max=chunks - 1)
-    members = values.gather(2, cut.unsqueeze(-1).expand(*cut.shape, size))
-    inside = torch.arange(size, device=values.device) < (limits - whole * size).unsqueeze(-1)
-    return count + ((members >= bounds.unsqueeze(-1)) & inside).sum(-1)
+    padded = 1 << max(_SMALLEST, n_k.bit_length())
+    ranks = torch.nn.functional.pad(ranks, (0, padded - n_k))
+    first = limits >> _SMALLEST << _SMALLEST
+    last_keys = first.unsqueeze(-1) + torch.arange(1 << _SMALLEST, device=ranks.device)
+    members = ranks.unsqueeze(2).expand(*limits.shape, padded).gather(3, last_keys.clamp(max=padded - 1))
+    count = ((members >= bounds.unsqueeze(-1)) & (last_keys < limits.unsqueeze(-1))).sum(-1)
+    for level in range(_SMALLEST, n_k.bit_length()):
+        blocks = ranks.unflatten(-1, (-1, 1 << level)).sort(dim=-1).values
+        # Numbered by block first, all sorted blocks together are one sorted list, and one search serves every query.
+        offset = torch.arange(blocks.shape[2], device=ranks.device).unsqueeze(-1) * (n_k + 1)
+        block = (limits >> level) - 1
+        at = torch.searchsorted((blocks + offset).flatten(2), block.clamp(min=0) * (n_k + 1) + bounds)
+        count += torch.where((limits >> level) % 2 == 1, ((block + 1) << level) - at, 0)
+    return count
 
 
 @torch.no_grad()
 def kept_pairs(a, b, *, tau=0.5, causal=False, window=0, sinks=0, key_range=None):
-    """Counts, exactly, the pairs that ``gated_attention`` keeps, in O(n^1.5 log n) time and O(n^1.5) memory.
+    """Counts, exactly, the pairs that ``gated_attention`` keeps, in O(n log^2 n) time and O(n) memory.
 
     Args:
         a: [B, Hq, Nq] gate logits of the queries.
@@ -94,33 +95,58 @@ def kept_pairs(a, b, *, tau=0.5, causal=False, window=0, sinks=0, key_range=None
     if not (batch and n_q and n_k):
         return kept, possible
     b = _clamp(b).repeat_interleave(heads // b.shape[1], 1)
-    # The operator tests a + b < logit tau in float32; b < logit tau - a can differ from it in the last bit.
+    # NaN is kept by the operator. It tests a + b < logit tau in float32; b < logit tau - a may differ in the last bit.
+    ordered, order = torch.nan_to_num(b, nan=math.inf).sort(dim=-1)
+    ranks = torch.empty_like(order).scatter_(-1, order, torch.arange(n_k, device=b.device).expand_as(order))
     bounds = torch.nan_to_num(_logit(tau) - _clamp(a), nan=-math.inf, neginf=-math.inf)
-    for first, last in _far_ranges(n_q, n_k, causal, window, sinks, key_range, a.device):
-        far_kept = _count_below(last, bounds, b) - _count_below(first, bounds, b)
+    bounds = torch.searchsorted(ordered, bounds.contiguous())
+    keys = torch.arange(n_k, device=b.device)
+    decided = (keys >= sinks).view(1, 1, n_k)
+    if key_range is not None:
+        decided = decided & (keys >= key_range[:, :1]).unsqueeze(1)
+    ranks = torch.where(decided, ranks, -1)  # below every bound
+    for number, (first, last) in enumerate(_far_ranges(n_q, n_k, causal, window, sinks, key_range, a.device)):
+        far_kept = _count_below(last, bounds, ranks)
+        if number:  # the first range begins at the first key that the gate decides on
+            far_kept = far_kept - _count_below(first, bounds, ranks)
         kept -= ((last - first).unsqueeze(1) - far_kept).sum(-1)
     return kept, possible
 
 
-def mean_gate(a, b, *, causal=False, window=0, sinks=0, key_range=None):
-    """Mean of g_ij = sigmoid(a_i + b_j) over the far pairs, differentiable in a and b; 0 where there are none.
+def sample_gate(a, b, *, tau=0.5, causal=False, window=0, sinks=0, key_range=None):
+    """Mean gate and number of kept pairs, from a sample of the query rows.
 
-    Exact while B * Hq * Nq * Nk is at most 2^18; beyond, over a stratified random sample of query rows of about that
-    many pairs, each row weighted by its number of far pairs.
+    Exact while B * Hq * Nq * Nk is at most 2^19; beyond, over a stratified random sample of query rows that has about
+    that many pairs, each row weighted by its number of far pairs.
+
+    Args: as in ``kept_pairs``.
+
+    Returns:
+        (mean, kept, possible), scalars in the dtype of a: the mean of g_ij = sigmoid(a_i + b_j) over the far pairs of
+        all heads, differentiable in a and b, 0 where there are none; the estimated number of kept pairs; and the exact
+        number of pairs that the causal mask and the key range allow, both over all heads.
     """
     batch, heads, n_q = a.shape
     heads_kv, n_k = b.shape[1:]
     if not (batch and n_q and n_k):
-        return a.sum() * 0.0
-    share = max(1, _ROW_ELEMENTS // (batch * heads * n_k)) / n_q
-    rows = sample_rows(n_q, min(1.0, share), a.device)
+        return a.sum() + b.sum(), a.new_zeros(()), a.new_zeros(())
+    rows = sample_rows(n_q, min(1.0, max(1, _ROW_ELEMENTS // (batch * heads * n_k)) / n_q), a.device)
     keys = torch.arange(n_k, device=a.device)
     far = torch.zeros(1, len(rows), n_k, dtype=torch.bool, device=a.device)
+    far_total = 0
     for first, last in _far_ranges(n_q, n_k, causal, window, sinks, key_range, a.device):
         far = far | ((keys >= first[:, rows].unsqueeze(-1)) & (keys < last[:, rows].unsqueeze(-1)))
-    group = heads // heads_kv
-    a = _clamp(a.index_select(2, rows)).reshape(batch, heads_kv, group, -1, 1)
-    g = torch.sigmoid(a + _clamp(b).reshape(batch, heads_kv, 1, 1, n_k))
-    far = far.to(g.dtype).reshape(far.shape[0], 1, 1, *far.shape[1:])
-    count = far.expand(batch, *far.shape[1:]).sum() * heads
-    return (g * far).sum() / count.clamp(min=1)
+        far_total = far_total + (last - first).expand(batch, -1).sum() * heads
+    begin, end = _valid_range(n_q, n_k, causal, key_range, a.device)
+    possible = (end - begin).expand(batch, -1).sum() * heads
+
+    z = _clamp(a.index_select(2, rows)).reshape(batch, heads_kv, heads // heads_kv, -1, 1) + _clamp(b).reshape(
+        batch, heads_kv, 1, 1, n_k
+    )
+    weight = far.to(z.dtype).reshape(far.shape[0], 1, 1, *far.shape[1:])
+    count = (weight.sum() * (batch // weight.shape[0]) * heads).clamp(min=1)
+    mean = (z.sigmoid() * weight).sum() / count
+    with torch.no_grad():
+        dropped = ((z < _logit(tau)) * weight).sum() / count
+        kept = possible - far_total * dropped
+    return mean, kept.to(a.dtype), possible.to(a.dtype)

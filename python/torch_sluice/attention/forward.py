@@ -64,8 +64,8 @@ def attend(
         a = a + gate.noise * torch.randn_like(a)
         b = b + gate.noise * torch.randn_like(b)
     options = dict(causal=causal, window=window, sinks=sinks, scale=scale, key_range=key_range)
-    out = gated_attention(q, k, v, a, b, tau=gate.tau, **options)
-    if phase != "hard" and gate.rows > 0:
-        options["scale"] = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
-        out = add_counterfactual_gradient(out, q, k, v, a, b, tau=gate.tau, rows=gate.rows, **options)
-    return out
+    if phase == "hard" or gate.rows <= 0:
+        return gated_attention(q, k, v, a, b, tau=gate.tau, **options)
+    options["scale"] = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
+    out, lse = gated_attention(q, k, v, a, b, tau=gate.tau, return_lse=True, **options)
+    return add_counterfactual_gradient(out, lse, q, k, v, a, b, tau=gate.tau, rows=gate.rows, **options)
