@@ -4,6 +4,7 @@
 #include <new>
 #include <stdexcept>
 
+#include <sluice/accumulate.h>
 #include <sluice/gated_attention.h>
 #include <sluice/status.h>
 
@@ -60,13 +61,8 @@ std::string describe(const Tensor& tensor) {
   return text + "]" + (tensor.is_cpu() ? " on cpu" : " on device " + std::to_string(tensor.get_device_index()));
 }
 
-Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= sizes[i] > 0 ? sizes[i] : 1;
-  }
+Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype,
+                     const Tensor& like) {
   int32_t device_type = 0, device_index = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
@@ -77,9 +73,22 @@ Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& 
   return Tensor(handle);
 }
 
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes[i] > 0 ? sizes[i] : 1;
+  }
+  return empty_strided(sizes, strides, dtype, like);
+}
+
 }  // namespace sluice
 
 STABLE_TORCH_LIBRARY(sluice, library) {
   library.def(SL_GATED_ATTENTION_SCHEMA);
   library.def(SL_GATED_ATTENTION_BACKWARD_SCHEMA);
+  library.def(SL_ACCUMULATE_SCHEMA);
+  library.def(SL_MEASURE_GRADIENT_SCHEMA);
+  library.def(SL_READ_ACCUMULATOR_SCHEMA);
 }

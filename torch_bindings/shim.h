@@ -31,7 +31,9 @@ sl_dtype dtype_of(const Tensor& tensor, const char* name);
 
 std::string describe(const Tensor& tensor);  // "float32 [2, 8, 128, 64] on cpu"
 
-// Uninitialised memory on the device of like; contiguous.
+// Uninitialised memory on the device of like; contiguous, or with these strides.
+Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype,
+                     const Tensor& like);
 Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like);
 
 [[noreturn]] void fail(const std::string& message);  // std::invalid_argument

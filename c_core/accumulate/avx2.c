@@ -6,8 +6,8 @@
 
 typedef struct floats16 { __m256 low, high; } floats16;
 typedef struct ints16 { __m256i low, high; } ints16;
+typedef __m256i extremes;
 typedef struct mask16 { __m256 low, high; } mask16;
-typedef struct doubles16 { __m256d part[4]; } doubles16; /* lanes 0-3, 4-7, 8-11, 12-15 */
 
 LANE_FUNCTION floats16 load_f32(const void *values) {
   const float *from = values;
@@ -116,10 +116,6 @@ LANE_FUNCTION ints16 shift_right(ints16 x, int bits) {
   return (ints16){_mm256_srli_epi32(x.low, bits), _mm256_srli_epi32(x.high, bits)};
 }
 
-LANE_FUNCTION ints16 max_unsigned(ints16 x, ints16 y) {
-  return (ints16){_mm256_max_epu32(x.low, y.low), _mm256_max_epu32(x.high, y.high)};
-}
-
 LANE_FUNCTION ints16 absolute_bits(floats16 x) { return and_ints(bits_of(x), broadcast_int(0x7fffffffu)); }
 
 LANE_FUNCTION floats16 cut_fraction(floats16 x) { /* |x| < 2^31 */
@@ -144,30 +140,32 @@ LANE_FUNCTION floats16 choose(mask16 mask, floats16 set, floats16 other) {
   return (floats16){_mm256_blendv_ps(other.low, set.low, mask.low), _mm256_blendv_ps(other.high, set.high, mask.high)};
 }
 
-LANE_FUNCTION __m256d add_square(__m256d sum, __m128 values) {
-  __m256d wide = _mm256_cvtps_pd(values);
-  return _mm256_add_pd(sum, _mm256_mul_pd(wide, wide));
+LANE_FUNCTION float sum_lanes(floats16 x) {
+  __m256 eight = _mm256_add_ps(x.low, x.high);
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 
-LANE_FUNCTION doubles16 add_squares(doubles16 sum, floats16 x) {
-  return (doubles16){{add_square(sum.part[0], _mm256_castps256_ps128(x.low)),
-                      add_square(sum.part[1], _mm256_extractf128_ps(x.low, 1)),
-                      add_square(sum.part[2], _mm256_castps256_ps128(x.high)),
-                      add_square(sum.part[3], _mm256_extractf128_ps(x.high, 1))}};
+LANE_FUNCTION extremes no_largest(void) { return _mm256_setzero_si256(); }
+
+LANE_FUNCTION extremes no_smallest(void) { return _mm256_set1_epi32(-1); }
+
+LANE_FUNCTION extremes keep_largest(extremes largest, ints16 x) {
+  return _mm256_max_epu32(largest, _mm256_max_epu32(x.low, x.high));
 }
 
-LANE_FUNCTION double sum_lanes(doubles16 x) {
-  __m256d four = _mm256_add_pd(_mm256_add_pd(x.part[0], x.part[2]), _mm256_add_pd(x.part[1], x.part[3]));
-  __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
-  return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+LANE_FUNCTION extremes keep_smallest(extremes smallest, ints16 x) {
+  return _mm256_min_epu32(smallest, _mm256_min_epu32(x.low, x.high));
 }
 
-LANE_FUNCTION uint32_t largest_lane(ints16 x) {
-  __m256i eight = _mm256_max_epu32(x.low, x.high);
-  __m128i four = _mm_max_epu32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+LANE_FUNCTION uint32_t largest_of(extremes x) {
+  __m128i four = _mm_max_epu32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
   __m128i two = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4e));
   return (uint32_t)_mm_cvtsi128_si32(_mm_max_epu32(two, _mm_shuffle_epi32(two, 0xb1)));
 }
+
+LANE_FUNCTION uint32_t smallest_of(extremes x) { return ~largest_of(_mm256_xor_si256(x, _mm256_set1_epi32(-1))); }
 
 #include "accumulate/block.h"
 

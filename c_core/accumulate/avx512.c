@@ -6,8 +6,8 @@
 
 typedef __m512 floats16;
 typedef __m512i ints16;
+typedef __m512i extremes;
 typedef __mmask16 mask16;
-typedef struct doubles16 { __m512d low, high; } doubles16;
 
 LANE_FUNCTION floats16 load_f32(const void *values) { return _mm512_loadu_ps(values); }
 
@@ -71,8 +71,6 @@ LANE_FUNCTION ints16 multiply_ints(ints16 x, ints16 y) { return _mm512_mullo_epi
 
 LANE_FUNCTION ints16 shift_right(ints16 x, unsigned bits) { return _mm512_srli_epi32(x, bits); }
 
-LANE_FUNCTION ints16 max_unsigned(ints16 x, ints16 y) { return _mm512_max_epu32(x, y); }
-
 LANE_FUNCTION ints16 absolute_bits(floats16 x) { return and_ints(bits_of(x), broadcast_int(0x7fffffffu)); }
 
 LANE_FUNCTION floats16 cut_fraction(floats16 x) { /* |x| < 2^31 */
@@ -91,29 +89,29 @@ LANE_FUNCTION floats16 choose(mask16 mask, floats16 set, floats16 other) {
   return _mm512_mask_blend_ps(mask, other, set);
 }
 
-LANE_FUNCTION __m512d add_square(__m512d sum, __m256 values) {
-  __m512d wide = _mm512_cvtps_pd(values);
-  return _mm512_add_pd(sum, _mm512_mul_pd(wide, wide));
+LANE_FUNCTION float sum_lanes(floats16 x) {
+  __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 
-LANE_FUNCTION doubles16 add_squares(doubles16 sum, floats16 x) {
-  return (doubles16){add_square(sum.low, _mm512_castps512_ps256(x)),
-                     add_square(sum.high, _mm512_extractf32x8_ps(x, 1))};
-}
+LANE_FUNCTION extremes no_largest(void) { return _mm512_setzero_si512(); }
 
-LANE_FUNCTION double sum_lanes(doubles16 x) {
-  __m512d eight = _mm512_add_pd(x.low, x.high);
-  __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(eight), _mm512_extractf64x4_pd(eight, 1));
-  __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
-  return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
-}
+LANE_FUNCTION extremes no_smallest(void) { return _mm512_set1_epi32(-1); }
 
-LANE_FUNCTION uint32_t largest_lane(ints16 x) {
+LANE_FUNCTION extremes keep_largest(extremes largest, ints16 x) { return _mm512_max_epu32(largest, x); }
+
+LANE_FUNCTION extremes keep_smallest(extremes smallest, ints16 x) { return _mm512_min_epu32(smallest, x); }
+
+LANE_FUNCTION uint32_t largest_of(extremes x) {
   __m256i eight = _mm256_max_epu32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
   __m128i four = _mm_max_epu32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
   __m128i two = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4e));
   return (uint32_t)_mm_cvtsi128_si32(_mm_max_epu32(two, _mm_shuffle_epi32(two, 0xb1)));
 }
+
+LANE_FUNCTION uint32_t smallest_of(extremes x) { return ~largest_of(_mm512_xor_si512(x, _mm512_set1_epi32(-1))); }
 
 #include "accumulate/block.h"
 

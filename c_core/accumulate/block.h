@@ -1,12 +1,13 @@
 /* The block algorithm of accumulate, written once for all vector tiers. A tier includes this file after it has defined
  * a vocabulary of sixteen lanes, whatever its registers are:
- *   floats16, ints16 (32 bits a lane), doubles16
+ *   floats16, ints16 (32 bits a lane)
  *   load_f32 load_bf16 load_f16 (pointer) -> floats16,  store_f32 store_bf16 store_f16 (pointer, floats16)
  *   add multiply subtract (floats16, floats16),  broadcast (float)
  *   bits_of (floats16) -> ints16,  floats_of (ints16),  absolute_bits (floats16) -> ints16
- *   add_ints xor_ints multiply_ints max_unsigned and_ints (ints16, ints16),  shift_right (ints16, n),
- *   broadcast_int (uint32_t),  lane_numbers ()
- *   add_squares (doubles16, floats16),  sum_lanes (doubles16) by halves,  largest_lane (ints16)
+ *   add_ints xor_ints multiply_ints and_ints (ints16, ints16),  shift_right (ints16, n),  broadcast_int (uint32_t),
+ *   lane_numbers (),  sum_lanes (floats16) by halves
+ *   extremes: the largest or smallest so far of any lane, in one register;  no_largest () no_smallest ()
+ *   keep_largest keep_smallest (extremes, ints16) unsigned,  largest_of smallest_of (extremes) -> uint32_t
  *   round_to_f16 (floats16): to nearest, as float32;  cut_fraction (floats16),  copy_sign (magnitude, sign)
  *   lanes_below (floats16, floats16) -> mask16,  mask_bits (mask16) -> uint32_t,  choose (mask16, if set, else)
  * Blocks with values that are not finite are left to the scalar tier, so nothing here needs to mask them. */
@@ -24,21 +25,17 @@
 enum { LANES = SL_ACCUMULATE_LANES };
 static const uint32_t infinity_bits = 0x7f800000u;
 
-/* Sums of squares and the largest magnitude; NaN and infinity show as a largest of at least infinity_bits. */
+/* Sum of squares and the largest magnitude; NaN and infinity show as a largest of at least infinity_bits. */
 typedef struct measurement {
-  doubles16 squares;
-  ints16 largest;
+  floats16 squares;
+  extremes largest;
 } measurement;
 
-SL_INLINE measurement measure_nothing(void) {
-  measurement m;
-  memset(&m, 0, sizeof m);
-  return m;
-}
+SL_INLINE measurement measure_nothing(void) { return (measurement){broadcast(0), no_largest()}; }
 
 SL_INLINE void measure_values(measurement *m, floats16 values) {
-  m->squares = add_squares(m->squares, values);
-  m->largest = max_unsigned(m->largest, absolute_bits(values));
+  m->squares = add(m->squares, multiply(values, values));
+  m->largest = keep_largest(m->largest, absolute_bits(values));
 }
 
 SL_INLINE floats16 load(sl_dtype dtype, const void *values) {
@@ -66,20 +63,29 @@ SL_INLINE void store_some(sl_dtype dtype, void *values, floats16 what, int64_t c
   memcpy(values, padded, bytes_of(dtype, count));
 }
 
-SL_INLINE void take_gradient(sl_dtype dtype, const void *grad, int64_t count,
-                             const measurement *m, sl_accumulate_stats *stats) {
-  uint32_t largest = largest_lane(m->largest);
-  if (largest >= infinity_bits) {
-    sl_measure_values(dtype, grad, count, &stats->grad_sumsq, &stats->grad_amax, &stats->grad_nonfinite);
+/* The statistics of a block: from the lanes where they can be trusted, else by looking at the values once more. */
+SL_INLINE void take_measurement(sl_dtype dtype, const void *values, int64_t count, const measurement *m,
+                                sl_accumulate_stats *stats) {
+  uint32_t largest = largest_of(m->largest);
+  float sumsq = sum_lanes(m->squares);
+  if (largest && !sl_trusted(sumsq)) {
+    sl_measure_values(dtype, values, count, &stats->grad_sumsq, &stats->grad_amax, &stats->grad_nonfinite);
     return;
   }
-  stats->grad_sumsq = sum_lanes(m->squares);
+  stats->grad_sumsq = (double)sumsq;
   stats->grad_amax = (double)sl_float_from_bits(largest);
 }
 
 SL_INLINE floats16 add_product(floats16 gradient, floats16 scale, bool overwrite, floats16 old) {
   floats16 product = multiply(gradient, scale);
   return overwrite ? product : add(old, product);
+}
+
+/* How far ahead of the loads memory is asked for, in bytes: the hardware stops at the end of each page. */
+enum { PREFETCH_DISTANCE = 2048 };
+
+SL_INLINE void prefetch(const void *address) {
+  __builtin_prefetch((const void *)((uintptr_t)address + PREFETCH_DISTANCE));
 }
 
 SL_INLINE void accumulate_f32(const sl_accumulate_args *args, int64_t block, sl_accumulate_stats *stats,
@@ -92,6 +98,8 @@ SL_INLINE void accumulate_f32(const sl_accumulate_args *args, int64_t block, sl_
   for (; i + LANES <= count; i += LANES) {
     floats16 gradient = load(grad_dtype, sl_offset(grad, i, grad_dtype));
     floats16 sum = add_product(gradient, scale, overwrite, overwrite ? gradient : load_f32(sums + i));
+    prefetch(sl_offset(grad, i, grad_dtype));
+    prefetch(sums + i);
     store_f32(sums + i, sum);
     measure_values(&of_grad, gradient);
     measure_values(&of_sums, sum);
@@ -104,66 +112,66 @@ SL_INLINE void accumulate_f32(const sl_accumulate_args *args, int64_t block, sl_
     measure_values(&of_grad, gradient);
     measure_values(&of_sums, sum);
   }
-  take_gradient(grad_dtype, grad, count, &of_grad, stats);
-  if (largest_lane(of_sums.largest) >= infinity_bits) {
-    double amax, nonfinite;
-    sl_measure_values(SL_F32, sums, count, &stats->sum_sumsq, &amax, &nonfinite);
-  } else {
-    stats->sum_sumsq = sum_lanes(of_sums.squares);
-  }
+  sl_accumulate_stats after = {0};
+  take_measurement(grad_dtype, grad, count, &of_grad, stats);
+  take_measurement(SL_F32, sums, count, &of_sums, &after);
+  stats->sum_sumsq = after.grad_sumsq;
 }
 
-/* Sixteen words of the contract's w, for elements 32 j .. 32 j + 31. */
-SL_INLINE ints16 random_words(uint64_t key, uint32_t j) {
-  ints16 word = add_ints(lane_numbers(), broadcast_int(16 * j + (uint32_t)key));
+static const uint32_t random_step = 0x9E3779B1u;
+
+/* Sixteen words of the contract's w, from low32(z) + (16 j + lane) * random_step. */
+SL_INLINE ints16 mix_words(ints16 word) {
   word = xor_ints(word, shift_right(word, 16));
   word = multiply_ints(word, broadcast_int(0x7FEB352Du));
-  word = xor_ints(word, broadcast_int((uint32_t)(key >> 32)));
-  word = xor_ints(word, shift_right(word, 15));
-  word = multiply_ints(word, broadcast_int(0x846CA68Bu));
-  return xor_ints(word, shift_right(word, 16));
+  return xor_ints(word, shift_right(word, 15));
 }
 
-/* Where |x| is below the normal range of float16, more than 13 bits are cut off: the second line of the contract. */
-SL_INLINE floats16 round_stochastically(floats16 x, mask16 small, ints16 random) {
-  floats16 rounded = floats_of(and_ints(add_ints(bits_of(x), random), broadcast_int(~UINT32_C(0x1FFF))));
-  if (!mask_bits(small)) return rounded;
+SL_INLINE floats16 round_stochastically(floats16 x, ints16 random) {
+  return floats_of(and_ints(add_ints(bits_of(x), random), broadcast_int(~UINT32_C(0x1FFF))));
+}
+
+/* Below the normal range of float16 more than 13 bits are cut off: the second line of the contract. */
+SL_INLINE floats16 round_small(floats16 x, ints16 random) {
   floats16 units = add(multiply(floats_of(absolute_bits(x)), broadcast(0x1p24f)),
                        multiply(to_floats(random), broadcast(0x1p-13f)));
-  return choose(small, copy_sign(multiply(cut_fraction(units), broadcast(0x1p-24f)), x), rounded);
+  return copy_sign(multiply(cut_fraction(units), broadcast(0x1p-24f)), x);
 }
 
 typedef struct rounding {
-  doubles16 squares; /* of the errors */
+  floats16 squares; /* of the errors */
   int64_t underflow;
 } rounding;
 
-SL_INLINE floats16 round_lanes(floats16 x, bool stochastic, ints16 random, rounding *r) {
-  floats16 magnitude = floats_of(absolute_bits(x));
-  mask16 small = lanes_below(magnitude, broadcast(0x1p-14f));
-  floats16 rounded = stochastic ? round_stochastically(x, small, random) : round_to_f16(x);
-  if (mask_bits(small)) {
-    uint32_t zero = mask_bits(lanes_below(magnitude, broadcast(0x1p-149f)));
-    r->underflow += __builtin_popcount(mask_bits(small) & ~zero);
+SL_INLINE floats16 round_lanes(floats16 x, bool stochastic, bool some_small, ints16 random, rounding *r) {
+  floats16 rounded = stochastic ? round_stochastically(x, random) : round_to_f16(x);
+  if (some_small) {
+    floats16 magnitude = floats_of(absolute_bits(x));
+    mask16 small = lanes_below(magnitude, broadcast(0x1p-14f));
+    if (stochastic) rounded = choose(small, round_small(x, random), rounded);
+    r->underflow += __builtin_popcount(mask_bits(small) & ~mask_bits(lanes_below(magnitude, broadcast(0x1p-149f))));
   }
-  r->squares = add_squares(r->squares, subtract(rounded, x));
+  floats16 error = subtract(rounded, x);
+  r->squares = add(r->squares, multiply(error, error));
   return rounded;
 }
 
 /* Scales the sums of a block, a multiple of 32 of them because zeros were appended, rounds and stores them. */
 SL_INLINE void round_block(const sl_accumulate_args *args, int64_t block, const float *sums, int exponent,
-                           bool stochastic, sl_accumulate_stats *stats) {
+                           bool stochastic, bool some_small, sl_accumulate_stats *stats) {
   int64_t count = sl_block_count(args, block);
   uint16_t *stored = sl_offset(args->accumulator, block * SL_ACCUMULATE_BLOCK, SL_F16);
   floats16 scale = broadcast(sl_power_of_two(-exponent));
-  uint64_t key = sl_block_key(args->seed, block);
-  rounding r;
-  memset(&r, 0, sizeof r);
+  ints16 word = add_ints(multiply_ints(lane_numbers(), broadcast_int(random_step)),
+                         broadcast_int((uint32_t)sl_block_key(args->seed, block)));
+  rounding r = {broadcast(0), 0};
   for (int64_t i = 0; i < count; i += 2 * LANES) {
-    ints16 words = stochastic ? random_words(key, (uint32_t)(i / (2 * LANES))) : broadcast_int(0);
-    floats16 low = round_lanes(multiply(load_f32(sums + i), scale), stochastic,
-                               and_ints(words, broadcast_int(0x1FFF)), &r);
-    floats16 high = round_lanes(multiply(load_f32(sums + i + LANES), scale), stochastic, shift_right(words, 19), &r);
+    ints16 random = mix_words(word);
+    floats16 low = round_lanes(multiply(load_f32(sums + i), scale), stochastic, some_small,
+                               and_ints(random, broadcast_int(0x1FFF)), &r);
+    floats16 high = round_lanes(multiply(load_f32(sums + i + LANES), scale), stochastic, some_small,
+                                shift_right(random, 19), &r);
+    word = add_ints(word, broadcast_int(16 * random_step));
     if (i + 2 * LANES <= count) {
       store_f16(stored + i, low);
       store_f16(stored + i + LANES, high);
@@ -173,9 +181,21 @@ SL_INLINE void round_block(const sl_accumulate_args *args, int64_t block, const 
       if (left > LANES) store_some(SL_F16, stored + i + LANES, high, left - LANES);
     }
   }
-  stats->error_sumsq = ldexp(sum_lanes(r.squares), 2 * exponent);
+  stats->error_sumsq = ldexp((double)sum_lanes(r.squares), 2 * exponent);
   stats->underflow = (double)r.underflow;
   args->exponents[block] = (int8_t)exponent;
+}
+
+/* The smallest magnitude other than 0 of a block, as its bits less 1: zero becomes the largest number. */
+SL_INLINE extremes keep_smallest_magnitude(extremes smallest, floats16 values) {
+  return keep_smallest(smallest, add_ints(absolute_bits(values), broadcast_int(UINT32_MAX)));
+}
+
+/* Whether such a magnitude is below 2^-14 once scaled by 2^-exponent. */
+SL_INLINE bool is_small(uint32_t smallest, int exponent) {
+  int power = exponent - 14; /* of two; at least -140, which is a subnormal float */
+  uint32_t bits = power >= -126 ? (uint32_t)(power + 127) << 23 : UINT32_C(1) << (power + 149);
+  return smallest + 1 < bits && smallest != UINT32_MAX;
 }
 
 /* First the sums, into memory that stays in the first-level cache, then the exponent, then the rounding. */
@@ -188,13 +208,17 @@ SL_INLINE void accumulate_f16(const sl_accumulate_args *args, int64_t block, sl_
   floats16 scale = broadcast((float)args->grad_scale);
   floats16 old_scale = broadcast(overwrite ? 1 : sl_power_of_two(args->exponents[block]));
   measurement of_grad = measure_nothing(), of_sums = measure_nothing();
+  extremes smallest = no_smallest();
   for (; i + LANES <= count; i += LANES) {
     floats16 gradient = load(grad_dtype, sl_offset(grad, i, grad_dtype));
     floats16 old = overwrite ? gradient : multiply(load_f16(stored + i), old_scale);
     floats16 sum = add_product(gradient, scale, overwrite, old);
+    prefetch(sl_offset(grad, i, grad_dtype));
+    prefetch(stored + i);
     store_f32(sums + i, sum);
     measure_values(&of_grad, gradient);
     measure_values(&of_sums, sum);
+    smallest = keep_smallest_magnitude(smallest, sum);
   }
   if (i < count) {
     floats16 gradient = load_some(grad_dtype, sl_offset(grad, i, grad_dtype), count - i);
@@ -203,18 +227,25 @@ SL_INLINE void accumulate_f16(const sl_accumulate_args *args, int64_t block, sl_
     store_f32(sums + i, sum);
     measure_values(&of_grad, gradient);
     measure_values(&of_sums, sum);
+    smallest = keep_smallest_magnitude(smallest, sum);
     i += LANES;
   }
   if (i % (2 * LANES)) store_f32(sums + i, broadcast(0));
-  uint32_t largest = largest_lane(of_sums.largest);
+  uint32_t largest = largest_of(of_sums.largest);
   if (largest >= infinity_bits) { /* nothing has been written yet */
     sl_accumulate_scalar.accumulate(args, block, stats);
     return;
   }
-  take_gradient(grad_dtype, grad, count, &of_grad, stats);
-  stats->sum_sumsq = sum_lanes(of_sums.squares);
-  if (args->stochastic) round_block(args, block, sums, sl_choose_exponent(largest), true, stats);
-  else round_block(args, block, sums, sl_choose_exponent(largest), false, stats);
+  sl_accumulate_stats after = {0};
+  take_measurement(grad_dtype, grad, count, &of_grad, stats);
+  take_measurement(SL_F32, sums, count, &of_sums, &after);
+  stats->sum_sumsq = after.grad_sumsq;
+  int exponent = sl_choose_exponent(largest);
+  bool some_small = is_small(smallest_of(smallest), exponent);
+  if (args->stochastic && some_small) round_block(args, block, sums, exponent, true, true, stats);
+  else if (args->stochastic) round_block(args, block, sums, exponent, true, false, stats);
+  else if (some_small) round_block(args, block, sums, exponent, false, true, stats);
+  else round_block(args, block, sums, exponent, false, false, stats);
 }
 
 SL_INLINE void accumulate_from(const sl_accumulate_args *args, int64_t block, sl_accumulate_stats *stats,
@@ -240,7 +271,7 @@ SL_INLINE void measure_from(const sl_accumulate_args *args, int64_t block, sl_ac
   measurement m = measure_nothing();
   for (; i + LANES <= count; i += LANES) measure_values(&m, load(dtype, sl_offset(grad, i, dtype)));
   if (i < count) measure_values(&m, load_some(dtype, sl_offset(grad, i, dtype), count - i));
-  take_gradient(dtype, grad, count, &m, stats);
+  take_measurement(dtype, grad, count, &m, stats);
 }
 
 static void measure(const sl_accumulate_args *args, int64_t block, sl_accumulate_stats *stats) {
@@ -270,7 +301,7 @@ SL_INLINE void read_into(const sl_accumulate_args *args, int64_t block, sl_accum
     if (out_dtype != SL_F32) value = left == LANES ? load(out_dtype, target) : load_some(out_dtype, target, left);
     measure_values(&m, value);
   }
-  take_gradient(out_dtype, out, count, &m, stats);
+  take_measurement(out_dtype, out, count, &m, stats);
 }
 
 SL_INLINE void read_from(const sl_accumulate_args *args, int64_t block, sl_accumulate_stats *stats, sl_dtype dtype) {

@@ -23,7 +23,14 @@ static void store(sl_dtype dtype, void *data, int64_t index, float value) {
   }
 }
 
-static double add_lanes(double *lanes) {
+static float add_lanes(float *lanes) {
+  for (int width = SL_ACCUMULATE_LANES / 2; width > 0; width /= 2) {
+    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  }
+  return lanes[0];
+}
+
+static double add_wide_lanes(double *lanes) {
   for (int width = SL_ACCUMULATE_LANES / 2; width > 0; width /= 2) {
     for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
   }
@@ -32,7 +39,8 @@ static double add_lanes(double *lanes) {
 
 void sl_measure_values(sl_dtype dtype, const void *values, int64_t count, double *sumsq, double *amax,
                        double *nonfinite) {
-  double lanes[SL_ACCUMULATE_LANES] = {0};
+  float lanes[SL_ACCUMULATE_LANES] = {0};
+  double wide[SL_ACCUMULATE_LANES] = {0};
   *amax = *nonfinite = 0;
   for (int64_t i = 0; i < count; ++i) {
     float value = load(dtype, values, i);
@@ -40,21 +48,20 @@ void sl_measure_values(sl_dtype dtype, const void *values, int64_t count, double
       *nonfinite += 1;
       continue;
     }
-    lanes[i % SL_ACCUMULATE_LANES] += (double)value * (double)value;
+    lanes[i % SL_ACCUMULATE_LANES] += value * value;
+    wide[i % SL_ACCUMULATE_LANES] += (double)value * (double)value;
     if (fabsf(value) > *amax) *amax = fabsf(value);
   }
-  *sumsq = add_lanes(lanes);
+  float sum = add_lanes(lanes);
+  *sumsq = *nonfinite == 0 && sl_trusted(sum) ? sum : add_wide_lanes(wide);
 }
 
 /* r of the contract, for element p of its block. */
 static uint32_t random_bits(uint64_t key, int64_t p) {
-  uint32_t m = (uint32_t)(p % 32), word = (uint32_t)(p / 32) * 16 + m % 16 + (uint32_t)key;
+  uint32_t m = (uint32_t)(p % 32), word = (uint32_t)key + ((uint32_t)(p / 32) * 16 + m % 16) * UINT32_C(0x9E3779B1);
   word ^= word >> 16;
   word *= UINT32_C(0x7FEB352D);
-  word ^= (uint32_t)(key >> 32);
   word ^= word >> 15;
-  word *= UINT32_C(0x846CA68B);
-  word ^= word >> 16;
   return m < 16 ? word & 0x1FFF : word >> 19;
 }
 
@@ -70,7 +77,7 @@ static void round_block(const sl_accumulate_args *args, int64_t block, const flo
   int64_t first = block * SL_ACCUMULATE_BLOCK, count = sl_block_count(args, block);
   int exponent = sl_choose_exponent(amax_bits);
   uint64_t key = sl_block_key(args->seed, block);
-  double lanes[SL_ACCUMULATE_LANES] = {0};
+  float lanes[SL_ACCUMULATE_LANES] = {0};
   for (int64_t i = 0; i < count; ++i) {
     float x = sums[i] * sl_power_of_two(-exponent);
     float rounded = args->stochastic && finite ? round_stochastically(x, random_bits(key, i))
@@ -78,10 +85,10 @@ static void round_block(const sl_accumulate_args *args, int64_t block, const flo
     store(SL_F16, args->accumulator, first + i, rounded);
     if (!isfinite(sums[i])) continue;
     float error = rounded - x;
-    lanes[i % SL_ACCUMULATE_LANES] += (double)error * (double)error;
+    lanes[i % SL_ACCUMULATE_LANES] += error * error;
     if (x != 0 && fabsf(x) < smallest_normal) stats->underflow += 1;
   }
-  stats->error_sumsq = ldexp(add_lanes(lanes), 2 * exponent);
+  stats->error_sumsq = ldexp((double)add_lanes(lanes), 2 * exponent);
   args->exponents[block] = (int8_t)exponent;
 }
 

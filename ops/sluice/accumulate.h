@@ -16,15 +16,15 @@
  * expected value exact, so that what is too small to change a sum still counts on average. With |x| = |s_i| * 2^e:
  *   |x| >= 2^-14:  the 13 bits that float16 lacks are cut off after r was added to the bits of x
  *   |x| <  2^-14:  floor(|x| * 2^24 + r * 2^-13) * 2^-24, in float32
- * r is a 13-bit number that depends on the seed and the position alone. With B = i / 1024 and p = i % 1024, p = 32 j + m:
+ * r is a 13-bit number that depends on the seed and the position alone. With B = i / 1024 and p = i % 1024 = 32 j + m:
  *   z  = mix64(seed + (B + 1) * 0x9E3779B97F4A7C15)       mix64: the output function of splitmix64
- *   w  = 16 j + m % 16 + low32(z);  w ^= w >> 16;  w *= 0x7FEB352D;  w ^= high32(z);
- *   w ^= w >> 15;  w *= 0x846CA68B;  w ^= w >> 16         in 32-bit arithmetic
+ *   w  = low32(z) + (16 j + m % 16) * 0x9E3779B1;  w ^= w >> 16;  w *= 0x7FEB352D;  w ^= w >> 15     in 32 bits
  *   r  = m < 16 ? w & 0x1FFF : w >> 19
  * A block with a sum that is not finite is rounded to nearest.
  *
  * STATISTICS (sl_accumulate_stats, as six float64 numbers): of the gradient before grad_scale, and of the accumulator
- * after the call. Elements that are not finite are counted in grad_nonfinite and are in no other number.
+ * after the call. Elements that are not finite are counted in grad_nonfinite and are in no other number. Sums of squares
+ * are good to 1e-6, whatever the magnitudes: what float32 cannot hold is summed in float64.
  * sqrt(error_sumsq / sum_sumsq) is the relative error that the call's rounding to float16 has made.
  *
  * READING: value_i = (h_i * 2^e) * scale, rounded to the type of out. Its statistics are those of the values written.

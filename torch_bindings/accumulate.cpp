@@ -1,0 +1,173 @@
+// Shim of accumulate: check shapes, dtypes and memory layout, allocate the statistics, call C.
+#include <sluice/accumulate.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "shim.h"
+
+namespace sluice {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// Dimensions of size 1 have strides that mean nothing.
+bool same_layout(const Tensor& left, const Tensor& right) {
+  for (int64_t i = 0; i < left.dim(); ++i) {
+    if (left.size(i) > 1 && left.stride(i) != right.stride(i)) return false;
+  }
+  return true;
+}
+
+// No gaps and no overlaps: in the order of the strides, each is the product of the sizes before it.
+bool fills_memory(const Tensor& tensor) {
+  if (tensor.numel() == 0) return true;
+  std::vector<int64_t> order(static_cast<size_t>(tensor.dim()));
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&](int64_t i, int64_t j) {
+    return std::make_pair(tensor.stride(i), tensor.size(i)) < std::make_pair(tensor.stride(j), tensor.size(j));
+  });
+  int64_t expected = 1;
+  for (int64_t i : order) {
+    if (tensor.size(i) == 1) continue;
+    if (tensor.stride(i) != expected) return false;
+    expected *= tensor.size(i);
+  }
+  return true;
+}
+
+void check_device(const char* name, const Tensor& tensor, const Tensor& like) {
+  if (tensor.is_cpu() != like.is_cpu() || tensor.get_device_index() != like.get_device_index()) {
+    fail(std::string(name) + " is " + describe(tensor) + ", expected the device of the accumulator, which is " +
+         describe(like));
+  }
+}
+
+void check_values(const char* name, const Tensor& tensor) {
+  ScalarType dtype = tensor.scalar_type();
+  if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) {
+    fail(std::string(name) + " is " + describe(tensor) + ", expected float32, bfloat16 or float16");
+  }
+}
+
+void check_shape(const char* name, const Tensor& tensor, const Tensor& accumulator) {
+  bool same = tensor.dim() == accumulator.dim();
+  for (int64_t i = 0; same && i < tensor.dim(); ++i) same = tensor.size(i) == accumulator.size(i);
+  if (!same) {
+    fail(std::string(name) + " is " + describe(tensor) + ", expected the shape of the accumulator, which is " +
+         describe(accumulator));
+  }
+}
+
+void check_accumulator(const Tensor& accumulator, const OptionalTensor& exponents) {
+  ScalarType dtype = accumulator.scalar_type();
+  if (dtype != ScalarType::Float && dtype != ScalarType::Half) {
+    fail("accumulator is " + describe(accumulator) + ", expected float32 or float16");
+  }
+  if (!fills_memory(accumulator)) {
+    fail("accumulator is " + describe(accumulator) +
+         " with gaps or overlaps in its memory, expected strides that fill it, as torch.empty_like gives");
+  }
+  if ((dtype == ScalarType::Half) != exponents.has_value()) {
+    fail(exponents ? "exponents are given with a float32 accumulator, expected None: only float16 is scaled"
+                   : "exponents is None, expected int8 exponents with a float16 accumulator");
+  }
+  if (!exponents) return;
+  int64_t blocks = (accumulator.numel() + SL_ACCUMULATE_BLOCK - 1) / SL_ACCUMULATE_BLOCK;
+  if (exponents->scalar_type() != ScalarType::Char || exponents->dim() != 1 || exponents->size(0) != blocks ||
+      !exponents->is_contiguous()) {
+    fail("exponents is " + describe(*exponents) + ", expected contiguous int8 [ceil(numel / " +
+         std::to_string(SL_ACCUMULATE_BLOCK) + ")] = [" + std::to_string(blocks) + "]");
+  }
+  check_device("exponents", *exponents, accumulator);
+}
+
+Tensor empty_in_layout_of(const Tensor& accumulator, ScalarType dtype) {
+  std::vector<int64_t> sizes, strides;
+  for (int64_t i = 0; i < accumulator.dim(); ++i) {
+    sizes.push_back(accumulator.size(i));
+    strides.push_back(accumulator.stride(i));
+  }
+  return empty_strided(sizes, strides, dtype, accumulator);
+}
+
+Tensor in_layout_of(const Tensor& accumulator, const Tensor& grad) {
+  if (same_layout(grad, accumulator)) return grad;
+  Tensor copy = empty_in_layout_of(accumulator, grad.scalar_type());
+  torch::stable::copy_(copy, grad);
+  return copy;
+}
+
+sl_accumulate_args make_args(const Tensor& accumulator, const OptionalTensor& exponents) {
+  sl_accumulate_args args{};
+  args.count = accumulator.numel();
+  args.dtype = dtype_of(accumulator, "accumulator");
+  args.accumulator = const_cast<void*>(accumulator.const_data_ptr());
+  args.exponents = exponents ? static_cast<int8_t*>(const_cast<void*>(exponents->const_data_ptr())) : nullptr;
+  return args;
+}
+
+using Operation = sl_status (*)(const sl_accumulate_args*);
+
+Tensor run(Operation operation, sl_accumulate_args args, const Tensor& like) {
+  size_t bytes = 0;
+  check_status(sl_accumulate_workspace_size(args.count, &bytes));
+  Tensor stats = empty({SL_ACCUMULATE_STATS}, ScalarType::Double, like);
+  Tensor workspace = empty({static_cast<int64_t>(bytes)}, ScalarType::Byte, like);
+  sl_executor executor = torch_executor();
+  args.stats = static_cast<sl_accumulate_stats*>(stats.mutable_data_ptr());
+  args.workspace = workspace.mutable_data_ptr(), args.workspace_size = bytes;
+  args.executor = &executor;
+  check_status(operation(&args));
+  return stats;
+}
+
+Tensor accumulate(Tensor accumulator, OptionalTensor exponents, Tensor grad, double grad_scale, bool overwrite,
+                  std::optional<int64_t> seed) {
+  check_accumulator(accumulator, exponents);
+  check_values("grad", grad);
+  check_shape("grad", grad, accumulator);
+  check_device("grad", grad, accumulator);
+  Tensor dense = in_layout_of(accumulator, grad);
+  sl_accumulate_args args = make_args(accumulator, exponents);
+  args.grad = dense.const_data_ptr();
+  args.grad_dtype = dtype_of(grad, "grad");
+  args.grad_scale = grad_scale, args.overwrite = overwrite;
+  args.stochastic = seed.has_value(), args.seed = static_cast<uint64_t>(seed.value_or(0));
+  return run(sl_accumulate, args, accumulator);
+}
+
+Tensor measure_gradient(Tensor grad) {
+  check_values("grad", grad);
+  Tensor dense = fills_memory(grad) ? grad : torch::stable::contiguous(grad);
+  sl_accumulate_args args{};
+  args.count = grad.numel();
+  args.grad = dense.const_data_ptr();
+  args.grad_dtype = dtype_of(grad, "grad");
+  return run(sl_measure_gradient, args, grad);
+}
+
+Tensor read_accumulator(Tensor accumulator, OptionalTensor exponents, double scale, Tensor out) {
+  check_accumulator(accumulator, exponents);
+  check_values("out", out);
+  check_shape("out", out, accumulator);
+  check_device("out", out, accumulator);
+  bool direct = same_layout(out, accumulator);
+  Tensor dense = direct ? out : empty_in_layout_of(accumulator, out.scalar_type());
+  sl_accumulate_args args = make_args(accumulator, exponents);
+  args.scale = scale;
+  args.out = dense.mutable_data_ptr();
+  args.out_dtype = dtype_of(out, "out");
+  Tensor stats = run(sl_read_accumulator, args, accumulator);
+  if (!direct) torch::stable::copy_(out, dense);
+  return stats;
+}
+
+}  // namespace
+}  // namespace sluice
+
+STABLE_TORCH_LIBRARY_IMPL(sluice, CPU, library) {
+  library.impl("accumulate_", TORCH_BOX(&sluice::accumulate));
+  library.impl("measure_gradient", TORCH_BOX(&sluice::measure_gradient));
+  library.impl("read_accumulator", TORCH_BOX(&sluice::read_accumulator));
+}
