@@ -67,9 +67,8 @@ static void choose_keys(query_row *row) {
   int64_t position = row->query + args->n_k - args->n_q;
   int64_t key_begin = args->key_range ? args->key_range[2 * row->batch] : 0;
   int64_t key_end = args->key_range ? args->key_range[2 * row->batch + 1] : args->n_k;
-  double threshold = args->logit_tau
-                         ? load(row->gate_dtype, args->logit_tau, row->batch * args->heads_q + row->head)
-                         : -INFINITY;
+  double threshold =
+      args->logit_tau ? load(row->gate_dtype, args->logit_tau, row->batch * args->heads_q + row->head) : -INFINITY;
   for (int64_t key = 0; key < args->n_k; ++key) {
     int valid = key >= key_begin && key < key_end && (!args->causal || key <= position);
     double z = gate_sum(row, key);

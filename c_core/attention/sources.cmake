@@ -1,5 +1,7 @@
 target_sources(sluice_objects PRIVATE
-  attention/gated_attention.c attention/kernels.c attention/reference.c attention/scalar.c attention/validate.c)
+  attention/chunk.c attention/exact_row.c attention/few_rows.c attention/forward.c attention/gated_attention.c
+  attention/kernels.c attention/plan.c attention/reference.c attention/rows.c attention/scalar.c attention/sort.c
+  attention/staircase.c attention/validate.c)
 
 # Overlays of the micro-op table; kernels.def names them.
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$" OR SLUICE_EMULATED)

@@ -1,0 +1,70 @@
+/* Sorting and packing of a chunk of keys. */
+#include "attention/chunk.h"
+
+#include <math.h>
+
+void sl_key_chunk_take(sl_key_chunk *chunk, sl_arena *arena, const sl_attention_plan *plan, int64_t keys, int parts) {
+  size_t element = plan->kernel->element_size;
+  int64_t capacity = sl_round_up(keys, SL_ATTENTION_STRIDE);
+  *chunk = (sl_key_chunk){.capacity = capacity};
+  chunk->index = sl_arena_take(arena, capacity, sizeof(int32_t));
+  chunk->b = sl_arena_take(arena, capacity, sizeof(float));
+  chunk->exp_minus_b = sl_arena_take(arena, capacity, sizeof(float));
+  if (parts & SL_K_COLUMNS) chunk->k_columns = sl_arena_take(arena, capacity * plan->depth, element);
+  if (parts & SL_V_DEPTHS) chunk->v_depths = sl_arena_take(arena, capacity * plan->width_v, element);
+  if (parts & SL_V_COLUMNS) chunk->v_columns = sl_arena_take(arena, capacity * plan->depth_v, element);
+  if (parts & SL_K_DEPTHS) chunk->k_depths = sl_arena_take(arena, capacity * plan->width, element);
+}
+
+static void order_keys(sl_key_chunk *chunk, const sl_gated_attention_args *args, int64_t batch, int64_t head_kv) {
+  float b[SL_ATTENTION_MAX_CHUNK];
+  int64_t count = chunk->count;
+  const float *source = sl_attention_at3(&args->b, batch, head_kv, chunk->begin);
+  for (int64_t i = 0; i < count; ++i) b[i] = sl_attention_clamp_logit(source[i * args->b.token_stride]);
+  if (chunk->sorted) {
+    sl_sort_falling(b, count, chunk->index);
+  } else {
+    for (int64_t i = 0; i < count; ++i) chunk->index[i] = (int32_t)i;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    chunk->b[i] = b[chunk->index[i]];
+    chunk->exp_minus_b[i] = expf(-chunk->b[i]);
+    chunk->index[i] += (int32_t)chunk->begin;
+  }
+  for (int64_t i = count; i < chunk->capacity; ++i) {
+    chunk->index[i] = 0;
+    chunk->b[i] = -SL_GATE_LOGIT_LIMIT;
+    chunk->exp_minus_b[i] = 1;
+  }
+}
+
+void sl_key_chunk_fill(sl_key_chunk *chunk, const sl_attention_plan *plan, int64_t batch, int64_t head_kv,
+                       int64_t begin, int64_t end, bool sorted) {
+  const sl_gated_attention_args *args = plan->args;
+  const sl_attention_kernel *kernel = plan->kernel;
+  chunk->begin = begin;
+  chunk->end = end;
+  chunk->count = end - begin;
+  chunk->sorted = sorted;
+  if (chunk->count == 0) return;
+  order_keys(chunk, args, batch, head_kv);
+  sl_token_rows k = sl_attention_token_rows(args, &args->k, batch, head_kv, args->head_dim);
+  sl_token_rows v = sl_attention_token_rows(args, &args->v, batch, head_kv, args->head_dim_v);
+  if (chunk->k_columns) kernel->pack_columns(chunk->k_columns, &k, chunk->index, chunk->count);
+  if (chunk->v_depths) kernel->pack_depths(chunk->v_depths, chunk->capacity, &v, chunk->index, chunk->count);
+  if (chunk->v_columns) kernel->pack_columns(chunk->v_columns, &v, chunk->index, chunk->count);
+  if (chunk->k_depths) kernel->pack_depths(chunk->k_depths, chunk->capacity, &k, chunk->index, chunk->count);
+}
+
+int64_t sl_key_chunk_prefix(const sl_key_chunk *chunk, float a, float tau) {
+  const float *b = chunk->b;
+  int64_t kept = 0, count = chunk->count;
+  if (count == 0) return 0;
+  /* Halving without branches: b[0 .. kept) is kept, what is open is b[kept .. kept + count). */
+  while (count > 1) {
+    int64_t half = count / 2;
+    kept += a + b[kept + half - 1] < tau ? 0 : half;
+    count -= half;
+  }
+  return kept + (a + b[kept] < tau ? 0 : 1);
+}

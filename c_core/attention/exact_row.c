@@ -1,0 +1,100 @@
+/* One query row by the formula, in double, pair by pair. Dropped pairs are not touched, so that NaN or infinity in them
+ * cannot leak; a row that is NaN for good is recognised early. */
+#include <math.h>
+#include <stdlib.h>
+
+#include "attention/rows.h"
+#include "runtime/number.h"
+
+typedef struct exact_row {
+  const sl_gated_attention_args *args;
+  sl_key_bounds bounds;
+  sl_token_rows q, k, v;
+  int64_t batch, head_kv, query, position;
+  float a, tau;
+} exact_row;
+
+static double load(sl_dtype dtype, const void *data, int64_t index) {
+  if (dtype == SL_BF16) return sl_bf16_to_float(((const uint16_t *)data)[index]);
+  if (dtype == SL_F16) return sl_f16_to_float(((const uint16_t *)data)[index]);
+  return ((const float *)data)[index];
+}
+
+static void store(sl_dtype dtype, void *data, int64_t index, double value) {
+  if (dtype == SL_BF16) {
+    ((uint16_t *)data)[index] = sl_float_to_bf16((float)value);
+  } else if (dtype == SL_F16) {
+    ((uint16_t *)data)[index] = sl_float_to_f16((float)value);
+  } else {
+    ((float *)data)[index] = (float)value;
+  }
+}
+
+/* Whether the pair is kept, and its gate. */
+static bool keep_pair(const exact_row *row, int64_t key, double *gate) {
+  const sl_gated_attention_args *args = row->args;
+  *gate = 1;
+  if (args->causal && key > row->position) return false;
+  if (key < args->sinks || llabs(row->position - key) < args->window) return true;
+  float z = row->a + sl_attention_clamp_logit(*sl_attention_at3(&args->b, row->batch, row->head_kv, key));
+  *gate = 1 / (1 + exp(-(double)z));
+  return !(z < row->tau) || (args->causal && key == row->position);
+}
+
+static double score_pair(const exact_row *row, int64_t key) {
+  double dot = 0;
+  for (int64_t c = 0; c < row->q.channels; ++c) {
+    dot += load(row->args->dtype, row->q.data, row->query * row->q.token_stride + c) *
+           load(row->args->dtype, row->k.data, key * row->k.token_stride + c);
+  }
+  return dot * row->args->scale;
+}
+
+/* Adds the values under the softmax; stops as soon as every channel is NaN. */
+static void add_values(const exact_row *row, double maximum, double sum, double *out) {
+  for (int64_t key = row->bounds.begin; key < row->bounds.end; ++key) {
+    double gate;
+    if (!keep_pair(row, key, &gate)) continue;
+    double weight = exp(score_pair(row, key) - maximum) / sum * gate;
+    for (int64_t c = 0; c < row->v.channels; ++c) {
+      out[c] += weight * load(row->args->dtype, row->v.data, key * row->v.token_stride + c);
+    }
+    if (isnan(weight)) return;
+  }
+}
+
+void sl_attention_compute_row(const sl_gated_attention_args *args, int64_t batch, int64_t head, int64_t query) {
+  exact_row row = {.args = args, .batch = batch, .query = query, .position = query + args->n_k - args->n_q};
+  row.bounds = sl_attention_key_bounds(args, batch);
+  row.head_kv = head / (args->heads_q / args->heads_kv);
+  row.q = sl_attention_token_rows(args, &args->q, batch, head, args->head_dim);
+  row.k = sl_attention_token_rows(args, &args->k, batch, row.head_kv, args->head_dim);
+  row.v = sl_attention_token_rows(args, &args->v, batch, row.head_kv, args->head_dim_v);
+  row.a = sl_attention_clamp_logit(*sl_attention_at3(&args->a, batch, head, query));
+  row.tau = sl_attention_logit_tau(args, batch, head);
+  double maximum = -INFINITY, sum = 0, out[SL_ATTENTION_MAX_HEAD_DIM] = {0};
+  for (int64_t key = row.bounds.begin; key < row.bounds.end && !isnan(sum); ++key) {
+    double gate;
+    if (!keep_pair(&row, key, &gate)) continue;
+    double score = score_pair(&row, key);
+    if (score == -INFINITY) continue; /* weighs nothing */
+    if (!(score <= maximum)) {
+      sum *= exp(maximum - score);
+      maximum = score;
+    }
+    sum += exp(score - maximum);
+  }
+  if (isnan(sum)) {
+    for (int64_t c = 0; c < args->head_dim_v; ++c) out[c] = NAN;
+  } else {
+    add_values(&row, maximum == -INFINITY ? 0 : maximum, sum > 0 ? sum : 1, out);
+  }
+  sl_token_rows target = sl_attention_token_rows(args, &args->out, batch, head, args->head_dim_v);
+  for (int64_t c = 0; c < args->head_dim_v; ++c) {
+    store(args->dtype, (void *)(uintptr_t)target.data, query * target.token_stride + c, out[c]);
+  }
+  if (args->lse.data) {
+    double lse = isnan(sum) ? NAN : sum > 0 ? maximum + log(sum) : -INFINITY;
+    *sl_attention_at3(&args->lse, batch, head, query) = (float)lse;
+  }
+}

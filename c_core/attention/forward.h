@@ -1,0 +1,15 @@
+/* The two ways through the forward, and the memory that they need. */
+#ifndef SL_ATTENTION_FORWARD_H
+#define SL_ATTENTION_FORWARD_H
+
+#include "attention/plan.h"
+
+/* Tiles of queries against packed keys. */
+sl_status sl_attention_tiled_workspace(const sl_attention_plan *plan, size_t *bytes);
+sl_status sl_attention_run_tiled(const sl_attention_plan *plan);
+
+/* Few queries, as in decoding: row by row against keys where they lie. Needs no workspace. */
+bool sl_attention_is_few_rows(const sl_gated_attention_args *args);
+void sl_attention_run_few_rows(const sl_attention_plan *plan);
+
+#endif

@@ -1,0 +1,52 @@
+/* Sizes: how many keys are sorted together, how many queries make a task. */
+#include "attention/plan.h"
+
+#include <math.h>
+
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Long chunks keep rounding to whole panels cheap and prefixes smooth; short ones leave less to the unsorted border
+ * between a query chunk and its own keys. Measured: see benchmarks/gated_attention.py. */
+static int64_t choose_chunk(const sl_gated_attention_args *args) {
+  if (args->n_k <= 1024) return 128;
+  return args->n_k <= 4096 ? 256 : 512;
+}
+
+sl_attention_plan sl_attention_make_plan(const sl_gated_attention_args *args, const sl_attention_kernel *kernel) {
+  sl_attention_plan plan = {.args = args, .kernel = kernel};
+  plan.group = args->heads_q / args->heads_kv;
+  plan.depth = sl_round_up(args->head_dim, kernel->depth_step);
+  plan.depth_v = sl_round_up(args->head_dim_v, kernel->depth_step);
+  plan.width = sl_round_up(args->head_dim, kernel->panel);
+  plan.width_v = sl_round_up(args->head_dim_v, kernel->panel);
+  plan.row_stride = sl_round_up(args->head_dim, SL_ATTENTION_STRIDE);
+  plan.row_stride_v = sl_round_up(args->head_dim_v, SL_ATTENTION_STRIDE);
+  plan.chunk = choose_chunk(args);
+  plan.block = 128;
+  plan.tile = sl_round_up(48, kernel->row_tile);
+  plan.far_tile = 2 * plan.tile;
+  plan.query_chunk = plan.tile * (args->n_q <= 4096 ? 4 : 8);
+  plan.piece = 64;
+  double scale = args->scale * 1.4426950408889634;
+  plan.factor = scale > 0 ? 1.0f : scale < 0 ? -1.0f : 0.0f;
+  plan.scale_log2e = scale == 0 ? 1.0f : (float)fabs(scale);
+  return plan;
+}
+
+sl_key_bounds sl_attention_key_bounds(const sl_gated_attention_args *args, int64_t batch) {
+  sl_key_bounds bounds = {0, args->n_k, 0};
+  if (args->key_range) {
+    bounds.begin = args->key_range[2 * batch];
+    bounds.end = args->key_range[2 * batch + 1];
+  }
+  bounds.sinks = smaller(args->sinks, bounds.end);
+  if (bounds.sinks < bounds.begin) bounds.sinks = bounds.begin;
+  return bounds;
+}
+
+bool sl_attention_drops_pairs(const sl_attention_plan *plan, int64_t batch, int64_t head_kv) {
+  for (int64_t head = head_kv * plan->group; head < (head_kv + 1) * plan->group; ++head) {
+    if (sl_attention_logit_tau(plan->args, batch, head) > -INFINITY) return true;
+  }
+  return false;
+}

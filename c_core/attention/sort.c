@@ -1,0 +1,54 @@
+/* Stable radix sort of up to SL_ATTENTION_MAX_CHUNK floats, largest first. */
+#include <string.h>
+
+#include "attention/chunk.h"
+#include "runtime/number.h"
+
+enum { RADIX_BITS = 8, RADIX = 1 << RADIX_BITS, PASSES = 32 / RADIX_BITS, SMALL = 64 };
+
+/* The unsigned number whose rising order is NaN first, then falling floats (+0 before -0). */
+static inline uint32_t falling_code(float key) {
+  uint32_t bits = sl_float_bits(key);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0;
+  return bits & 0x80000000u ? bits : ~bits & 0x7fffffffu;
+}
+
+static void sort_few(uint64_t *items, int64_t count) {
+  for (int64_t i = 1; i < count; ++i) {
+    uint64_t item = items[i];
+    int64_t place = i;
+    for (; place > 0 && items[place - 1] > item; --place) items[place] = items[place - 1];
+    items[place] = item;
+  }
+}
+
+void sl_sort_falling(const float *keys, int64_t count, int32_t *order) {
+  uint64_t items[SL_ATTENTION_MAX_CHUNK], other[SL_ATTENTION_MAX_CHUNK]; /* code in the upper half, number below */
+  uint64_t *from = items, *to = other;
+  for (int64_t i = 0; i < count; ++i) items[i] = (uint64_t)falling_code(keys[i]) << 32 | (uint64_t)i;
+  if (count <= SMALL) {
+    sort_few(items, count);
+  } else {
+    uint16_t starts[PASSES][RADIX];
+    memset(starts, 0, sizeof starts);
+    for (int64_t i = 0; i < count; ++i) {
+      for (int pass = 0; pass < PASSES; ++pass) ++starts[pass][items[i] >> (32 + pass * RADIX_BITS) & (RADIX - 1)];
+    }
+    for (int pass = 0; pass < PASSES; ++pass) {
+      int shift = 32 + pass * RADIX_BITS;
+      uint16_t *start = starts[pass];
+      if (start[from[0] >> shift & (RADIX - 1)] == count) continue; /* all alike in these bits */
+      uint16_t total = 0;
+      for (int bucket = 0; bucket < RADIX; ++bucket) {
+        uint16_t size = start[bucket];
+        start[bucket] = total;
+        total = (uint16_t)(total + size);
+      }
+      for (int64_t i = 0; i < count; ++i) to[start[from[i] >> shift & (RADIX - 1)]++] = from[i];
+      uint64_t *swap = from;
+      from = to;
+      to = swap;
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) order[i] = (int32_t)(uint32_t)from[i];
+}
