@@ -2,7 +2,6 @@
 #include <sluice/accumulate.h>
 
 #include <algorithm>
-#include <numeric>
 
 #include "shim.h"
 
@@ -22,8 +21,8 @@ bool same_layout(const Tensor& left, const Tensor& right) {
 // No gaps and no overlaps: in the order of the strides, each is the product of the sizes before it.
 bool fills_memory(const Tensor& tensor) {
   if (tensor.numel() == 0) return true;
-  std::vector<int64_t> order(static_cast<size_t>(tensor.dim()));
-  std::iota(order.begin(), order.end(), 0);
+  std::vector<int64_t> order;
+  for (int64_t i = 0; i < tensor.dim(); ++i) order.push_back(i);
   std::sort(order.begin(), order.end(), [&](int64_t i, int64_t j) {
     return std::make_pair(tensor.stride(i), tensor.size(i)) < std::make_pair(tensor.stride(j), tensor.size(j));
   });
@@ -103,7 +102,9 @@ sl_accumulate_args make_args(const Tensor& accumulator, const OptionalTensor& ex
   args.count = accumulator.numel();
   args.dtype = dtype_of(accumulator, "accumulator");
   args.accumulator = const_cast<void*>(accumulator.const_data_ptr());
-  args.exponents = exponents ? static_cast<int8_t*>(const_cast<void*>(exponents->const_data_ptr())) : nullptr;
+  if (exponents) {
+    args.exponents = static_cast<decltype(args.exponents)>(const_cast<void*>(exponents->const_data_ptr()));
+  }
   return args;
 }
 

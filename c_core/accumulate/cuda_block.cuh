@@ -47,13 +47,10 @@ __device__ inline void write_part(sl_accumulate_stats *part, const LaneStats &la
 
 /* r of the contract, for element p of its block. */
 __device__ inline uint32_t random_bits(uint64_t key, int p) {
-  uint32_t m = p % 32, word = p / 32 * 16 + m % 16 + static_cast<uint32_t>(key);
+  uint32_t m = p % 32, word = static_cast<uint32_t>(key) + (p / 32 * 16 + m % 16) * 0x9E3779B1u;
   word ^= word >> 16;
   word *= 0x7FEB352Du;
-  word ^= static_cast<uint32_t>(key >> 32);
   word ^= word >> 15;
-  word *= 0x846CA68Bu;
-  word ^= word >> 16;
   return m < 16 ? word & 0x1FFFu : word >> 19;
 }
 
