@@ -52,6 +52,8 @@ class _Interceptor(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is torch.Tensor.unflatten:
+            func = torch.unflatten  # the same; the method calls super(), which torch.compile can't trace from here
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
         return self._attend(*args, **kwargs)
