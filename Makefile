@@ -41,7 +41,7 @@ $(PRESETS:%=native-%): native-%: packages-test .venv/package
 	@cmake --preset $* $(if $(CI),-DCMAKE_COMPILE_WARNING_AS_ERROR=ON) $(if $(filter emulated cuda,$*),"-DPython3_EXECUTABLE=$$PWD/$(BIN)/python") >/dev/null
 	@cmake --build --preset $* --parallel "$$CMAKE_BUILD_PARALLEL_LEVEL" >build/$*/build.log 2>&1 || \
 	  { grep -vE 'Built target|Building|Linking' build/$*/build.log; exit 1; }
-	@ctest --preset $* --quiet --output-log build/$*/ctest.log || { tail -n 200 build/$*/ctest.log; exit 1; }
+	@ctest --preset $* --quiet --output-log build/$*/ctest.log || { grep -vE ' Passed |^ +Start ' build/$*/ctest.log; exit 1; }
 	@grep 'tests passed' build/$*/ctest.log
 
 .PHONY: lint
