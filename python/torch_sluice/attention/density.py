@@ -122,14 +122,15 @@ def sample_gate(a, b, *, tau=0.5, causal=False, window=0, sinks=0, key_range=Non
     Args: as in ``kept_pairs``.
 
     Returns:
-        (mean, kept, possible), scalars in the dtype of a: the mean of g_ij = sigmoid(a_i + b_j) over the far pairs of
-        all heads, differentiable in a and b, 0 where there are none; the estimated number of kept pairs; and the exact
-        number of pairs that the causal mask and the key range allow, both over all heads.
+        (mean, kept, near, possible), scalars in the dtype of a: the mean of g_ij = sigmoid(a_i + b_j) over the far
+        pairs of all heads, differentiable in a and b, 0 where there are none; the estimated number of kept pairs; and
+        the exact numbers of those that are kept whatever the gate says, and of those that the causal mask and the key
+        range allow, all three over all heads.
     """
     batch, heads, n_q = a.shape
     heads_kv, n_k = b.shape[1:]
     if not (batch and n_q and n_k):
-        return a.sum() + b.sum(), a.new_zeros(()), a.new_zeros(())
+        return a.sum() + b.sum(), *a.new_zeros(3)
     rows = sample_rows(n_q, min(1.0, max(1, _ROW_ELEMENTS // (batch * heads * n_k)) / n_q), a.device)
     keys = torch.arange(n_k, device=a.device)
     far = torch.zeros(1, len(rows), n_k, dtype=torch.bool, device=a.device)
@@ -149,4 +150,4 @@ def sample_gate(a, b, *, tau=0.5, causal=False, window=0, sinks=0, key_range=Non
     with torch.no_grad():
         dropped = ((z < _logit(tau)) * weight).sum() / count
         kept = possible - far_total * dropped
-    return mean, kept.to(a.dtype), possible.to(a.dtype)
+    return mean, kept.to(a.dtype), (possible - far_total).to(a.dtype), possible.to(a.dtype)
