@@ -1,9 +1,12 @@
 // Shim of accumulate: check shapes, dtypes and memory layout, allocate the statistics, call C.
+#include "accumulate.h"
+
 #include <sluice/accumulate.h>
+#include <sluice/cuda.h>
 
 #include <algorithm>
 
-#include "shim.h"
+#include "cuda.h"
 
 namespace sluice {
 namespace {
@@ -108,23 +111,35 @@ sl_accumulate_args make_args(const Tensor& accumulator, const OptionalTensor& ex
   return args;
 }
 
-using Operation = sl_status (*)(const sl_accumulate_args*);
+// One C function on each kind of device.
+struct Operation {
+  sl_status (*on_cpu)(const sl_accumulate_args*);
+  sl_status (*on_cuda)(const sl_accumulate_args*, void*);
+};
 
 Tensor run(Operation operation, sl_accumulate_args args, const Tensor& like) {
   size_t bytes = 0;
-  check_status(sl_accumulate_workspace_size(args.count, &bytes));
+  check_status(like.is_cpu() ? sl_accumulate_workspace_size(args.count, &bytes)
+                             : sl_accumulate_cuda_workspace_size(args.count, &bytes));
   Tensor stats = empty({SL_ACCUMULATE_STATS}, ScalarType::Double, like);
   Tensor workspace = empty({static_cast<int64_t>(bytes)}, ScalarType::Byte, like);
-  sl_executor executor = torch_executor();
   args.stats = static_cast<sl_accumulate_stats*>(stats.mutable_data_ptr());
   args.workspace = workspace.mutable_data_ptr(), args.workspace_size = bytes;
-  args.executor = &executor;
-  check_status(operation(&args));
+  if (like.is_cpu()) {
+    sl_executor executor = torch_executor();
+    args.executor = &executor;
+    check_status(operation.on_cpu(&args));
+  } else {
+    CudaScope cuda(like);
+    check_status(operation.on_cuda(&args, cuda.stream()));
+  }
   return stats;
 }
 
-Tensor accumulate(Tensor accumulator, OptionalTensor exponents, Tensor grad, double grad_scale, bool overwrite,
-                  std::optional<int64_t> seed) {
+}  // namespace
+
+Tensor accumulate_(Tensor accumulator, OptionalTensor exponents, Tensor grad, double grad_scale, bool overwrite,
+                   std::optional<int64_t> seed) {
   check_accumulator(accumulator, exponents);
   check_values("grad", grad);
   check_shape("grad", grad, accumulator);
@@ -135,7 +150,7 @@ Tensor accumulate(Tensor accumulator, OptionalTensor exponents, Tensor grad, dou
   args.grad_dtype = dtype_of(grad, "grad");
   args.grad_scale = grad_scale, args.overwrite = overwrite;
   args.stochastic = seed.has_value(), args.seed = static_cast<uint64_t>(seed.value_or(0));
-  return run(sl_accumulate, args, accumulator);
+  return run({sl_accumulate, sl_accumulate_cuda}, args, accumulator);
 }
 
 Tensor measure_gradient(Tensor grad) {
@@ -145,7 +160,7 @@ Tensor measure_gradient(Tensor grad) {
   args.count = grad.numel();
   args.grad = dense.const_data_ptr();
   args.grad_dtype = dtype_of(grad, "grad");
-  return run(sl_measure_gradient, args, grad);
+  return run({sl_measure_gradient, sl_measure_gradient_cuda}, args, grad);
 }
 
 Tensor read_accumulator(Tensor accumulator, OptionalTensor exponents, double scale, Tensor out) {
@@ -159,16 +174,15 @@ Tensor read_accumulator(Tensor accumulator, OptionalTensor exponents, double sca
   args.scale = scale;
   args.out = dense.mutable_data_ptr();
   args.out_dtype = dtype_of(out, "out");
-  Tensor stats = run(sl_read_accumulator, args, accumulator);
+  Tensor stats = run({sl_read_accumulator, sl_read_accumulator_cuda}, args, accumulator);
   if (!direct) torch::stable::copy_(out, dense);
   return stats;
 }
 
-}  // namespace
 }  // namespace sluice
 
 STABLE_TORCH_LIBRARY_IMPL(sluice, CPU, library) {
-  library.impl("accumulate_", TORCH_BOX(&sluice::accumulate));
+  library.impl("accumulate_", TORCH_BOX(&sluice::accumulate_));
   library.impl("measure_gradient", TORCH_BOX(&sluice::measure_gradient));
   library.impl("read_accumulator", TORCH_BOX(&sluice::read_accumulator));
 }

@@ -53,6 +53,7 @@ std::string describe(const Tensor& tensor) {
     case ScalarType::Double: text = "float64"; break;
     case ScalarType::Long: text = "int64"; break;
     case ScalarType::Int: text = "int32"; break;
+    case ScalarType::Char: text = "int8"; break;
     case ScalarType::Bool: text = "bool"; break;
     default: text = "dtype " + std::to_string(static_cast<int>(tensor.scalar_type())); break;
   }
