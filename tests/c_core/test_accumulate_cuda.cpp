@@ -113,7 +113,7 @@ TEST(AccumulateCudaOnHost, AgreesWithTheReferenceBitForBit) {
   uint64_t seed = 1;
   for (sl_dtype dtype : {SL_F32, SL_F16}) {
     for (sl_dtype grad_dtype : kDtypes) {
-      for (int64_t count : {0, 1, 31, 33, 1023, 1025, 5000}) {
+      for (int64_t count : {0, 1, 33, 1023, 2100}) {
         for (const Values& values : kValues) {
           sl_dtype out_dtype = kDtypes[++seed % 3];
           SCOPED_TRACE(testing::Message() << sl_dtype_name(dtype) << " += " << sl_dtype_name(grad_dtype) << " ["

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <utility>
@@ -48,20 +49,14 @@ inline cudaStream_t last_stream = nullptr;
 
 class Block {
  public:
-  Block(unsigned threads, const std::function<void()>& body) : body_(body), threads_(threads), warps_(threads / 32) {
-    for (unsigned i = 0; i < threads; ++i) {
-      Thread& thread = threads_[i];
-      thread.stack.reset(new char[kStackBytes]);
-      getcontext(&thread.context);
-      thread.context.uc_stack.ss_sp = thread.stack.get();
-      thread.context.uc_stack.ss_size = kStackBytes;
-      makecontext(&thread.context, &Block::start, 0);
-    }
+  explicit Block(unsigned threads) : threads_(threads), warps_(threads / 32) {
+    for (Thread& thread : threads_) prepare(thread);
   }
 
-  // Runs one block; the coroutines are used again for the next.
-  void run(unsigned index) {
+  // Runs body as one block; the coroutines are used again for the next.
+  void run(unsigned index, const std::function<void()>& body) {
     current = this;
+    body_ = &body;
     blockIdx.x = index;
     for (Thread& thread : threads_) thread.finished = false;
     for (size_t unfinished = threads_.size(); unfinished > 0;) {
@@ -112,19 +107,28 @@ class Block {
     unsigned arrived = 0, generation = 0;
   };
 
+  [[gnu::noinline]] static void prepare(Thread& thread) {
+    thread.stack.reset(new char[kStackBytes]);
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.get();
+    thread.context.uc_stack.ss_size = kStackBytes;
+    makecontext(&thread.context, &Block::start, 0);
+  }
+
   static void start() {
     Block* block = current;
     block->enter_stack(nullptr);
     for (;;) {
-      block->body_();
+      (*block->body_)();
       block->threads_[block->running_].finished = true;
       ++block->progress_;
       block->suspend();
     }
   }
 
-  // A context is for the first entry only: switching by it costs a system call, a long jump does not.
-  void resume(Thread& thread) {
+  // A context is for the first entry only: switching by it costs a system call, a long jump does not. Not inlined: no
+  // local variable of a caller is to live across the jump.
+  [[gnu::noinline]] void resume(Thread& thread) {
     void* mark = nullptr;
     leave_stack(&mark, thread.stack.get(), kStackBytes);
     if (_setjmp(scheduler_) == 0) {
@@ -134,7 +138,7 @@ class Block {
     enter_stack(mark);
   }
 
-  void suspend() {
+  [[gnu::noinline]] void suspend() {
     Thread& thread = threads_[running_];
     void* mark = nullptr;
     leave_stack(&mark, scheduler_stack_, scheduler_stack_bytes_);
@@ -166,7 +170,7 @@ class Block {
   void enter_stack(void*) {}
 #endif
 
-  const std::function<void()>& body_;
+  const std::function<void()>* body_ = nullptr;
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
   jmp_buf scheduler_;
@@ -208,8 +212,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (auto error = std::exchange(cuda_on_host::next_error, cudaSuccess); error != cudaSuccess) return error;
   gridDim = config->gridDim, blockDim = config->blockDim;
   std::function<void()> body = [&] { kernel(arguments...); };
-  cuda_on_host::Block block(blockDim.x, body);
-  for (unsigned index = 0; index < gridDim.x; ++index) block.run(index);
+  static std::map<unsigned, cuda_on_host::Block> blocks; // by their number of threads
+  cuda_on_host::Block& block = blocks.try_emplace(blockDim.x, blockDim.x).first->second;
+  for (unsigned index = 0; index < gridDim.x; ++index) block.run(index, body);
   return cudaSuccess;
 }
 
