@@ -21,7 +21,7 @@ _OVERRIDES = (
     ("--seed", int, "decides the weights, the batches and the noise"),
     ("--threads", int, "threads; default: as many as torch takes"),
 )
-_WITH_RESUME = ("resume", "json", "threads")  # what may be said beside --resume
+_WITH_RESUME = ("resume", "json", "threads", "tensorboard")  # what may be said beside --resume
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -82,6 +82,9 @@ def _add_train(commands) -> None:
     )
     train.add_argument("--resume", metavar="DIR", help="continue the run in this folder exactly where it stopped")
     train.add_argument("--overwrite", action="store_true", default=None, help="replace an unfinished run in --out")
+    train.add_argument(
+        "--tensorboard", action="store_true", default=None, help="write scalars to DIR/tensorboard while training"
+    )
     changes = train.add_argument_group("changes to the preset")
     for option, kind, text in _OVERRIDES:
         changes.add_argument(option, type=kind, metavar="N" if kind is int else "X", help=text)
@@ -108,7 +111,7 @@ def _train(options: argparse.Namespace) -> int:
             changes = {name: getattr(options, name) for name in (*names, "with_window")}
             settings = PRESETS[options.preset or "demo"].override(**changes)
             run = start_run(settings, options.data, Path(options.out or "sluice-run"), bool(options.overwrite))
-        result = execute_run(run, console, Path(options.json) if options.json else None)
+        result = execute_run(run, console, Path(options.json) if options.json else None, bool(options.tensorboard))
         from torch_sluice.report import print_comparison
 
         print_comparison(result, console)
@@ -138,7 +141,8 @@ def _refuse_with_resume(options: argparse.Namespace) -> None:
     if given:
         names = ", ".join("--" + name.replace("_", "-") for name in given)
         raise TrainError(
-            f"--resume continues a run with its own settings: leave out {names} (only --json and --threads go with it)"
+            f"--resume continues a run with its own settings: leave out {names} "
+            "(only --json, --threads and --tensorboard go with it)"
         )
 
 

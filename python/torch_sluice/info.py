@@ -55,7 +55,8 @@ def describe_plugin() -> dict:
         "kernels": {
             "gated_attention": {
                 name: library.sl_gated_attention_kernel_name(number).decode() for name, number in _DTYPES.items()
-            }
+            },
+            "accumulate": {"every dtype": library.sl_accumulate_kernel_name().decode()},
         },
         "packages": {name: _version_of(name) for name in _OPTIONAL},
     }
@@ -66,7 +67,13 @@ def describe_plugin() -> dict:
 def _open_core() -> ctypes.CDLL:
     """The C functions that the operator library exports beside its operators (ops/sluice/cpu.h and others)."""
     library = ctypes.CDLL(torch_sluice.library_path())
-    for name in ("sl_version", "sl_isa_name", "sl_cpu_cap_problem", "sl_gated_attention_kernel_name"):
+    for name in (
+        "sl_version",
+        "sl_isa_name",
+        "sl_cpu_cap_problem",
+        "sl_gated_attention_kernel_name",
+        "sl_accumulate_kernel_name",
+    ):
         getattr(library, name).restype = ctypes.c_char_p
     return library
 

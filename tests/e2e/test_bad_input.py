@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -79,6 +80,12 @@ def test_json_cannot_be_written(refused, tmp_path, text_folder):
     assert f"--json is '{target}', which cannot be written" in message
 
 
+def test_tensorboard_without_the_package(refused, tmp_path, text_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    message = refused("train", "--data", text_folder, "--out", tmp_path / "out", "--tensorboard", *TINY)
+    assert "--tensorboard needs the package tensorboard: pip install tensorboard" in message
+
+
 @pytest.mark.parametrize(
     ("option", "text"),
     [
@@ -86,6 +93,10 @@ def test_json_cannot_be_written(refused, tmp_path, text_folder):
         ("--context=8", "--context is 8, expected at least 32 bytes"),
         ("--width=15", "--width is 15, expected an even multiple of --heads = 2"),
         ("--target-density=0", "--target-density is 0.0, expected a number in (0, 1]"),
+        (
+            "--local-window=40",
+            "but the 40 keys of --local-window and the 4 sinks alone keep 0.99",
+        ),
         ("--threads=-1", "--threads is -1, expected at least 1"),
         ("--learning-rate=nan", "--learning-rate is nan, expected a positive number"),
         ("--local-window=-1", "--local-window is -1, expected at least 0"),
@@ -155,7 +166,9 @@ def test_resume_refuses_changed_text(refused, tmp_path):
     from torch_sluice.train.main import start_run
     from torch_sluice.train.settings import PRESETS
 
-    settings = PRESETS["demo"].override(steps=2, context=48, width=16, heads=2, layers=1)
+    settings = PRESETS["demo"].override(
+        steps=2, context=48, width=16, heads=2, layers=1, local_window=4, target_density=0.5
+    )
     run = start_run(settings, str(data), tmp_path / "out", overwrite=False)
     run.save()
     run.close()

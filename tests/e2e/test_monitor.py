@@ -114,3 +114,14 @@ def test_monitor_refuses_a_peak_that_is_none():
 def test_measured_peak_is_a_rate_that_a_product_can_reach():
     peak = measure_peak_flops(seconds=0.05)
     assert 1e8 < peak < 1e15
+
+
+def test_monitor_writes_scalars(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monitor = Monitor(nn.Linear(2, 2), log_dir=tmp_path)
+    for loss in (3.0, 2.0):
+        monitor.record(0.5, tokens=8, loss=loss)
+    monitor.close()
+    scalars = events.EventAccumulator(str(tmp_path)).Reload()
+    assert [event.value for event in scalars.Scalars("loss")] == [3.0, 2.0]
+    assert [event.value for event in scalars.Scalars("tokens_per_second")] == [16.0, 16.0]

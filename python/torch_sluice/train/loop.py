@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from torch_sluice.monitor import Monitor
 from torch_sluice.train.checkpoint import save_checkpoint
 from torch_sluice.train.data import Corpus
 from torch_sluice.train.errors import TrainError
@@ -43,6 +44,15 @@ class Run:
         self.saved = False  # whether the folder holds a checkpoint of this run
         self.sides = make_sides(settings)
         self.quick_windows = corpus.heldout_windows(settings.quick_windows, settings.context)
+
+    def watch(self, tensorboard: bool) -> None:
+        """Gives each side a monitor; with ``tensorboard`` it writes scalars to ``tensorboard/SIDE`` in the folder."""
+        for name, side in self.sides.items():
+            try:
+                side.monitor = Monitor(side.model, log_dir=self.folder / "tensorboard" / name if tensorboard else None)
+            except ImportError as error:
+                raise TrainError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
+            side.monitor.steps = self.step
 
     def state_dict(self) -> dict:
         return {

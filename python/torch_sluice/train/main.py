@@ -44,7 +44,7 @@ def resume_run(folder: Path, threads: int | None) -> Run:
     return run
 
 
-def execute_run(run: Run, console: Console, json_path: Path | None) -> dict:
+def execute_run(run: Run, console: Console, json_path: Path | None, tensorboard: bool = False) -> dict:
     """Trains what is left, compares, writes results.json and report.html into the run's folder and ``json_path``.
 
     Raises:
@@ -53,6 +53,7 @@ def execute_run(run: Run, console: Console, json_path: Path | None) -> dict:
     if json_path is not None:
         _check_writable(json_path)
     threads = set_threads(run.settings)
+    run.watch(tensorboard)
     settings, corpus = run.settings, run.corpus
     passed_over = f", {corpus.skipped_files} files passed over (empty or not UTF-8)" if corpus.skipped_files else ""
     console.print(

@@ -70,8 +70,21 @@ class Settings:
         for name in ("local_window", "seed"):
             if getattr(self, name) < 0:
                 raise TrainError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 0")
+        floor = window_density(self.context, self.local_window, self.sinks)
+        if self.target_density < floor:
+            raise TrainError(
+                f"--target-density is {self.target_density}, but the {self.local_window} keys of --local-window and "
+                f"the {self.sinks} sinks alone keep {floor:.3f} of the pairs: raise the one or lower the other"
+            )
         if self.threads < 0:
             raise TrainError(f"--threads is {self.threads}, expected at least 1 (0: as torch decides)")
+
+
+def window_density(context: int, window: int, sinks: int) -> float:
+    """Share of the causal pairs that the nearest ``window`` keys and the first ``sinks`` keys make."""
+    # Row i has i keys: the window's, and of those before it the sinks.
+    kept = sum(min(i, window) + min(sinks, max(i - window, 0)) for i in range(1, context + 1))
+    return kept / (context * (context + 1) / 2)
 
 
 PRESETS = {

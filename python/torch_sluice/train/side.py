@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional
 
+from torch_sluice.monitor import Monitor
 from torch_sluice.train.model import build_model, predict
 from torch_sluice.train.settings import Settings
 
@@ -33,6 +34,7 @@ class Side:
     def __init__(self, settings: Settings):
         self.settings = settings
         self.history = History()
+        self.monitor: Monitor | None = None
         self.model = build_model(settings)
         self._random_state = torch.Generator().manual_seed(settings.seed).get_state()
         self.prepare()
@@ -55,6 +57,8 @@ class Side:
         self.history.loss.append(loss)
         self.history.seconds.append(seconds)
         self.history.density.append(self.density)
+        if self.monitor is not None:
+            self.monitor.record(seconds, self.settings.tokens_per_step, loss=loss, density=self.density)
 
     def run_micro_batches(self, batches: list[torch.Tensor]) -> float:
         """Ordinary accumulation: gradients add up in ``.grad``. Returns the mean loss."""
@@ -116,3 +120,5 @@ class Side:
 
     def close(self) -> None:
         """Ends what the side holds open."""
+        if self.monitor is not None:
+            self.monitor.close()

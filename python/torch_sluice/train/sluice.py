@@ -5,10 +5,9 @@ import contextlib
 
 import torch
 
-from torch_sluice.attention import Gate
-from torch_sluice.attention.controller import DensityController, parameter_groups
+from torch_sluice.attention import DensityController, Gate, parameter_groups
 from torch_sluice.swap import swap_attention
-from torch_sluice.train.settings import Settings
+from torch_sluice.train.settings import Settings, window_density
 from torch_sluice.train.side import Side
 
 GATE_RATE = 10.0  # the gates' learning rate / the model's
@@ -66,15 +65,16 @@ class SluiceSide(Side):
         return self.controller.density
 
     def state_dict(self) -> dict:
-        return {**super().state_dict(), "controller": controller_state(self.controller)}
+        return {**super().state_dict(), "controller": self.controller.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
-        load_controller(self.controller, state["controller"])
+        self.controller.load_state_dict(state["controller"])
 
     def close(self) -> None:
         self._context.close()
         self.controller.close()
+        super().close()
 
 
 class WindowSide(Side):
@@ -103,23 +103,8 @@ class WindowSide(Side):
 
 def window_of(settings: Settings) -> int:
     """The widest window that, with the sinks, keeps at most ``target_density`` of the causal pairs."""
-    n, sinks = settings.context, settings.sinks
-    wanted = settings.target_density * n * (n + 1) / 2
 
-    def kept(window: int) -> int:
-        # Row i has i keys: the window's, and of those before it the sinks.
-        return sum(min(i, window) + min(sinks, max(i - window, 0)) for i in range(1, n + 1))
+    def density(window: int) -> float:
+        return window_density(settings.context, window, settings.sinks)
 
-    return max(1, bisect.bisect_right(range(1, n + 1), wanted, key=kept))
-
-
-def controller_state(c):
-    return c.state_dict() if hasattr(c, "state_dict") else {k: getattr(c, k) for k in ("count", "strength", "density")}
-
-
-def load_controller(c, s):
-    if hasattr(c, "state_dict"):
-        c.load_state_dict(s)
-    else:
-        vars(c).update(s)
-        c._enter()
+    return max(1, bisect.bisect_right(range(1, settings.context + 1), settings.target_density, key=density))
