@@ -20,16 +20,35 @@ enum { ROWS = SL_AVX2_ROWS, PANEL = SL_AVX2_PANEL };
     }                                                                \
   } while (0)
 
+/* The same for the first 8 columns only: what a row group that ends in the first half of a panel wants. */
+static inline void multiply_half(const float *left, int64_t left_stride, const float *right, int64_t depth,
+                                 float *target, int64_t target_stride) {
+  __m256 sum[ROWS];
+  _Pragma("GCC unroll 6") for (int r = 0; r < ROWS; ++r) sum[r] = _mm256_setzero_ps();
+  for (int64_t d = 0; d < depth; ++d, ++left, right += PANEL) {
+    __m256 b = _mm256_load_ps(right);
+    _Pragma("GCC unroll 6") for (int r = 0; r < ROWS; ++r) {
+      sum[r] = _mm256_fmadd_ps(_mm256_broadcast_ss(left + r * left_stride), b, sum[r]);
+    }
+  }
+  _Pragma("GCC unroll 6") for (int r = 0; r < ROWS; ++r) _mm256_store_ps(target + r * target_stride, sum[r]);
+}
+
 void sl_avx2_multiply_nt(int64_t rows, const int32_t *lengths, const void *left, int64_t left_stride,
                          const void *columns, int64_t depth, float *scores, int64_t score_stride) {
   if (rows <= 0) return;
   for (int64_t column = 0; column < lengths[0]; column += PANEL) {
     const float *right = (const float *)columns + column * depth;
     for (int64_t first = 0; first < rows && lengths[first] > column; first += ROWS) {
+      const float *a = (const float *)left + first * left_stride;
+      float *target = scores + first * score_stride + column;
+      if (lengths[first] - column <= PANEL / 2) {
+        multiply_half(a, left_stride, right, depth, target, score_stride);
+        continue;
+      }
       __m256 sum[ROWS][2];
       _Pragma("GCC unroll 6") for (int r = 0; r < ROWS; ++r) sum[r][0] = sum[r][1] = _mm256_setzero_ps();
-      MULTIPLY(sum, (const float *)left + first * left_stride, left_stride, right, depth);
-      float *target = scores + first * score_stride + column;
+      MULTIPLY(sum, a, left_stride, right, depth);
       _Pragma("GCC unroll 6") for (int r = 0; r < ROWS; ++r) {
         _mm256_store_ps(target + r * score_stride, sum[r][0]);
         _mm256_store_ps(target + r * score_stride + 8, sum[r][1]);

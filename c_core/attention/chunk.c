@@ -17,8 +17,8 @@ void sl_key_chunk_take(sl_key_chunk *chunk, sl_arena *arena, const sl_attention_
 }
 
 static void order_keys(sl_key_chunk *chunk, const sl_gated_attention_args *args, int64_t batch, int64_t head_kv) {
-  float b[SL_ATTENTION_MAX_CHUNK];
   int64_t count = chunk->count;
+  float *b = chunk->exp_minus_b; /* in order of position for a while */
   const float *source = sl_attention_at3(&args->b, batch, head_kv, chunk->begin);
   for (int64_t i = 0; i < count; ++i) b[i] = sl_attention_clamp_logit(source[i * args->b.token_stride]);
   if (chunk->sorted) {
@@ -26,8 +26,8 @@ static void order_keys(sl_key_chunk *chunk, const sl_gated_attention_args *args,
   } else {
     for (int64_t i = 0; i < count; ++i) chunk->index[i] = (int32_t)i;
   }
+  for (int64_t i = 0; i < count; ++i) chunk->b[i] = b[chunk->index[i]];
   for (int64_t i = 0; i < count; ++i) {
-    chunk->b[i] = b[chunk->index[i]];
     chunk->exp_minus_b[i] = expf(-chunk->b[i]);
     chunk->index[i] += (int32_t)chunk->begin;
   }
@@ -56,15 +56,22 @@ void sl_key_chunk_fill(sl_key_chunk *chunk, const sl_attention_plan *plan, int64
   if (chunk->k_depths) kernel->pack_depths(chunk->k_depths, chunk->capacity, &k, chunk->index, chunk->count);
 }
 
-int64_t sl_key_chunk_prefix(const sl_key_chunk *chunk, float a, float tau) {
+void sl_key_chunk_find_prefixes(const sl_key_chunk *chunk, const float *a, int64_t rows, float tau, int32_t *lengths) {
   const float *b = chunk->b;
-  int64_t kept = 0, count = chunk->count;
-  if (count == 0) return 0;
-  /* Halving without branches: b[0 .. kept) is kept, what is open is b[kept .. kept + count). */
-  while (count > 1) {
-    int64_t half = count / 2;
-    kept += a + b[kept + half - 1] < tau ? 0 : half;
-    count -= half;
+  int64_t kept = 0, open = rows > 0 ? chunk->count : 0;
+  /* The first row's by halving: b[0 .. kept) is kept, b[kept .. kept + open) is open. */
+  while (open > 0) {
+    int64_t half = (open + 1) / 2;
+    if (a[0] + b[kept + half - 1] < tau) {
+      open = half - 1;
+    } else {
+      kept += half;
+      open -= half;
+    }
   }
-  return kept + (a + b[kept] < tau ? 0 : 1);
+  /* The others' are no longer than the one before, and mostly not much shorter. */
+  for (int64_t r = 0; r < rows; ++r) {
+    while (kept > 0 && a[r] + b[kept - 1] < tau) --kept;
+    lengths[r] = (int32_t)kept;
+  }
 }

@@ -32,8 +32,8 @@ void sl_key_chunk_take(sl_key_chunk *chunk, sl_arena *arena, const sl_attention_
 void sl_key_chunk_fill(sl_key_chunk *chunk, const sl_attention_plan *plan, int64_t batch, int64_t head_kv,
                        int64_t begin, int64_t end, bool sorted);
 
-/* How many leading keys of a sorted chunk a row with gate logit a keeps: those with not (a + b < tau). */
-int64_t sl_key_chunk_prefix(const sl_key_chunk *chunk, float a, float tau);
+/* How many leading keys of a sorted chunk each row keeps: those with not (a + b < tau). a falls, NaN first. */
+void sl_key_chunk_find_prefixes(const sl_key_chunk *chunk, const float *a, int64_t rows, float tau, int32_t *lengths);
 
 /* order becomes the numbers 0 .. count - 1 in order of falling keys, NaN first, equals in rising order.
  * count is at most SL_ATTENTION_MAX_CHUNK. */

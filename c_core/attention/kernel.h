@@ -92,7 +92,8 @@ typedef struct sl_attention_kernel {
   void (*pack_columns)(void *packed, const sl_token_rows *source, const int32_t *index, int64_t count);
   void (*pack_depths)(void *packed, int64_t capacity, const sl_token_rows *source, const int32_t *index, int64_t count);
 
-  /* scores[r][j] = <rows[r], columns[j]> for j < round_up(lengths[first row of r's group], panel). */
+  /* scores[r][j] = <rows[r], columns[j]> for j < lengths[first row of r's group]; from there to a whole panel anything
+   * may be written. */
   void (*multiply_nt)(int64_t rows, const int32_t *lengths, const void *left, int64_t left_stride, const void *columns,
                       int64_t depth, float *scores, int64_t score_stride);
   /* out[r][0..width) += sum over j < round_up(lengths[first row of r's group], depth_step) of

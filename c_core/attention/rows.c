@@ -45,17 +45,22 @@ static void order_queries(sl_query_rows *rows, const sl_attention_plan *plan, co
   }
 }
 
-/* Starts each row with its own key, unless that is not valid, or a sink (which is attended to with the others). */
-static void attend_to_self(sl_query_rows *rows, const sl_attention_plan *plan) {
+/* Starts each row with its own key, unless that is not valid, or a sink (which is attended to with the others). Goes in
+ * order of position, so that what it reads comes in a stream. */
+static void attend_to_self(sl_query_rows *rows, const sl_attention_plan *plan, int64_t begin) {
   const sl_gated_attention_args *args = plan->args;
   sl_token_rows q = sl_attention_token_rows(args, &args->q, rows->batch, rows->head, args->head_dim);
   sl_token_rows k = sl_attention_token_rows(args, &args->k, rows->batch, rows->head_kv, args->head_dim);
   sl_token_rows v = sl_attention_token_rows(args, &args->v, rows->batch, rows->head_kv, args->head_dim_v);
   sl_key_bounds bounds = sl_attention_key_bounds(args, rows->batch);
-  for (int64_t r = 0; r < rows->count; ++r) {
+  int32_t row_of[SL_ATTENTION_MAX_CHUNK];
+  for (int64_t r = 0; r < rows->count; ++r) row_of[rows->token[r] - begin] = (int32_t)r;
+  for (int64_t i = 0; i < rows->count; ++i) {
+    int64_t r = row_of[i];
     int32_t key = rows->position[r];
     if (key < bounds.sinks || key >= bounds.end) continue;
-    float query[SL_ATTENTION_MAX_HEAD_DIM] = {0}, score;
+    float query[SL_ATTENTION_MAX_HEAD_DIM], score;
+    memset(query, 0, (size_t)args->head_dim * sizeof(float));
     plan->kernel->add_rows(query, &plan->factor, &q, rows->token + r, 1);
     plan->kernel->dot_rows(query, &k, &key, 1, &score);
     if (score == -INFINITY) continue; /* weighs nothing */
@@ -88,11 +93,11 @@ void sl_query_rows_load(sl_query_rows *rows, const sl_attention_plan *plan, int6
     rows->sum[r] = 0;
   }
   memset(rows->out, 0, (size_t)(rows->count * plan->row_stride_v) * sizeof(float));
+  rows->self_apart = sorted && args->causal && args->window == 0;
+  if (rows->self_apart) attend_to_self(rows, plan, begin);
   sl_token_rows q = sl_attention_token_rows(args, &args->q, batch, head, args->head_dim);
   plan->kernel->pack_rows(rows->packed, plan->row_stride, &q, rows->token, rows->count, plan->factor);
   pad_rows(rows, plan);
-  rows->self_apart = sorted && args->causal && args->window == 0;
-  if (rows->self_apart) attend_to_self(rows, plan);
 }
 
 void sl_query_rows_gather(sl_query_rows *rows, const sl_attention_plan *plan, const sl_query_rows *source,

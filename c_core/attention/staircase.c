@@ -33,7 +33,7 @@ static void region_range(const sl_attention_plan *plan, const sl_query_rows *row
   *lowest = -1;
   *highest = args->n_k;
   switch (region) {
-    case SL_REGION_ALL: break;
+    case SL_REGION_ALL: break; /* not asked for */
     case SL_REGION_PAST: *highest = position - (rows->self_apart ? 1 : window); break;
     case SL_REGION_AFTER: *lowest = position + window; break;
     case SL_REGION_NEAR:
@@ -63,20 +63,15 @@ static position_limits limit_positions(sl_staircase *staircase, const sl_query_r
   return limits;
 }
 
-/* Prefixes by threshold. Rows are in order of falling a, so they never grow. */
-static void find_prefixes(sl_staircase *staircase, const sl_query_rows *rows, const sl_key_chunk *chunk) {
-  for (int64_t r = 0; r < rows->count; ++r) {
-    staircase->lengths[r] = (int32_t)sl_key_chunk_prefix(chunk, rows->a[r], rows->logit_tau);
-  }
-}
-
 /* Prefixes by position, in a chunk in order of position; a row is lengthened to what a later one needs.
  * Returns whether any was, so that a mask has to cut it. */
-static bool count_positions(sl_staircase *staircase, const sl_query_rows *rows, const sl_key_chunk *chunk) {
+static bool count_positions(sl_staircase *staircase, const sl_query_rows *rows, const sl_key_chunk *chunk,
+                            sl_key_region region) {
   int64_t longest = 0;
   bool lengthened = false;
   for (int64_t r = rows->count - 1; r >= 0; --r) {
-    int64_t wanted = smaller(larger(staircase->highest[r] - chunk->begin + 1, 0), chunk->count);
+    int64_t highest = region == SL_REGION_ALL ? chunk->end - 1 : staircase->highest[r];
+    int64_t wanted = smaller(larger(highest - chunk->begin + 1, 0), chunk->count);
     lengthened |= wanted < longest;
     longest = larger(longest, wanted);
     staircase->lengths[r] = (int32_t)longest;
@@ -136,15 +131,16 @@ void sl_staircase_walk(sl_staircase *staircase, const sl_query_rows *rows, const
   const sl_attention_plan *plan = staircase->plan;
   bool gated = region == SL_REGION_ALL || region == SL_REGION_PAST || region == SL_REGION_AFTER;
   if (rows->count == 0 || chunk->count == 0) return;
-  position_limits limits = limit_positions(staircase, rows, region);
+  position_limits limits = {-1, -1, plan->args->n_k, plan->args->n_k};
+  if (region != SL_REGION_ALL) limits = limit_positions(staircase, rows, region);
   if (limits.highest_most < chunk->begin || limits.lowest_least >= chunk->end) return;
   bool whole = limits.lowest_most <= chunk->begin && limits.highest_least >= chunk->end - 1;
   bool lengthened = false;
   int64_t start = 0;
   if (chunk->sorted) {
-    find_prefixes(staircase, rows, chunk);
+    sl_key_chunk_find_prefixes(chunk, rows->a, rows->count, rows->logit_tau, staircase->lengths);
   } else {
-    lengthened = count_positions(staircase, rows, chunk);
+    lengthened = count_positions(staircase, rows, chunk, region);
     start = larger(limits.lowest_least - chunk->begin, 0) / plan->block * plan->block;
   }
   int64_t count = rows->count;
