@@ -1,6 +1,7 @@
 /* Public entry of gated attention: validate, choose the kernel of this machine, run it. */
 #include <sluice/gated_attention.h>
 
+#include "attention/backward.h"
 #include "attention/forward.h"
 #include "attention/validate.h"
 #include "runtime/status.h"
@@ -34,11 +35,18 @@ sl_status sl_gated_attention_backward_workspace_size(const sl_gated_attention_ar
   SL_REQUIRE(bytes, SL_INVALID_ARGUMENT, "bytes is NULL");
   SL_CHECK(sl_gated_attention_validate(args, SL_NO_TENSORS));
   *bytes = 0;
-  return SL_OK;
+  const sl_attention_kernel *kernel = choose_kernel(args->dtype);
+  if (!kernel) return SL_OK;
+  sl_attention_plan plan = sl_attention_make_backward_plan(args, kernel);
+  return sl_attention_backward_workspace(&plan, bytes);
 }
 
 sl_status sl_gated_attention_backward(const sl_gated_attention_args *args) {
-  return sl_gated_attention_backward_reference(args);
+  SL_CHECK(sl_gated_attention_validate(args, SL_BACKWARD_TENSORS));
+  const sl_attention_kernel *kernel = choose_kernel(args->dtype);
+  if (!kernel) return sl_gated_attention_backward_reference(args);
+  sl_attention_plan plan = sl_attention_make_backward_plan(args, kernel);
+  return sl_attention_run_backward(&plan);
 }
 
 const char *sl_gated_attention_kernel_name(sl_dtype dtype) {

@@ -310,6 +310,7 @@ class AttentionProblem {
     size_t bytes = 0;
     if (sl_status status = measure(&args, &bytes); status != SL_OK) return status;
     GuardedBuffer workspace(bytes);
+    if (bytes) std::memset(workspace.data(), 0xff, bytes);  // NaN, whatever it is read as
     args.workspace = workspace.data(), args.workspace_size = bytes;
     sl_status status = call(&args);
     workspace_intact_ = workspace_intact_ && workspace.intact();
@@ -321,12 +322,13 @@ class AttentionProblem {
 };
 
 // Largest difference over the largest wanted value, and the root mean square of each; NaN and infinity must coincide.
+// Values are seen as at least `least` in size: what cancels to nothing is compared with the terms that cancelled.
 struct Distance {
   double relative_maximum = 0, relative_rms = 0;
   bool same_specials = true;
 };
 
-inline Distance measure_distance(const std::vector<double>& got, const std::vector<double>& want) {
+inline Distance measure_distance(const std::vector<double>& got, const std::vector<double>& want, double least = 0) {
   Distance result;
   double largest = 0, difference = 0, squares = 0, wanted_squares = 0;
   for (size_t i = 0; i < want.size(); ++i) {
@@ -340,8 +342,9 @@ inline Distance measure_distance(const std::vector<double>& got, const std::vect
     squares += (got[i] - want[i]) * (got[i] - want[i]);
     wanted_squares += want[i] * want[i];
   }
-  result.relative_maximum = difference > 0 ? difference / std::fmax(largest, 1e-30) : 0;
-  result.relative_rms = squares > 0 ? std::sqrt(squares / std::fmax(wanted_squares, 1e-60)) : 0;
+  double least_squares = least * least * static_cast<double>(want.size());
+  if (difference > 0) result.relative_maximum = difference / std::fmax(largest, least);
+  if (squares > 0) result.relative_rms = std::sqrt(squares / std::fmax(wanted_squares, least_squares));
   return result;
 }
 
