@@ -94,7 +94,7 @@ def _refuse_second_order(ctx, *gradients):
 
 def _refuse_vmap(info, in_dims, *args):
     raise NotImplementedError(
-        "torch.vmap over sluice::gated_attention is not supported: the operator has a batch dimension of its own, use it"
+        "torch.vmap over sluice::gated_attention is not supported: use the batch dimension that the operator has"
     )
 
 

@@ -120,9 +120,7 @@ def gated_attention(
             raise ValueError(f"tau is {tau} and density is {density}, expected at most one of them")
         if not isinstance(density, Tensor):
             _check_number("density", density, 0, math.nextafter(1, 2), "a number in [0, 1]")
-        logit_tau = select_logit_tau(
-            a, b, density, causal=causal, window=window, sinks=sinks, key_range=key_range
-        )
+        logit_tau = select_logit_tau(a, b, density, causal=causal, window=window, sinks=sinks, key_range=key_range)
     if scale is None:
         scale = 1 / math.sqrt(max(q.shape[3], 1))
     arguments = (q, k, v, a, b, logit_tau, key_range, causal, window, sinks, scale)

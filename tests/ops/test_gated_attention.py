@@ -85,12 +85,15 @@ def test_agrees_with_formula(name, dtype, device):
 )
 @pytest.mark.parametrize("causal", [False, True])
 def test_sizes(sizes, causal, dtype, device):
-    compare(random_inputs(**sizes, dtype=dtype, device=device), causal=causal, tau=0.5, window=2)
+    one_key = sizes.get("n_k") == 1
+    compare(random_inputs(**sizes, dtype=dtype, device=device), cancels=one_key, causal=causal, tau=0.5, window=2)
 
 
 def test_across_sorted_chunks():
     """Longer than the chunk in which keys are sorted, with unequal chunks."""
-    compare(random_inputs(batch=1, heads=2, heads_kv=1, n_q=1100, n_k=1100, head_dim=32), causal=True, tau=0.6, window=8)
+    compare(
+        random_inputs(batch=1, heads=2, heads_kv=1, n_q=1100, n_k=1100, head_dim=32), causal=True, tau=0.6, window=8
+    )
 
 
 def test_huge_gate_logits():
@@ -152,8 +155,9 @@ def test_strides():
     for ours, theirs in zip(run(views, dout, **options), run((q, k, v, a, b), dout, **options), strict=True):
         assert torch.equal(ours, theirs)
 
-    expanded = (q[:1, :1].expand(2, 4, 33, 16), k[:1].expand(2, 2, 33, 16), v[:, :1].expand_as(v), a[:1].expand(2, 4, 33),
-                b[:, :, :1].expand(2, 2, 33))  # fmt: skip
+    expanded = (
+        q[:1, :1].expand_as(q), k[:1].expand_as(k), v[:, :1].expand_as(v), a[:1].expand_as(a), b[:, :, :1].expand_as(b)
+    )  # fmt: skip
     copies = [x.contiguous() for x in expanded]
     assert torch.equal(gated_attention(*expanded, **options), gated_attention(*copies, **options))
 
@@ -229,8 +233,8 @@ def cases(draw):
     sizes = dict(
         batch=draw(st.integers(0, 2)), heads=heads_kv * draw(st.integers(1, 3)), heads_kv=heads_kv,
         n_q=draw(st.integers(0, 40)), n_k=draw(st.integers(0, 40)), head_dim=draw(st.integers(1, 33)),
-        head_dim_v=draw(st.integers(1, 33)), dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
-        seed=draw(st.integers(0, 1000)),
+        head_dim_v=draw(st.integers(1, 33)), seed=draw(st.integers(0, 1000)),
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
     )  # fmt: skip
     options = dict(
         causal=draw(st.booleans()), tau=draw(st.sampled_from([0.0, 0.2, 0.5, 0.8, 0.999])),

@@ -32,7 +32,10 @@ BAD = {
     "complex q": (dict(q=q.cfloat(), k=k.cfloat(), v=v.cfloat()), r"q is .*expected float32, bfloat16"),
     "dtype of a": (dict(a=a.long()), r"a is torch\.int64, expected floating-point gate logits"),
     "dtype of b": (dict(b=b > 0), r"b is torch\.bool, expected floating-point gate logits"),
-    "heads that don't divide": (dict(q=q[:, :3], a=a[:, :3]), r"heads_q is 3, expected a multiple of heads_kv, which is 2"),
+    "heads that don't divide": (
+        dict(q=q[:, :3], a=a[:, :3]),
+        r"heads_q is 3, expected a multiple of heads_kv, which is 2",
+    ),
     "no key heads": (dict(k=k[:, :0], v=v[:, :0], b=b[:, :0]), r"heads_kv is 0, expected at least 1"),
     "no channels": (dict(q=q[..., :0], k=k[..., :0]), r"head_dim is 0, expected at least 1"),
     "mode": (dict(mode="post"), r"mode is 'post', expected 'select', the only mode that exists"),

@@ -71,6 +71,11 @@ def test_sample_as_written_has_wrong_widths():
         SampleAsWritten(DIM, heads=1)(x[:, :-1])
 
 
+def test_sample_unpacks_three_dimensions_only():
+    with pytest.raises(ValueError, match="not enough values to unpack"):
+        SampleAsWritten(DIM, heads=1)(torch.randn(TOKENS, DIM))
+
+
 def test_sample_with_mean_gates_queries_by_channel_and_not_pairs():
     """With its widths right, the sample's gate is the same for every key: it cannot pick a pair."""
     torch.manual_seed(0)
@@ -114,7 +119,9 @@ def test_agrees_with_the_fixed_sample(tokens):
     torch.testing.assert_close(x_ours.grad, x_sample.grad)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(causal=True, window=4, sinks=2), dict(kv_heads=1, out_proj=True)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(), dict(causal=True, window=4, sinks=2), dict(kv_heads=1, out_proj=True)], ids=str
+)
 def test_is_the_formula_of_its_parts(options):
     torch.manual_seed(0)
     layer = GatedAttention(24, 4, tau=0.5, **options)

@@ -39,7 +39,9 @@ def gradients(function, inputs):
     return out, *torch.autograd.grad(out.float().square().sum(), leaves)
 
 
-@pytest.mark.parametrize("options", [dict(tau=0.4), dict(density=0.3), dict(tau=torch.tensor([0, 0.2, 0.4, 0.6]))], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(tau=0.4), dict(density=0.3), dict(tau=torch.tensor([0, 0.2, 0.4, 0.6]))], ids=str
+)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(options, dynamic):
     torch._dynamo.reset()

@@ -167,7 +167,9 @@ class Attention(nn.Module):
         if past is not None:
             k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
         p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=mask is None and past is None)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=p, is_causal=mask is None and past is None
+        )
         return self.c_proj(y.transpose(1, 2).flatten(-2))
 
 
@@ -197,7 +199,9 @@ class GPT(nn.Module):
 IDS = torch.arange(3 * TOKENS).view(3, TOKENS) % 50
 
 
-@pytest.mark.parametrize("mask", [None, ~CAUSAL, BIAS, (~PADDING)[:, None, None, :]], ids=["no", "causal", "bias", "padding"])
+@pytest.mark.parametrize(
+    "mask", [None, ~CAUSAL, BIAS, (~PADDING)[:, None, None, :]], ids=["no", "causal", "bias", "padding"]
+)
 def test_sdpa_open_gates_change_nothing(mask):
     torch.manual_seed(0)
     model = GPT()

@@ -136,7 +136,9 @@ def test_gates_follow_the_formula(name):
     layer.register_forward_pre_hook(
         lambda module, args, kwargs: seen.update(x=args[0] if args else kwargs["hidden_states"]), with_kwargs=True
     )
-    (layer.c_proj if name == "gpt2" else layer.o_proj).register_forward_pre_hook(lambda m, args: seen.update(out=args[0]))
+    (layer.c_proj if name == "gpt2" else layer.o_proj).register_forward_pre_hook(
+        lambda m, args: seen.update(out=args[0])
+    )
     from torch_sluice.swap import call
 
     original = call.attend
@@ -259,8 +261,8 @@ def test_bidirectional_model():
 def test_encoder_decoder_model():
     torch.manual_seed(0)
     config = BartConfig(
-        d_model=32, encoder_layers=1, decoder_layers=1, init_std=0.3, encoder_attention_heads=4, decoder_attention_heads=4,
-        encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=50, max_position_embeddings=64, dropout=0.0,
+        d_model=32, encoder_layers=1, decoder_layers=1, init_std=0.3,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=50, max_position_embeddings=64, dropout=0.0,
         bos_token_id=0, eos_token_id=0, pad_token_id=0, decoder_start_token_id=0, forced_eos_token_id=None,
     )  # fmt: skip
     model = BartForConditionalGeneration(config).eval()

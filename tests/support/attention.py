@@ -5,9 +5,7 @@ import math
 import torch
 
 
-def formula(
-    q, k, v, a, b, *, causal=False, tau=0.0, window=0, sinks=0, scale=None, key_range=None, choice_dtype=None
-):
+def formula(q, k, v, a, b, *, causal=False, tau=0.0, window=0, sinks=0, scale=None, key_range=None, choice_dtype=None):
     """out and lse, in the precision of q.
 
     tau: a number or a tensor [Hq] or [B, Hq]. choice_dtype: that in which a_i + b_j is compared with the threshold,
@@ -19,7 +17,7 @@ def formula(
     z = a.clamp(-40, 40)[..., :, None] + b.clamp(-40, 40)[..., None, :]
     choice = z.detach()
     if choice_dtype is not None:
-        choice = (a.clamp(-40, 40).to(choice_dtype)[..., :, None] + b.clamp(-40, 40).to(choice_dtype)[..., None, :])
+        choice = a.clamp(-40, 40).to(choice_dtype)[..., :, None] + b.clamp(-40, 40).to(choice_dtype)[..., None, :]
     batch, heads, n_q, head_dim = q.shape
     n_k = k.shape[2]
     tau = torch.as_tensor(tau, dtype=torch.float64, device=q.device)

@@ -169,7 +169,9 @@ def _swap(model, swap, options, modules, example, gate_arguments):
     owners = [
         (name, module)
         for name, module in chosen
-        if id(module) not in done and not isinstance(module, nn.MultiheadAttention) and (named or sdpa.calls_sdpa(module))
+        if id(module) not in done
+        and not isinstance(module, nn.MultiheadAttention)
+        and (named or sdpa.calls_sdpa(module))
     ]
     for _, module in owners:
         sdpa.install(module, options)
@@ -214,11 +216,11 @@ def restore(model: nn.Module) -> nn.Module:
 def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of all gates of a model, for a learning rate of their own (5 to 20 times) and no weight decay::
 
-        gates = torch_sluice.gate_parameters(model)
-        others = [p for p in model.parameters() if all(p is not g for g in gates)]
-        optimizer = torch.optim.AdamW(
-            [{"params": others, "lr": lr}, {"params": gates, "lr": 10 * lr, "weight_decay": 0.0}]
-        )
+    gates = torch_sluice.gate_parameters(model)
+    others = [p for p in model.parameters() if all(p is not g for g in gates)]
+    optimizer = torch.optim.AdamW(
+        [{"params": others, "lr": lr}, {"params": gates, "lr": 10 * lr, "weight_decay": 0.0}]
+    )
     """
     return [p for module in model.modules() if isinstance(module, Gate) for p in module.parameters()]
 

@@ -68,7 +68,7 @@ def attend_gated(
     a, b = logits
     if dropout > 0:
         raise ValueError(
-            f"the attention dropout is {dropout}, expected 0: the dropped pairs of a gated layer are chosen by its gate. "
+            f"the attention dropout is {dropout}, expected 0: which pairs a gated layer drops is its gate's to choose. "
             "Set the attention dropout of the model (attn_pdrop, attention_dropout, dropout) to 0"
         )
     if b.shape[-1] != k.shape[2] or a.shape[-1] != q.shape[2]:

@@ -27,7 +27,9 @@ def sluice_attention(
     """
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
-            raise ValueError(f"attn_implementation='sluice' does not support {name}, which this model uses; try 'eager'")
+            raise ValueError(
+                f"attn_implementation='sluice' does not support {name}, which this model uses; try 'eager'"
+            )
     n_q, n_k = query.shape[2], key.shape[2]
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     logits = module.__dict__.pop("_sluice_logits", None)

@@ -141,8 +141,8 @@ def why_not(module: nn.MultiheadAttention) -> str | None:
 def make_gate(module: nn.MultiheadAttention, **arguments) -> Gate:
     if module.kdim != module.embed_dim:
         raise ValueError(
-            f"an nn.MultiheadAttention has kdim = {module.kdim}, expected embed_dim = {module.embed_dim}: the gate reads "
-            "queries and keys by one width"
+            f"an nn.MultiheadAttention has kdim = {module.kdim}, expected embed_dim = {module.embed_dim}: the gate "
+            "reads queries and keys by one width"
         )
     return Gate(module.embed_dim, module.num_heads, **arguments)
 

@@ -58,9 +58,7 @@ class _Interceptor(TorchFunctionMode):
             return func(*args, **kwargs)
         return self._attend(*args, **kwargs)
 
-    def _attend(
-        self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-    ):
+    def _attend(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         if self.sizes is not None and self.x is not None:
             self.sizes[self.module] = (self.x.shape[-1], query.shape[1], key.shape[1])
         gate = self.module.sluice_gate
