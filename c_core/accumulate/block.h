@@ -115,7 +115,7 @@ SL_INLINE void accumulate_f32(const sl_accumulate_args *args, int64_t block, sl_
   sl_accumulate_stats after = {0};
   take_measurement(grad_dtype, grad, count, &of_grad, stats);
   take_measurement(SL_F32, sums, count, &of_sums, &after);
-  stats->sum_sumsq = after.grad_sumsq;
+  stats->sum_sumsq = after.grad_nonfinite > 0 ? (double)INFINITY : after.grad_sumsq;
 }
 
 static const uint32_t random_step = 0x9E3779B1u;

@@ -110,7 +110,7 @@ __device__ void accumulate_block(const sl_accumulate_args &args, int64_t block, 
     float sum = __fmul_rn(gradient, grad_scale);
     if (!args.overwrite) sum = __fadd_rn(__fmul_rn(Number<Stored>::read(stored[p]), old_scale), sum);
     sums[j] = sum;
-    if (is_finite(sum)) stats.sum_sumsq += static_cast<double>(sum) * static_cast<double>(sum);
+    stats.sum_sumsq += is_finite(sum) ? static_cast<double>(sum) * static_cast<double>(sum) : double{INFINITY};
     if (!scaled) stored[p] = Number<Stored>::write(sum);
   }
   /* The exponent was read by all lanes before lane 0 writes the new one. */

@@ -105,6 +105,7 @@ static void accumulate(const sl_accumulate_args *args, int64_t block, sl_accumul
   }
   double amax, nonfinite;
   sl_measure_values(SL_F32, sums, count, &stats->sum_sumsq, &amax, &nonfinite);
+  if (nonfinite > 0) stats->sum_sumsq = (double)INFINITY;
   if (args->dtype == SL_F32) {
     memcpy(sl_offset(args->accumulator, first, SL_F32), sums, (size_t)count * sizeof *sums);
   } else {

@@ -23,7 +23,7 @@
  * A block with a sum that is not finite is rounded to nearest.
  *
  * STATISTICS (sl_accumulate_stats, as six float64 numbers): of the gradient before grad_scale, and of the accumulator
- * after the call. Elements that are not finite are counted in grad_nonfinite and are in no other number. Sums of squares
+ * after the call. A gradient that is not finite is counted in grad_nonfinite, the other two leave it out. Sums of squares
  * are good to 1e-6, whatever the magnitudes: what float32 cannot hold is summed in float64.
  * sqrt(error_sumsq / sum_sumsq) is the relative error that the call's rounding to float16 has made.
  *
@@ -76,7 +76,7 @@ typedef struct sl_accumulate_stats {
   double grad_sumsq;     /* sum of squares */
   double grad_amax;      /* largest magnitude */
   double grad_nonfinite; /* how many elements are infinite or NaN */
-  double sum_sumsq;      /* sum of squares of s_i */
+  double sum_sumsq;      /* sum of squares of s_i; infinity if one of them is not finite */
   double error_sumsq;    /* sum of (h_i * 2^e - s_i)^2; 0 for a float32 accumulator */
   double underflow;      /* how many s_i * 2^-e other than 0 are below 2^-14, where float16 has fewer bits; 0 for float32 */
 } sl_accumulate_stats;
