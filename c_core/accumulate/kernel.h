@@ -1,6 +1,6 @@
 /* The kernel table: what one instruction-set tier supplies for accumulate. Each function works on one block of
- * SL_ACCUMULATE_BLOCK elements (the last may be shorter), so that a float16 block stays in the first-level cache between
- * its sums and its rounding, and a call through the table costs nothing. */
+ * SL_ACCUMULATE_BLOCK elements (the last may be shorter), so that a float16 block stays in the first-level cache
+ * between its sums and its rounding, and a call through the table costs nothing. */
 #ifndef SL_ACCUMULATE_KERNEL_H
 #define SL_ACCUMULATE_KERNEL_H
 
@@ -25,13 +25,13 @@ const sl_accumulate_kernel *sl_accumulate_list_kernels(int number);
 extern const sl_accumulate_kernel sl_accumulate_scalar;
 
 /* Sums of squares are kept in so many float lanes, element i of a block in lane i % 16, and added up by halves: every
- * tier can do so, and gets the same bits. Where that is not sl_trusted, because squares overflowed or vanished, or a value
- * was not finite, the block's sum is redone in lanes of doubles, over its finite values. */
+ * tier can do so, and gets the same bits. Where that is not sl_trusted, because squares overflowed or vanished, or a
+ * value was not finite, the block's sum is redone in lanes of doubles, over its finite values. */
 enum { SL_ACCUMULATE_LANES = 16 };
 static inline bool sl_trusted(float sum) { return sum >= 0x1p-80f && sum <= 0x1.fffffep127f; }
 
-/* Sum of squares, largest magnitude and count of what is not finite, of any elements: the slow way, used by the overlays
- * for a block in which something is not finite. */
+/* Sum of squares, largest magnitude and count of what is not finite, of any elements: the slow way, used by the
+ * overlays for a block in which something is not finite. */
 void sl_measure_values(sl_dtype dtype, const void *values, int64_t count, double *sumsq, double *amax,
                        double *nonfinite);
 

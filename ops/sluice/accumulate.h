@@ -9,8 +9,8 @@
  *   amax = largest finite |s_i| of the block
  *   e    = clamp(floor(log2(amax)) - 14, -126, 113)       so that amax * 2^-e is in [2^14, 2^15); -126 for amax = 0
  *   h_i  = round(s_i * 2^-e) to float16
- * The block is scaled by what it holds now, so nothing saturates, and elements down to 2^-28 of the block's largest keep
- * all eleven bits. (The seed casts by norm without a scale, which flushes what is small to zero.)
+ * The block is scaled by what it holds now, so nothing saturates, and elements down to 2^-28 of the block's largest
+ * keep all eleven bits. (The seed casts by norm without a scale, which flushes what is small to zero.)
  *
  * ROUNDING of the float16 accumulator: to nearest even, or stochastic, upwards with the probability that makes the
  * expected value exact, so that what is too small to change a sum still counts on average. With |x| = |s_i| * 2^e:
@@ -23,8 +23,8 @@
  * A block with a sum that is not finite is rounded to nearest.
  *
  * STATISTICS (sl_accumulate_stats, as six float64 numbers): of the gradient before grad_scale, and of the accumulator
- * after the call. A gradient that is not finite is counted in grad_nonfinite, the other two leave it out. Sums of squares
- * are good to 1e-6, whatever the magnitudes: what float32 cannot hold is summed in float64.
+ * after the call. A gradient that is not finite is counted in grad_nonfinite, the other two leave it out. Sums of
+ * squares are good to 1e-6, whatever the magnitudes: what float32 cannot hold is summed in float64.
  * sqrt(error_sumsq / sum_sumsq) is the relative error that the call's rounding to float16 has made.
  *
  * READING: value_i = (h_i * 2^e) * scale, rounded to the type of out. Its statistics are those of the values written.
@@ -40,10 +40,11 @@
  *         exponents [ceil(numel / 1024)], contiguous; absent if and only if the accumulator is float32. stats [6].
  * DTYPES  grad and out: float32, bfloat16 or float16. accumulator: float32 or float16. exponents int8. stats float64.
  * STRIDES the accumulator must fill its memory without gaps or overlaps (what torch.empty_like gives); i counts in its
- *         memory order. A grad or an out with other strides goes through a copy. out may be a float32 accumulator itself.
+ *         memory order. A grad or an out with other strides goes through a copy. out may be a float32 accumulator
+ *         itself.
  * ERRORS  SL_INVALID_ARGUMENT, SL_OUT_OF_RANGE, SL_OUT_OF_MEMORY (workspace_size too small), SL_UNSUPPORTED (dtype).
- * DETERMINISM  the same inputs give the same bits, whatever the number of threads and whichever the CPU tier. On another
- *         kind of device the accumulator's bits are the same; sums of squares may differ in their last bits.
+ * DETERMINISM  the same inputs give the same bits, whatever the number of threads and whichever the CPU tier. On
+ *         another kind of device the accumulator's bits are the same; sums of squares may differ in their last bits.
  */
 #ifndef SLUICE_ACCUMULATE_H
 #define SLUICE_ACCUMULATE_H
@@ -78,7 +79,7 @@ typedef struct sl_accumulate_stats {
   double grad_nonfinite; /* how many elements are infinite or NaN */
   double sum_sumsq;      /* sum of squares of s_i; infinity if one of them is not finite */
   double error_sumsq;    /* sum of (h_i * 2^e - s_i)^2; 0 for a float32 accumulator */
-  double underflow;      /* how many s_i * 2^-e other than 0 are below 2^-14, where float16 has fewer bits; 0 for float32 */
+  double underflow;      /* how many s_i * 2^-e other than 0 are below 2^-14, float16's normal range */
 } sl_accumulate_stats;
 
 typedef struct sl_accumulate_args {

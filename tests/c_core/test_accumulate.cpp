@@ -1,5 +1,5 @@
-// accumulate by its contract: hand-worked cases, what rounding may cost, stochastic rounding, and the same bits from any
-// number of threads.
+// accumulate by its contract: hand-worked cases, what rounding may cost, stochastic rounding, and the same bits from
+// any number of threads.
 #include <gtest/gtest.h>
 
 #include <numeric>

@@ -131,7 +131,9 @@ TEST(AccumulateCudaOnHost, WarpsTakeSeveralBlocksOfALargeTensor) {
   const int64_t count = (sluice_cuda::MOST_PARTS + 3) * SL_ACCUMULATE_BLOCK + 5;
   Side got(count, SL_BF16, SL_F16, SL_BF16), want(count, SL_BF16, SL_F16, SL_BF16);
   for (Side* side : {&got, &want}) {
-    for (int64_t i = 0; i < count; ++i) store_number(SL_BF16, side->grad.data(), i, static_cast<double>(i % 1021 - 400));
+    for (int64_t i = 0; i < count; ++i) {
+      store_number(SL_BF16, side->grad.data(), i, static_cast<double>(i % 1021 - 400));
+    }
     side->args.overwrite = side->args.stochastic = true, side->args.grad_scale = 0.3;
   }
   ASSERT_EQ(accumulate_on_host(&got.args, nullptr), SL_OK) << sl_last_error();

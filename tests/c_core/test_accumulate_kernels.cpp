@@ -155,7 +155,8 @@ TEST_P(AccumulateKernel, ReadsAsTheScalarTier) {
     for (sl_dtype out_dtype : kDtypes) {
       for (int64_t count : kCounts) {
         for (const Values& values : kValues) {
-          Operands expected(count, SL_F32, dtype, out_dtype, ++seed % 2), got(count, SL_F32, dtype, out_dtype, seed % 2);
+          bool shifted = ++seed % 2;
+          Operands expected(count, SL_F32, dtype, out_dtype, shifted), got(count, SL_F32, dtype, out_dtype, shifted);
           for (Operands* operands : {&expected, &got}) {
             operands->fill_grad(values, seed);
             operands->args.overwrite = true;
