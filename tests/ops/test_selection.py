@@ -51,7 +51,7 @@ KINDS = ("independent", "drifting", "heavy-tailed", "only queries", "only keys",
 @pytest.mark.parametrize("kind", KINDS)
 def test_share_is_kept(kind):
     errors = []
-    for n in (129, 400, 1000):
+    for n in (129, 400, 800):
         a, b = gates(kind, n)
         for options in (dict(), dict(causal=True), dict(causal=True, window=32, sinks=4)):
             for density in (0.02, 0.1, 0.4):

@@ -262,7 +262,8 @@ def test_encoder_decoder_model():
     torch.manual_seed(0)
     config = BartConfig(
         d_model=32, encoder_layers=1, decoder_layers=1, init_std=0.3,
-        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=50, max_position_embeddings=64, dropout=0.0,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64,
+        vocab_size=50, max_position_embeddings=64, dropout=0.0,
         bos_token_id=0, eos_token_id=0, pad_token_id=0, decoder_start_token_id=0, forced_eos_token_id=None,
     )  # fmt: skip
     model = BartForConditionalGeneration(config).eval()
