@@ -14,7 +14,7 @@ namespace {
 using OptionalTensor = std::optional<Tensor>;
 
 // Dimensions of size 1 have strides that mean nothing.
-bool same_layout(const Tensor& left, const Tensor& right) {
+bool same_layout(const Tensor &left, const Tensor &right) {
   for (int64_t i = 0; i < left.dim(); ++i) {
     if (left.size(i) > 1 && left.stride(i) != right.stride(i)) return false;
   }
@@ -22,7 +22,7 @@ bool same_layout(const Tensor& left, const Tensor& right) {
 }
 
 // No gaps and no overlaps: in the order of the strides, each is the product of the sizes before it.
-bool fills_memory(const Tensor& tensor) {
+bool fills_memory(const Tensor &tensor) {
   if (tensor.numel() == 0) return true;
   std::vector<int64_t> order;
   for (int64_t i = 0; i < tensor.dim(); ++i) order.push_back(i);
@@ -38,21 +38,21 @@ bool fills_memory(const Tensor& tensor) {
   return true;
 }
 
-void check_device(const char* name, const Tensor& tensor, const Tensor& like) {
+void check_device(const char *name, const Tensor &tensor, const Tensor &like) {
   if (tensor.is_cpu() != like.is_cpu() || tensor.get_device_index() != like.get_device_index()) {
     fail(std::string(name) + " is " + describe(tensor) + ", expected the device of the accumulator, which is " +
          describe(like));
   }
 }
 
-void check_values(const char* name, const Tensor& tensor) {
+void check_values(const char *name, const Tensor &tensor) {
   ScalarType dtype = tensor.scalar_type();
   if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) {
     fail(std::string(name) + " is " + describe(tensor) + ", expected float32, bfloat16 or float16");
   }
 }
 
-void check_shape(const char* name, const Tensor& tensor, const Tensor& accumulator) {
+void check_shape(const char *name, const Tensor &tensor, const Tensor &accumulator) {
   bool same = tensor.dim() == accumulator.dim();
   for (int64_t i = 0; same && i < tensor.dim(); ++i) same = tensor.size(i) == accumulator.size(i);
   if (!same) {
@@ -61,7 +61,7 @@ void check_shape(const char* name, const Tensor& tensor, const Tensor& accumulat
   }
 }
 
-void check_accumulator(const Tensor& accumulator, const OptionalTensor& exponents) {
+void check_accumulator(const Tensor &accumulator, const OptionalTensor &exponents) {
   ScalarType dtype = accumulator.scalar_type();
   if (dtype != ScalarType::Float && dtype != ScalarType::Half) {
     fail("accumulator is " + describe(accumulator) + ", expected float32 or float16");
@@ -84,7 +84,7 @@ void check_accumulator(const Tensor& accumulator, const OptionalTensor& exponent
   check_device("exponents", *exponents, accumulator);
 }
 
-Tensor empty_in_layout_of(const Tensor& accumulator, ScalarType dtype) {
+Tensor empty_in_layout_of(const Tensor &accumulator, ScalarType dtype) {
   std::vector<int64_t> sizes, strides;
   for (int64_t i = 0; i < accumulator.dim(); ++i) {
     sizes.push_back(accumulator.size(i));
@@ -93,37 +93,37 @@ Tensor empty_in_layout_of(const Tensor& accumulator, ScalarType dtype) {
   return empty_strided(sizes, strides, dtype, accumulator);
 }
 
-Tensor in_layout_of(const Tensor& accumulator, const Tensor& grad) {
+Tensor in_layout_of(const Tensor &accumulator, const Tensor &grad) {
   if (same_layout(grad, accumulator)) return grad;
   Tensor copy = empty_in_layout_of(accumulator, grad.scalar_type());
   torch::stable::copy_(copy, grad);
   return copy;
 }
 
-sl_accumulate_args make_args(const Tensor& accumulator, const OptionalTensor& exponents) {
+sl_accumulate_args make_args(const Tensor &accumulator, const OptionalTensor &exponents) {
   sl_accumulate_args args{};
   args.count = accumulator.numel();
   args.dtype = dtype_of(accumulator, "accumulator");
-  args.accumulator = const_cast<void*>(accumulator.const_data_ptr());
+  args.accumulator = const_cast<void *>(accumulator.const_data_ptr());
   if (exponents) {
-    args.exponents = static_cast<decltype(args.exponents)>(const_cast<void*>(exponents->const_data_ptr()));
+    args.exponents = static_cast<decltype(args.exponents)>(const_cast<void *>(exponents->const_data_ptr()));
   }
   return args;
 }
 
 // One C function on each kind of device.
 struct Operation {
-  sl_status (*on_cpu)(const sl_accumulate_args*);
-  sl_status (*on_cuda)(const sl_accumulate_args*, void*);
+  sl_status (*on_cpu)(const sl_accumulate_args *);
+  sl_status (*on_cuda)(const sl_accumulate_args *, void *);
 };
 
-Tensor run(Operation operation, sl_accumulate_args args, const Tensor& like) {
+Tensor run(Operation operation, sl_accumulate_args args, const Tensor &like) {
   size_t bytes = 0;
   check_status(like.is_cpu() ? sl_accumulate_workspace_size(args.count, &bytes)
                              : sl_accumulate_cuda_workspace_size(args.count, &bytes));
   Tensor stats = empty({SL_ACCUMULATE_STATS}, ScalarType::Double, like);
   Tensor workspace = empty({static_cast<int64_t>(bytes)}, ScalarType::Byte, like);
-  args.stats = static_cast<sl_accumulate_stats*>(stats.mutable_data_ptr());
+  args.stats = static_cast<sl_accumulate_stats *>(stats.mutable_data_ptr());
   args.workspace = workspace.mutable_data_ptr(), args.workspace_size = bytes;
   if (like.is_cpu()) {
     sl_executor executor = torch_executor();

@@ -4,10 +4,16 @@
 
 #define LANE_FUNCTION static inline __attribute__((always_inline))
 
-typedef struct floats16 { __m256 low, high; } floats16;
-typedef struct ints16 { __m256i low, high; } ints16;
+typedef struct floats16 {
+  __m256 low, high;
+} floats16;
+typedef struct ints16 {
+  __m256i low, high;
+} ints16;
 typedef __m256i extremes;
-typedef struct mask16 { __m256 low, high; } mask16;
+typedef struct mask16 {
+  __m256 low, high;
+} mask16;
 
 LANE_FUNCTION floats16 load_f32(const void *values) {
   const float *from = values;
@@ -84,17 +90,13 @@ LANE_FUNCTION ints16 lane_numbers(void) {
   return (ints16){_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15)};
 }
 
-LANE_FUNCTION ints16 bits_of(floats16 x) {
-  return (ints16){_mm256_castps_si256(x.low), _mm256_castps_si256(x.high)};
-}
+LANE_FUNCTION ints16 bits_of(floats16 x) { return (ints16){_mm256_castps_si256(x.low), _mm256_castps_si256(x.high)}; }
 
 LANE_FUNCTION floats16 floats_of(ints16 x) {
   return (floats16){_mm256_castsi256_ps(x.low), _mm256_castsi256_ps(x.high)};
 }
 
-LANE_FUNCTION floats16 to_floats(ints16 x) {
-  return (floats16){_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)};
-}
+LANE_FUNCTION floats16 to_floats(ints16 x) { return (floats16){_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)}; }
 
 LANE_FUNCTION ints16 and_ints(ints16 x, ints16 y) {
   return (ints16){_mm256_and_si256(x.low, y.low), _mm256_and_si256(x.high, y.high)};

@@ -73,9 +73,7 @@ LANE_FUNCTION ints16 shift_right(ints16 x, unsigned bits) { return _mm512_srli_e
 
 LANE_FUNCTION ints16 absolute_bits(floats16 x) { return and_ints(bits_of(x), broadcast_int(0x7fffffffu)); }
 
-LANE_FUNCTION floats16 cut_fraction(floats16 x) { /* |x| < 2^31 */
-  return _mm512_cvtepi32_ps(_mm512_cvttps_epi32(x));
-}
+LANE_FUNCTION floats16 cut_fraction(floats16 x) { /* |x| < 2^31 */ return _mm512_cvtepi32_ps(_mm512_cvttps_epi32(x)); }
 
 LANE_FUNCTION floats16 copy_sign(floats16 magnitude, floats16 sign) {
   return floats_of(_mm512_or_si512(bits_of(magnitude), and_ints(bits_of(sign), broadcast_int(0x80000000u))));

@@ -43,9 +43,12 @@ SL_INLINE floats16 load(sl_dtype dtype, const void *values) {
 }
 
 SL_INLINE void store(sl_dtype dtype, void *values, floats16 what) {
-  if (dtype == SL_F32) store_f32(values, what);
-  else if (dtype == SL_BF16) store_bf16(values, what);
-  else store_f16(values, what);
+  if (dtype == SL_F32)
+    store_f32(values, what);
+  else if (dtype == SL_BF16)
+    store_bf16(values, what);
+  else
+    store_f16(values, what);
 }
 
 SL_INLINE size_t bytes_of(sl_dtype dtype, int64_t count) { return (size_t)count * (dtype == SL_F32 ? 4 : 2); }
@@ -133,8 +136,8 @@ SL_INLINE floats16 round_stochastically(floats16 x, ints16 random) {
 
 /* Below the normal range of float16 more than 13 bits are cut off: the second line of the contract. */
 SL_INLINE floats16 round_small(floats16 x, ints16 random) {
-  floats16 units = add(multiply(floats_of(absolute_bits(x)), broadcast(0x1p24f)),
-                       multiply(to_floats(random), broadcast(0x1p-13f)));
+  floats16 units =
+      add(multiply(floats_of(absolute_bits(x)), broadcast(0x1p24f)), multiply(to_floats(random), broadcast(0x1p-13f)));
   return copy_sign(multiply(cut_fraction(units), broadcast(0x1p-24f)), x);
 }
 
@@ -169,8 +172,8 @@ SL_INLINE void round_block(const sl_accumulate_args *args, int64_t block, const 
     ints16 random = mix_words(word);
     floats16 low = round_lanes(multiply(load_f32(sums + i), scale), stochastic, some_small,
                                and_ints(random, broadcast_int(0x1FFF)), &r);
-    floats16 high = round_lanes(multiply(load_f32(sums + i + LANES), scale), stochastic, some_small,
-                                shift_right(random, 19), &r);
+    floats16 high =
+        round_lanes(multiply(load_f32(sums + i + LANES), scale), stochastic, some_small, shift_right(random, 19), &r);
     word = add_ints(word, broadcast_int(16 * random_step));
     if (i + 2 * LANES <= count) {
       store_f16(stored + i, low);
@@ -242,30 +245,40 @@ SL_INLINE void accumulate_f16(const sl_accumulate_args *args, int64_t block, sl_
   stats->sum_sumsq = after.grad_sumsq;
   int exponent = sl_choose_exponent(largest);
   bool some_small = is_small(smallest_of(smallest), exponent);
-  if (args->stochastic && some_small) round_block(args, block, sums, exponent, true, true, stats);
-  else if (args->stochastic) round_block(args, block, sums, exponent, true, false, stats);
-  else if (some_small) round_block(args, block, sums, exponent, false, true, stats);
-  else round_block(args, block, sums, exponent, false, false, stats);
+  if (args->stochastic && some_small)
+    round_block(args, block, sums, exponent, true, true, stats);
+  else if (args->stochastic)
+    round_block(args, block, sums, exponent, true, false, stats);
+  else if (some_small)
+    round_block(args, block, sums, exponent, false, true, stats);
+  else
+    round_block(args, block, sums, exponent, false, false, stats);
 }
 
 SL_INLINE void accumulate_from(const sl_accumulate_args *args, int64_t block, sl_accumulate_stats *stats,
                                sl_dtype grad_dtype) {
-  if (args->dtype == SL_F32 && args->overwrite) accumulate_f32(args, block, stats, grad_dtype, true);
-  else if (args->dtype == SL_F32) accumulate_f32(args, block, stats, grad_dtype, false);
-  else if (args->overwrite) accumulate_f16(args, block, stats, grad_dtype, true);
-  else accumulate_f16(args, block, stats, grad_dtype, false);
+  if (args->dtype == SL_F32 && args->overwrite)
+    accumulate_f32(args, block, stats, grad_dtype, true);
+  else if (args->dtype == SL_F32)
+    accumulate_f32(args, block, stats, grad_dtype, false);
+  else if (args->overwrite)
+    accumulate_f16(args, block, stats, grad_dtype, true);
+  else
+    accumulate_f16(args, block, stats, grad_dtype, false);
 }
 
 /* Each type gets its own loop: the switches below are outside of them. */
 static void accumulate(const sl_accumulate_args *args, int64_t block, sl_accumulate_stats *stats) {
   memset(stats, 0, sizeof *stats);
-  if (args->grad_dtype == SL_F32) accumulate_from(args, block, stats, SL_F32);
-  else if (args->grad_dtype == SL_BF16) accumulate_from(args, block, stats, SL_BF16);
-  else accumulate_from(args, block, stats, SL_F16);
+  if (args->grad_dtype == SL_F32)
+    accumulate_from(args, block, stats, SL_F32);
+  else if (args->grad_dtype == SL_BF16)
+    accumulate_from(args, block, stats, SL_BF16);
+  else
+    accumulate_from(args, block, stats, SL_F16);
 }
 
-SL_INLINE void measure_from(const sl_accumulate_args *args, int64_t block, sl_accumulate_stats *stats,
-                            sl_dtype dtype) {
+SL_INLINE void measure_from(const sl_accumulate_args *args, int64_t block, sl_accumulate_stats *stats, sl_dtype dtype) {
   int64_t count = sl_block_count(args, block), i = 0;
   const char *grad = sl_offset(args->grad, block * SL_ACCUMULATE_BLOCK, dtype);
   measurement m = measure_nothing();
@@ -276,9 +289,12 @@ SL_INLINE void measure_from(const sl_accumulate_args *args, int64_t block, sl_ac
 
 static void measure(const sl_accumulate_args *args, int64_t block, sl_accumulate_stats *stats) {
   memset(stats, 0, sizeof *stats);
-  if (args->grad_dtype == SL_F32) measure_from(args, block, stats, SL_F32);
-  else if (args->grad_dtype == SL_BF16) measure_from(args, block, stats, SL_BF16);
-  else measure_from(args, block, stats, SL_F16);
+  if (args->grad_dtype == SL_F32)
+    measure_from(args, block, stats, SL_F32);
+  else if (args->grad_dtype == SL_BF16)
+    measure_from(args, block, stats, SL_BF16);
+  else
+    measure_from(args, block, stats, SL_F16);
 }
 
 /* What was written is measured by reading it back, so that rounding to the type of out is in the statistics. */
@@ -296,8 +312,10 @@ SL_INLINE void read_into(const sl_accumulate_args *args, int64_t block, sl_accum
     void *target = sl_offset(out, i, out_dtype);
     floats16 value = left == LANES ? load(dtype, source) : load_some(dtype, source, left);
     value = multiply(multiply(value, block_scale), scale);
-    if (left == LANES) store(out_dtype, target, value);
-    else store_some(out_dtype, target, value, left);
+    if (left == LANES)
+      store(out_dtype, target, value);
+    else
+      store_some(out_dtype, target, value, left);
     if (out_dtype != SL_F32) value = left == LANES ? load(out_dtype, target) : load_some(out_dtype, target, left);
     measure_values(&m, value);
   }
@@ -305,15 +323,20 @@ SL_INLINE void read_into(const sl_accumulate_args *args, int64_t block, sl_accum
 }
 
 SL_INLINE void read_from(const sl_accumulate_args *args, int64_t block, sl_accumulate_stats *stats, sl_dtype dtype) {
-  if (args->out_dtype == SL_F32) read_into(args, block, stats, dtype, SL_F32);
-  else if (args->out_dtype == SL_BF16) read_into(args, block, stats, dtype, SL_BF16);
-  else read_into(args, block, stats, dtype, SL_F16);
+  if (args->out_dtype == SL_F32)
+    read_into(args, block, stats, dtype, SL_F32);
+  else if (args->out_dtype == SL_BF16)
+    read_into(args, block, stats, dtype, SL_BF16);
+  else
+    read_into(args, block, stats, dtype, SL_F16);
 }
 
 static void read(const sl_accumulate_args *args, int64_t block, sl_accumulate_stats *stats) {
   memset(stats, 0, sizeof *stats);
-  if (args->dtype == SL_F32) read_from(args, block, stats, SL_F32);
-  else read_from(args, block, stats, SL_F16);
+  if (args->dtype == SL_F32)
+    read_from(args, block, stats, SL_F32);
+  else
+    read_from(args, block, stats, SL_F16);
 }
 
 #endif

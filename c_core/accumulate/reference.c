@@ -80,8 +80,8 @@ static void round_block(const sl_accumulate_args *args, int64_t block, const flo
   float lanes[SL_ACCUMULATE_LANES] = {0};
   for (int64_t i = 0; i < count; ++i) {
     float x = sums[i] * sl_power_of_two(-exponent);
-    float rounded = args->stochastic && finite ? round_stochastically(x, random_bits(key, i))
-                                               : sl_f16_to_float(sl_float_to_f16(x));
+    float rounded =
+        args->stochastic && finite ? round_stochastically(x, random_bits(key, i)) : sl_f16_to_float(sl_float_to_f16(x));
     store(SL_F16, args->accumulator, first + i, rounded);
     if (!isfinite(sums[i])) continue;
     float error = rounded - x;

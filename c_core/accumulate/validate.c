@@ -25,8 +25,8 @@ static sl_status check_values(const char *name, sl_dtype dtype, const void *data
 }
 
 static sl_status check_scale(const char *name, double scale) {
-  SL_REQUIRE(isfinite((float)scale), SL_INVALID_ARGUMENT, "%s is %g, expected a number that is finite in float32",
-             name, scale);
+  SL_REQUIRE(isfinite((float)scale), SL_INVALID_ARGUMENT, "%s is %g, expected a number that is finite in float32", name,
+             scale);
   return SL_OK;
 }
 

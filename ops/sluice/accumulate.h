@@ -55,11 +55,11 @@
 #include <sluice/executor.h>
 #include <sluice/types.h>
 
-#define SL_ACCUMULATE_SCHEMA                                                                    \
+#define SL_ACCUMULATE_SCHEMA                                                                   \
   "accumulate_(Tensor(a!) accumulator, Tensor(b!)? exponents, Tensor grad, float grad_scale, " \
   "bool overwrite, int? seed) -> Tensor stats"
 #define SL_MEASURE_GRADIENT_SCHEMA "measure_gradient(Tensor grad) -> Tensor stats"
-#define SL_READ_ACCUMULATOR_SCHEMA                                                       \
+#define SL_READ_ACCUMULATOR_SCHEMA                                                        \
   "read_accumulator(Tensor accumulator, Tensor? exponents, float scale, Tensor(a!) out) " \
   "-> Tensor stats"
 
@@ -83,21 +83,21 @@ typedef struct sl_accumulate_stats {
 } sl_accumulate_stats;
 
 typedef struct sl_accumulate_args {
-  int64_t count;            /* elements */
-  sl_dtype grad_dtype;      /* SL_F32, SL_BF16 or SL_F16 */
-  const void *grad;         /* read by sl_accumulate and sl_measure_gradient */
-  sl_dtype dtype;           /* of the accumulator: SL_F32 or SL_F16 */
-  void *accumulator;        /* written by sl_accumulate, read by sl_read_accumulator */
-  int8_t *exponents;        /* one per block; NULL if and only if dtype is SL_F32 */
-  double grad_scale;        /* rounded to float32; finite there */
-  bool overwrite;           /* the content of accumulator and exponents on entry does not matter */
-  bool stochastic;          /* round stochastically; read for SL_F16 only */
-  uint64_t seed;            /* of the stochastic rounding: another one for each call */
+  int64_t count;       /* elements */
+  sl_dtype grad_dtype; /* SL_F32, SL_BF16 or SL_F16 */
+  const void *grad;    /* read by sl_accumulate and sl_measure_gradient */
+  sl_dtype dtype;      /* of the accumulator: SL_F32 or SL_F16 */
+  void *accumulator;   /* written by sl_accumulate, read by sl_read_accumulator */
+  int8_t *exponents;   /* one per block; NULL if and only if dtype is SL_F32 */
+  double grad_scale;   /* rounded to float32; finite there */
+  bool overwrite;      /* the content of accumulator and exponents on entry does not matter */
+  bool stochastic;     /* round stochastically; read for SL_F16 only */
+  uint64_t seed;       /* of the stochastic rounding: another one for each call */
 
   /* sl_read_accumulator only. */
-  double scale;             /* rounded to float32; finite there */
-  sl_dtype out_dtype;       /* SL_F32, SL_BF16 or SL_F16 */
-  void *out;                /* written; may be the accumulator if both are SL_F32 */
+  double scale;       /* rounded to float32; finite there */
+  sl_dtype out_dtype; /* SL_F32, SL_BF16 or SL_F16 */
+  void *out;          /* written; may be the accumulator if both are SL_F32 */
 
   sl_accumulate_stats *stats; /* written; NULL: not wanted */
   void *workspace;            /* 64-byte aligned; its content on entry does not matter */

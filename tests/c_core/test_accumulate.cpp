@@ -18,7 +18,7 @@ namespace {
 // An accumulator and the calls on it, run by the public functions.
 class Accumulator {
  public:
-  Accumulator(sl_dtype dtype, int64_t count, const sl_executor* executor = nullptr)
+  Accumulator(sl_dtype dtype, int64_t count, const sl_executor *executor = nullptr)
       : memory_(static_cast<size_t>(count) * sl_dtype_size(dtype)),
         exponents_(static_cast<size_t>(sl_count_blocks(count)), 0) {
     args.count = count, args.dtype = dtype, args.accumulator = memory_.data(), args.executor = executor;
@@ -29,7 +29,7 @@ class Accumulator {
     workspace_ = GuardedBuffer(bytes);
     args.workspace = workspace_.data(), args.workspace_size = bytes;
   }
-  void add(const std::vector<float>& grad) {
+  void add(const std::vector<float> &grad) {
     args.grad = grad.data(), args.grad_dtype = SL_F32;
     ASSERT_EQ(sl_accumulate(&args), SL_OK) << sl_last_error();
     args.overwrite = false;
@@ -40,8 +40,8 @@ class Accumulator {
     EXPECT_EQ(sl_read_accumulator(&args), SL_OK) << sl_last_error();
     return out;
   }
-  const std::vector<int8_t>& exponents() const { return exponents_; }
-  GuardedBuffer& memory() { return memory_; }
+  const std::vector<int8_t> &exponents() const { return exponents_; }
+  GuardedBuffer &memory() { return memory_; }
   bool intact() const { return memory_.intact() && workspace_.intact(); }
 
   sl_accumulate_args args{};
@@ -55,11 +55,11 @@ class Accumulator {
 std::vector<float> normal_values(int64_t count, double deviation, uint64_t seed) {
   Random random(seed);
   std::vector<float> values(static_cast<size_t>(count));
-  for (float& value : values) value = static_cast<float>(random.normal(deviation));
+  for (float &value : values) value = static_cast<float>(random.normal(deviation));
   return values;
 }
 
-double relative_error(const std::vector<float>& got, const std::vector<double>& expected) {
+double relative_error(const std::vector<float> &got, const std::vector<double> &expected) {
   double error = 0, norm = 0;
   for (size_t i = 0; i < got.size(); ++i) {
     error += (got[i] - expected[i]) * (got[i] - expected[i]);
@@ -77,7 +77,7 @@ TEST(Accumulate, Float32IsAnOrdinarySumAndMeasuresTheGradient) {
   EXPECT_EQ(sum.stats.sum_sumsq, 21);
   sum.add({3, 3, INFINITY});
   EXPECT_EQ(sum.read(0.5), (std::vector<float>{4, 1, INFINITY}));
-  EXPECT_EQ(sum.stats.grad_sumsq, 17); // of what was read
+  EXPECT_EQ(sum.stats.grad_sumsq, 17);  // of what was read
   EXPECT_EQ(sum.stats.grad_nonfinite, 1);
 }
 
@@ -117,9 +117,9 @@ TEST(Accumulate, WhatGoesToFloat16IsReportedWithItsError) {
 TEST(Accumulate, ElementsBelowTheNormalRangeAreCounted) {
   std::vector<float> grad(100, 0.0f);
   grad[0] = 1;
-  grad[1] = 0x1p-28f;          // scaled to 2^-14: the smallest normal number
-  grad[2] = 0x1.fp-29f;        // just below
-  grad[3] = 1e-20f;            // flushed to 0
+  grad[1] = 0x1p-28f;    // scaled to 2^-14: the smallest normal number
+  grad[2] = 0x1.fp-29f;  // just below
+  grad[3] = 1e-20f;      // flushed to 0
   Accumulator sum(SL_F16, 100);
   sum.add(grad);
   EXPECT_EQ(sum.stats.underflow, 2);
@@ -140,8 +140,10 @@ TEST(Accumulate, StochasticRoundingIsRightOnAverage) {
       std::vector<float> values = sum.read();
       mean += std::accumulate(values.begin(), values.end(), 0.0) / count / 8;
     }
-    if (stochastic) EXPECT_NEAR(mean, 1 + ulp / 3, ulp * 0.02); // 32768 draws: standard error .0026
-    else EXPECT_EQ(mean, 1);
+    if (stochastic)
+      EXPECT_NEAR(mean, 1 + ulp / 3, ulp * 0.02);  // 32768 draws: standard error .0026
+    else
+      EXPECT_EQ(mean, 1);
   }
 }
 
@@ -149,7 +151,7 @@ TEST(Accumulate, StochasticRoundingIsRightBelowTheNormalRangeToo) {
   const int64_t count = 1024;
   double mean = 0;
   for (uint64_t seed = 0; seed < 64; ++seed) {
-    std::vector<float> grad(count, 0x1p-38f * 0.3f); // .3 of the smallest number that float16 has beside 1
+    std::vector<float> grad(count, 0x1p-38f * 0.3f);  // .3 of the smallest number that float16 has beside 1
     grad[0] = 1;
     Accumulator sum(SL_F16, count);
     sum.args.stochastic = true, sum.args.seed = seed;
@@ -173,8 +175,10 @@ TEST(Accumulate, SmallGradientsAreNotSwampedByALargeSum) {
     }
     std::vector<float> values = sum.read();
     double mean = std::accumulate(values.begin(), values.end(), 0.0) / count;
-    if (stochastic) EXPECT_NEAR(mean, 1.125, 1e-3);
-    else EXPECT_EQ(mean, 1);
+    if (stochastic)
+      EXPECT_NEAR(mean, 1.125, 1e-3);
+    else
+      EXPECT_EQ(mean, 1);
   }
 }
 
@@ -228,7 +232,7 @@ TEST(Accumulate, PromotionToFloat32LosesNothing) {
     half.add(grad);
     std::vector<float> promoted = half.read();
     single.add(promoted);
-    half.add(promoted); // doubles what it holds: exact
+    half.add(promoted);  // doubles what it holds: exact
     single.add(promoted);
     EXPECT_EQ(half.read(), single.read()) << deviation;
   }
@@ -278,7 +282,7 @@ TEST(Accumulate, SumsOfSquaresHoldForEveryMagnitude) {
 }
 
 TEST(Accumulate, TheSameBitsFromAnyNumberOfThreads) {
-  const int64_t count = 400000; // seven tasks
+  const int64_t count = 400000;  // seven tasks
   std::vector<float> grad = normal_values(count, 1e-3, 5);
   for (sl_dtype dtype : {SL_F32, SL_F16}) {
     Accumulator serial(dtype, count);
@@ -332,28 +336,28 @@ TEST(Accumulate, AnEmptyGradientIsNothing) {
 }
 
 struct BadCall {
-  const char* message;
+  const char *message;
   sl_status status;
-  void (*spoil)(sl_accumulate_args*);
+  void (*spoil)(sl_accumulate_args *);
 };
 
 TEST(Accumulate, BadArgumentsAreNamed) {
   const std::vector<BadCall> accumulate = {
-      {"count is -1, expected at least 0", SL_INVALID_ARGUMENT, [](auto* a) { a->count = -1; }},
-      {"count is 9223372036854775807, expected at most 2^46", SL_OUT_OF_RANGE, [](auto* a) { a->count = INT64_MAX; }},
-      {"grad is float64, expected float32", SL_UNSUPPORTED, [](auto* a) { a->grad_dtype = SL_F64; }},
-      {"grad is NULL, expected 10 elements", SL_INVALID_ARGUMENT, [](auto* a) { a->grad = nullptr; }},
-      {"accumulator is bfloat16, expected float32 or float16", SL_UNSUPPORTED, [](auto* a) { a->dtype = SL_BF16; }},
-      {"accumulator is NULL", SL_INVALID_ARGUMENT, [](auto* a) { a->accumulator = nullptr; }},
-      {"exponents is NULL, expected 1 elements", SL_INVALID_ARGUMENT, [](auto* a) { a->exponents = nullptr; }},
-      {"exponents are given with a float32", SL_INVALID_ARGUMENT, [](auto* a) { a->dtype = SL_F32; }},
-      {"grad_scale is nan, expected a number", SL_INVALID_ARGUMENT, [](auto* a) { a->grad_scale = NAN; }},
-      {"grad_scale is 1e+39, expected a number", SL_INVALID_ARGUMENT, [](auto* a) { a->grad_scale = 1e39; }},
-      {"workspace_size is 63, expected at least 64", SL_OUT_OF_MEMORY, [](auto* a) { a->workspace_size = 63; }},
-      {"workspace_size is 0, expected at least 64", SL_OUT_OF_MEMORY, [](auto* a) { a->workspace = nullptr; }},
+      {"count is -1, expected at least 0", SL_INVALID_ARGUMENT, [](auto *a) { a->count = -1; }},
+      {"count is 9223372036854775807, expected at most 2^46", SL_OUT_OF_RANGE, [](auto *a) { a->count = INT64_MAX; }},
+      {"grad is float64, expected float32", SL_UNSUPPORTED, [](auto *a) { a->grad_dtype = SL_F64; }},
+      {"grad is NULL, expected 10 elements", SL_INVALID_ARGUMENT, [](auto *a) { a->grad = nullptr; }},
+      {"accumulator is bfloat16, expected float32 or float16", SL_UNSUPPORTED, [](auto *a) { a->dtype = SL_BF16; }},
+      {"accumulator is NULL", SL_INVALID_ARGUMENT, [](auto *a) { a->accumulator = nullptr; }},
+      {"exponents is NULL, expected 1 elements", SL_INVALID_ARGUMENT, [](auto *a) { a->exponents = nullptr; }},
+      {"exponents are given with a float32", SL_INVALID_ARGUMENT, [](auto *a) { a->dtype = SL_F32; }},
+      {"grad_scale is nan, expected a number", SL_INVALID_ARGUMENT, [](auto *a) { a->grad_scale = NAN; }},
+      {"grad_scale is 1e+39, expected a number", SL_INVALID_ARGUMENT, [](auto *a) { a->grad_scale = 1e39; }},
+      {"workspace_size is 63, expected at least 64", SL_OUT_OF_MEMORY, [](auto *a) { a->workspace_size = 63; }},
+      {"workspace_size is 0, expected at least 64", SL_OUT_OF_MEMORY, [](auto *a) { a->workspace = nullptr; }},
   };
   std::vector<float> grad(10, 1);
-  for (const BadCall& bad : accumulate) {
+  for (const BadCall &bad : accumulate) {
     Accumulator sum(SL_F16, 10);
     sum.args.grad = grad.data();
     bad.spoil(&sum.args);

@@ -19,23 +19,23 @@ const std::vector<sl_dtype> kDtypes = {SL_F32, SL_BF16, SL_F16};
 const std::vector<int64_t> kCounts = {1, 7, 15, 16, 17, 31, 32, 33, 48, 100, 1023, 1024, 1025, 1039, 2100, 5000};
 
 struct Values {
-  const char* name;
-  std::function<double(Random&)> next;
+  const char *name;
+  std::function<double(Random &)> next;
 };
 
-double wide(Random& random) { return std::exp2(random.uniform(-148, 120)) * (random.chance(0.5) ? 1 : -1); }
+double wide(Random &random) { return std::exp2(random.uniform(-148, 120)) * (random.chance(0.5) ? 1 : -1); }
 
 const std::vector<Values> kValues = {
-    {"normal", [](Random& random) { return random.normal(); }},
-    {"small", [](Random& random) { return random.normal(1e-7); }},
-    {"subnormal", [](Random& random) { return random.normal(1e-43); }},
+    {"normal", [](Random &random) { return random.normal(); }},
+    {"small", [](Random &random) { return random.normal(1e-7); }},
+    {"subnormal", [](Random &random) { return random.normal(1e-43); }},
     {"all magnitudes", wide},
-    {"largest", [](Random& random) { return random.chance(0.5) ? 3.4e38 : -6.5e4; }},
-    {"mostly zero", [](Random& random) { return random.chance(0.02) ? random.normal() : 0; }},
-    {"zero", [](Random&) { return 0.0; }},
-    {"minus zero", [](Random&) { return -0.0; }},
-    {"sometimes infinite", [](Random& random) { return random.chance(0.01) ? INFINITY : random.normal(); }},
-    {"sometimes NaN", [](Random& random) { return random.chance(0.003) ? NAN : random.normal(1e-3); }},
+    {"largest", [](Random &random) { return random.chance(0.5) ? 3.4e38 : -6.5e4; }},
+    {"mostly zero", [](Random &random) { return random.chance(0.02) ? random.normal() : 0; }},
+    {"zero", [](Random &) { return 0.0; }},
+    {"minus zero", [](Random &) { return -0.0; }},
+    {"sometimes infinite", [](Random &random) { return random.chance(0.01) ? INFINITY : random.normal(); }},
+    {"sometimes NaN", [](Random &random) { return random.chance(0.003) ? NAN : random.normal(1e-3); }},
 };
 
 // The operands of one call, each in guarded memory and off its alignment by one element if shifted.
@@ -53,10 +53,10 @@ struct Operands {
     exponents = GuardedBuffer(static_cast<size_t>(sl_count_blocks(count)), shifted ? 1 : 0);
     args.count = count, args.grad_dtype = grad_dtype, args.dtype = dtype, args.out_dtype = out_dtype;
     args.grad = grad.data(), args.accumulator = accumulator.data(), args.out = out.data();
-    args.exponents = dtype == SL_F16 ? static_cast<int8_t*>(exponents.data()) : nullptr;
+    args.exponents = dtype == SL_F16 ? static_cast<int8_t *>(exponents.data()) : nullptr;
     args.grad_scale = 1, args.scale = 1;
   }
-  void fill_grad(const Values& values, uint64_t seed) {
+  void fill_grad(const Values &values, uint64_t seed) {
     Random random(seed);
     for (int64_t i = 0; i < args.count; ++i) store_number(args.grad_dtype, grad.data(), i, values.next(random));
   }
@@ -75,9 +75,9 @@ struct Operands {
   bool intact() const { return grad.intact() && accumulator.intact() && exponents.intact() && out.intact(); }
 };
 
-bool same_values(sl_dtype dtype, const GuardedBuffer& left, const GuardedBuffer& right, int64_t count) {
+bool same_values(sl_dtype dtype, const GuardedBuffer &left, const GuardedBuffer &right, int64_t count) {
   if (std::memcmp(left.data(), right.data(), left.size()) == 0) return true;
-  for (int64_t i = 0; i < count; ++i) { // NaN may differ in its sign and payload
+  for (int64_t i = 0; i < count; ++i) {  // NaN may differ in its sign and payload
     double x = load_number(dtype, left.data(), i), y = load_number(dtype, right.data(), i);
     if (std::isnan(x) && std::isnan(y)) continue;
     if (x != y || std::signbit(x) != std::signbit(y)) return false;
@@ -85,14 +85,14 @@ bool same_values(sl_dtype dtype, const GuardedBuffer& left, const GuardedBuffer&
   return true;
 }
 
-bool same_stats(const sl_accumulate_stats& left, const sl_accumulate_stats& right) {
+bool same_stats(const sl_accumulate_stats &left, const sl_accumulate_stats &right) {
   return std::memcmp(&left, &right, sizeof left) == 0;
 }
 
-class AccumulateKernel : public testing::TestWithParam<const sl_accumulate_kernel*> {};
+class AccumulateKernel : public testing::TestWithParam<const sl_accumulate_kernel *> {};
 
-std::vector<const sl_accumulate_kernel*> runnable_kernels() {
-  std::vector<const sl_accumulate_kernel*> kernels;
+std::vector<const sl_accumulate_kernel *> runnable_kernels() {
+  std::vector<const sl_accumulate_kernel *> kernels;
   for (int i = 0; sl_accumulate_list_kernels(i); ++i) {
     if (sl_accumulate_list_kernels(i)->isa <= sl_cpu_detect()) kernels.push_back(sl_accumulate_list_kernels(i));
   }
@@ -104,11 +104,11 @@ TEST_P(AccumulateKernel, AccumulatesAsTheScalarTier) {
   for (sl_dtype dtype : {SL_F32, SL_F16}) {
     for (sl_dtype grad_dtype : kDtypes) {
       for (int64_t count : kCounts) {
-        for (const Values& values : kValues) {
+        for (const Values &values : kValues) {
           bool shifted = ++seed % 2, stochastic = seed % 3 != 0;
           Operands expected(count, grad_dtype, dtype, SL_F32, shifted), got(count, grad_dtype, dtype, SL_F32, shifted);
-          for (int step = 0; step < 3; ++step) { // the first overwrites whatever was in fresh memory
-            for (Operands* operands : {&expected, &got}) {
+          for (int step = 0; step < 3; ++step) {  // the first overwrites whatever was in fresh memory
+            for (Operands *operands : {&expected, &got}) {
               operands->fill_grad(step < 2 ? kValues[seed % 3] : values, seed + static_cast<uint64_t>(step));
               operands->args.overwrite = step == 0, operands->args.stochastic = stochastic;
               operands->args.seed = seed * 7919 + static_cast<uint64_t>(step);
@@ -137,7 +137,7 @@ TEST_P(AccumulateKernel, MeasuresAsTheScalarTier) {
   uint64_t seed = 1;
   for (sl_dtype dtype : kDtypes) {
     for (int64_t count : kCounts) {
-      for (const Values& values : kValues) {
+      for (const Values &values : kValues) {
         Operands expected(count, dtype, SL_F32, SL_F32, ++seed % 2), got(count, dtype, SL_F32, SL_F32, seed % 2);
         expected.fill_grad(values, seed), got.fill_grad(values, seed);
         expected.run(sl_accumulate_scalar.measure);
@@ -154,10 +154,10 @@ TEST_P(AccumulateKernel, ReadsAsTheScalarTier) {
   for (sl_dtype dtype : {SL_F32, SL_F16}) {
     for (sl_dtype out_dtype : kDtypes) {
       for (int64_t count : kCounts) {
-        for (const Values& values : kValues) {
+        for (const Values &values : kValues) {
           bool shifted = ++seed % 2;
           Operands expected(count, SL_F32, dtype, out_dtype, shifted), got(count, SL_F32, dtype, out_dtype, shifted);
-          for (Operands* operands : {&expected, &got}) {
+          for (Operands *operands : {&expected, &got}) {
             operands->fill_grad(values, seed);
             operands->args.overwrite = true;
             operands->args.scale = seed % 3 ? 1.0 / 3 : 1;
@@ -188,7 +188,7 @@ TEST_P(AccumulateKernel, ReadsAFloat32AccumulatorInPlace) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Tiers, AccumulateKernel, testing::ValuesIn(runnable_kernels()),
-                         [](const auto& tier) { return std::string(tier.param->name); });
+                         [](const auto &tier) { return std::string(tier.param->name); });
 
 }  // namespace
 }  // namespace sluice_test
