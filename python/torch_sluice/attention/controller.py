@@ -66,7 +66,7 @@ class _Controller:
         for gate in self.gates:
             gate.record = []
         # A forward whose loss never came, or one recomputed by checkpointing, must not count.
-        self._hook = model.register_forward_pre_hook(lambda *_: self._forget())
+        self._hook = model.register_forward_pre_hook(lambda module, _: self._forget(module))
         self._enter_phase()
 
     def loss(self, loss):
@@ -131,8 +131,8 @@ class _Controller:
         for gate in self.gates:
             gate.phase, gate.rows, gate.noise = phase, rows, self.noise
 
-    def _forget(self):
-        if torch.is_grad_enabled():
+    def _forget(self, module):
+        if module.training and torch.is_grad_enabled():
             for gate in self.gates:
                 if gate.record is not None:
                     gate.record.clear()
@@ -238,8 +238,8 @@ class DensityController(_Controller):
             if not self._warned and self.target_density < self._floor:
                 self._warned = True
                 warnings.warn(
-                    f"target_density is {self.target_density:.3g}, but window and sinks alone keep {self._floor:.3g} of "
-                    "the pairs of these inputs: expected a smaller window or a larger target",
+                    f"target_density is {self.target_density:.3g}, but window and sinks alone keep {self._floor:.3g} "
+                    "of the pairs of these inputs: expected a smaller window or a larger target",
                     stacklevel=3,
                 )
             goal = self._floor

@@ -53,7 +53,7 @@ class _Counterfactual(torch.autograd.Function):
 @torch.no_grad()
 def _gate_gradients(dout, out, lse, q, k, v, a, b, key_range, chosen, tau, causal, window, sinks, scale):
     batch, heads, n_q, _ = q.shape
-    heads_kv, n_k = k.shape[1:3]
+    n_k = k.shape[2]
     da, db = torch.zeros_like(a), torch.zeros_like(b)
     if not (batch and chosen.numel() and n_k):
         return da, db
@@ -98,8 +98,8 @@ def _row_gradients(dout, out, lse, q, k_t, v_t, a, b, key_range, positions, tau,
     threshold = math.log(tau) - math.log1p(-tau) if tau > 0 else -math.inf
     kept = (fixed | ~(logits < threshold)) & valid
 
-    # P of a kept pair is exp(s - lse), p of a dropped one exp(s - lse) / (1 + exp(s - lse)). The bound keeps that finite
-    # for a row that kept nothing: lse = -inf, and an admitted pair takes the whole row.
+    # P of a kept pair is exp(s - lse), p of a dropped one exp(s - lse) / (1 + exp(s - lse)). The bound keeps that
+    # finite for a row that kept nothing: lse = -inf, and an admitted pair takes the whole row.
     share = (scores.sub_(lse.reshape(*grouped, 1))).clamp_(max=_MAX_EXPONENT).exp_()
     share /= torch.where(kept, 1.0, 1.0 + share)
     gates = logits.sigmoid()

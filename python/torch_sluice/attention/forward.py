@@ -22,9 +22,7 @@ class GateRecord(NamedTuple):
     key_range: torch.Tensor | None
 
 
-def attend(
-    gate, x, q, k, v, *, causal=False, window=0, sinks=0, scale=None, key_range=None, key_x=None, logits=None
-):
+def attend(gate, x, q, k, v, *, causal=False, window=0, sinks=0, scale=None, key_range=None, key_x=None, logits=None):
     """Attention of q over k and v, restricted to the pairs that ``gate`` keeps.
 
     This is ``torch_sluice.gated_attention(q, k, v, a, b, mode="select", tau=gate.tau, ...)`` with (a, b) = gate(x),

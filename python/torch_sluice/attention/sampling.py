@@ -6,7 +6,10 @@ import torch
 
 
 def sample_rows(n, share, device):
-    """Sorted int64 indices of ``ceil(share * n)`` of n rows, one drawn from each of equal strata."""
+    """``ceil(share * n)`` of n rows, sorted int64: one drawn from each of equal strata, every row as likely.
+
+    Where n is no multiple of their number, two neighbours may be the same row.
+    """
     count = min(n, math.ceil(share * n))
     if count == n:
         return torch.arange(n, device=device)
