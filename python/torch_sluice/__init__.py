@@ -5,6 +5,7 @@ from torch_sluice._library import library_path
 
 _library.load()
 
+from torch_sluice.accumulate import accumulate  # noqa: E402
 from torch_sluice.functional import gated_attention  # noqa: E402
 from torch_sluice.modules import GatedAttention  # noqa: E402
 from torch_sluice.monitor import Monitor  # noqa: E402
@@ -14,6 +15,7 @@ __version__ = _library.version()
 __all__ = [
     "GatedAttention",
     "Monitor",
+    "accumulate",
     "gate_parameters",
     "gated_attention",
     "library_path",

@@ -1,0 +1,159 @@
+"""The sum of one parameter's gradients over a window, in one of three formats."""
+
+import torch
+
+from torch_sluice.accumulate.operators import STATS, count_blocks, has_kernels
+
+FORMATS = ("fp16", "fp32", "torch")
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_supported(parameter: torch.Tensor) -> bool:
+    """Whether Sluice's kernels take the gradients of this parameter; others are added up by torch."""
+    return parameter.dtype in _KERNEL_DTYPES and has_kernels(parameter.device.type)
+
+
+class Accumulator:
+    """Gradients of one parameter, added up.
+
+    ``format`` is "fp32", "fp16" (float16 with an exponent per block of 1024 elements, see ops/sluice/accumulate.h), or
+    "torch": a tensor of the gradient's own kind, for what the kernels do not take (float64, complex, sparse, devices
+    without kernels). Memory is allocated at the first gradient and, for "fp16", kept for the next window; an "fp32"
+    sum takes the first gradient's memory over and hands it on as the averaged gradient, so neither copies.
+    """
+
+    def __init__(self, parameter: torch.Tensor, format: str):
+        self.parameter = parameter
+        self.format = format
+        self.buffer: torch.Tensor | None = None
+        self.exponents: torch.Tensor | None = None
+        self.empty = True
+
+    def start(self, format: str) -> None:
+        """Forgets the sum and chooses the format of the next one."""
+        if format != self.format or format == "torch":
+            self.buffer = self.exponents = None
+        self.format = format
+        self.empty = True
+
+    def add(self, grad: torch.Tensor, weight: float, seed: int | None) -> torch.Tensor:
+        """Adds weight * grad. Returns the six statistics of ops/sluice/accumulate.h as a tensor."""
+        if grad.layout != torch.strided or self.format == "torch":
+            return self._add_by_torch(grad, weight)
+        if self.empty and weight == 1 and self.format == "fp32" and _owns_its_memory(grad, self.parameter):
+            self.buffer, self.empty = grad, False
+            stats = torch.ops.sluice.measure_gradient(grad)
+            stats[3] = torch.where(stats[2] > 0, torch.inf, stats[0])
+            return stats
+        if self.empty and self.buffer is None:
+            self._allocate()
+        overwrite, self.empty = self.empty, False
+        return torch.ops.sluice.accumulate_(self.buffer, self.exponents, grad, weight, overwrite, seed)
+
+    def _allocate(self) -> None:
+        dtype = torch.float16 if self.format == "fp16" else torch.float32
+        self.buffer = torch.empty_like(self.parameter, dtype=dtype, requires_grad=False)
+        if self.format == "fp16":
+            blocks = count_blocks(self.buffer.numel())
+            self.exponents = torch.empty(blocks, dtype=torch.int8, device=self.buffer.device)
+
+    def _add_by_torch(self, grad: torch.Tensor, weight: float) -> torch.Tensor:
+        if self.format != "torch":  # the first sparse gradient of a parameter that had dense ones
+            self.buffer = None if self.empty else self._read_as(torch.float32)[0]
+            self.format, self.exponents = "torch", None
+        grad = grad if weight == 1 else grad * weight
+        self.buffer = grad if self.empty else self.buffer + grad
+        self.empty = False
+        return _measure_by_torch(grad, self.buffer)
+
+    def promote(self) -> None:
+        """Goes on in float32; what is in float16 so far is kept exactly."""
+        if self.format != "fp16":
+            return
+        if not self.empty:
+            self.buffer = self._read_as(torch.float32)[0]
+        else:
+            self.buffer = None
+        self.format, self.exponents = "fp32", None
+
+    def _read_as(self, dtype: torch.dtype, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        out = torch.empty_like(self.buffer, dtype=dtype)
+        stats = torch.ops.sluice.read_accumulator(self.buffer, self.exponents, scale, out)
+        return out, stats
+
+    def take(self, scale: float) -> torch.Tensor:
+        """The sum times scale in the parameter's dtype. A float32 sum gives its memory away and is empty then; the
+        others stay as they are."""
+        if self.format == "torch":
+            return self.buffer if scale == 1 else self.buffer * scale
+        if self.format == "fp32" and self.parameter.dtype == torch.float32:
+            out, self.buffer, self.empty = self.buffer, None, True
+            if scale != 1:
+                torch.ops.sluice.read_accumulator(out, None, scale, out)
+            return out
+        return self._read_as(self.parameter.dtype, scale)[0]
+
+    def put_back(self, grad: torch.Tensor, divisor: float, same: bool, unchanged: bool) -> None:
+        """Undoes take(): the sum becomes grad * divisor.
+
+        Args:
+            same: grad is the tensor that take() gave, so its memory may be used.
+            unchanged: and nobody wrote to it, so a sum that is still here goes on as it was.
+        """
+        if unchanged and not self.empty:
+            return
+        if self.format == "torch":
+            self.buffer = grad * divisor
+        else:
+            self.format, self.exponents = "fp32", None
+            self.buffer = grad if same and grad.dtype == torch.float32 else grad.to(torch.float32, copy=True)
+            if divisor != 1:
+                torch.ops.sluice.read_accumulator(self.buffer, None, divisor, self.buffer)
+        self.empty = False
+
+    @property
+    def bytes_of_format(self) -> int:
+        """Bytes that a sum in this format takes."""
+        elements = self.parameter.numel()
+        if self.format == "fp16":
+            return 2 * elements + count_blocks(elements)
+        return elements * (4 if self.format == "fp32" else self.parameter.element_size())
+
+    def state_dict(self) -> dict:
+        kept = None if self.empty else self.buffer
+        return {"format": self.format, "buffer": kept, "exponents": None if self.empty else self.exponents}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state["format"] not in FORMATS:
+            raise ValueError(f"format is {state['format']!r}, expected one of {', '.join(FORMATS)}")
+        buffer, exponents = state["buffer"], state["exponents"]
+        if buffer is not None and buffer.shape != self.parameter.shape:
+            raise ValueError(f"its sum has shape {list(buffer.shape)}, expected {list(self.parameter.shape)}")
+        device = self.parameter.device
+        self.format, self.empty = state["format"], buffer is None
+        self.buffer = None if buffer is None else buffer.to(device, copy=True)
+        self.exponents = None if exponents is None else exponents.to(device, copy=True)
+
+
+def _owns_its_memory(grad: torch.Tensor, parameter: torch.Tensor) -> bool:
+    """Whether a gradient may become the sum: float32, laid out as its parameter, in memory that it has to itself (a
+    view into a bucket of DDP is written to by others)."""
+    return (
+        grad.dtype == torch.float32
+        and grad.stride() == parameter.stride()
+        and grad.untyped_storage().nbytes() == grad.numel() * grad.element_size()
+        and grad._base is None
+    )
+
+
+def _measure_by_torch(grad: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    stats = torch.zeros(STATS, dtype=torch.float64, device=grad.device)
+    magnitudes = (grad.coalesce().values() if grad.is_sparse else grad).abs().double()
+    finite = magnitudes.isfinite()
+    kept = magnitudes[finite]
+    stats[0] = kept.square().sum()
+    stats[1] = kept.max() if kept.numel() else 0
+    stats[2] = magnitudes.numel() - finite.sum()
+    values = total.coalesce().values() if total.is_sparse else total
+    stats[3] = values.abs().double().square().sum().nan_to_num(torch.inf)
+    return stats

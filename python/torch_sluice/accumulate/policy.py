@@ -1,0 +1,155 @@
+"""Which format each parameter's sum has: the rules, and what they remember about a parameter.
+
+A policy is asked twice: for the format of a window's sum before its first gradient, and before each gradient whether a
+float16 sum goes on in float32. What it may know are the statistics of the gradients that were added so far.
+"""
+
+import math
+from dataclasses import asdict, dataclass, fields
+
+import torch
+
+from torch_sluice.accumulate.operators import BLOCK
+
+# Squared relative error of one stochastic rounding to float16, averaged over mantissas that follow Benford's law:
+# E[ulp^2 / 6] / E[x^2]. Measured on normal values: 7.3e-8 (tests/ops/test_accumulate_policy.py).
+ROUNDING = 2.0**-20 * (2 * math.log(2) / 3) / 6
+
+
+@dataclass
+class Record:
+    """What is known about one parameter. Sums run over the gradients of the current window."""
+
+    elements: int
+    folds: int = 0  # gradients added in this window
+    error_sumsq: float = 0.0  # squared error that rounding to float16 has made
+    sums_sumsq: float = 0.0  # the squared norms of the sum after each gradient, added up
+    sum_sumsq: float = 0.0  # squared norm of the sum after the last gradient
+    underflow: float = 0.0  # elements below float16's normal range, at the last gradient
+    nonfinite: float = 0.0  # elements of gradients that were infinite or NaN
+    grad_norm: float = 0.0  # of the last gradient, as autograd gave it
+    grad_amax: float = 0.0
+    step_norm: float = 0.0  # of the averaged gradient at the last step
+    last_error: float = 0.0  # relative error of the last window's sum
+    promotions: int = 0  # times that a float16 sum went on in float32
+    prefers_fp32: bool = False  # where "auto" starts the next window
+    calm_windows: int = 0  # windows in a row in which float16 would have done
+    patience: int = 2  # calm windows that it takes to return to float16
+
+    def start_window(self) -> None:
+        """Forgets the sums, and keeps what describes the parameter."""
+        self.last_error = self.error if self.folds else self.last_error
+        self.folds = 0
+        self.error_sumsq = self.sums_sumsq = self.sum_sumsq = self.nonfinite = 0.0
+
+    def note(self, stats: list[float]) -> None:
+        """Takes in the six statistics of one added gradient."""
+        grad_sumsq, self.grad_amax, nonfinite, self.sum_sumsq, error, self.underflow = stats
+        self.grad_norm = math.sqrt(grad_sumsq)
+        self.nonfinite += nonfinite
+        self.sums_sumsq += self.sum_sumsq
+        self.error_sumsq += error
+
+    def rounding_error(self, sumsq: float) -> float:
+        """Relative error of the sum, for this much squared error."""
+        return math.sqrt(sumsq / self.sum_sumsq) if 0 < self.sum_sumsq < math.inf else 0.0
+
+    @property
+    def error(self) -> float:
+        """Relative error that rounding to float16 has made in this window's sum."""
+        return self.rounding_error(self.error_sumsq)
+
+    def state_dict(self) -> dict:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict) -> None:
+        for field in fields(self):
+            setattr(self, field.name, type(getattr(self, field.name))(state[field.name]))
+
+
+class FixedPolicy:
+    """Every sum in one format."""
+
+    def __init__(self, format: str):
+        self.format = format
+
+    def choose(self, record: Record) -> str:
+        return self.format
+
+    def wants_fp32(self, record: Record, grad: torch.Tensor | None) -> bool:
+        return False
+
+    def end_window(self, record: Record) -> None:
+        pass
+
+
+class SeedPolicy:
+    """The seed's rule to the letter: a gradient whose norm is above 1e-3 is added in float32, others in float16 (here:
+    scaled). The norm must be known before the cast, so this reads each gradient of a float16 sum twice."""
+
+    threshold = 1e-3
+
+    def choose(self, record: Record) -> str:
+        return "fp16"
+
+    def wants_fp32(self, record: Record, grad: torch.Tensor | None) -> bool:
+        if grad.layout != torch.strided:
+            return False
+        sumsq, _, nonfinite = torch.ops.sluice.measure_gradient(grad)[:3].tolist()
+        return nonfinite > 0 or math.sqrt(sumsq) > self.threshold
+
+    def end_window(self, record: Record) -> None:
+        pass
+
+
+class AutoPolicy:
+    """Float16 as long as its error is small, measured and not guessed from a norm.
+
+    The kernel reports the squared error of every rounding. A sum goes on in float32 once the error of this window, as a
+    share of the sum's norm, exceeds ``tolerance``, or once more than ``underflow_share`` of its elements are so small
+    beside the largest of their block that float16 keeps fewer than eleven bits of them. It returns to float16 after
+    ``patience`` windows in which float16 would have stayed below half the tolerance; every promotion doubles the
+    patience of that parameter, up to 64, so that none flips at each step. Parameters of fewer than 1024 elements are
+    summed in float32, for there is nothing to save, and so is everything in windows of one micro-batch.
+    """
+
+    underflow_share = 0.01
+
+    def __init__(self, tolerance: float, every: int):
+        if not 0 < tolerance < math.inf:
+            raise ValueError(f"tolerance is {tolerance}, expected a number above 0")
+        self.tolerance = tolerance
+        self.every = every
+
+    def choose(self, record: Record) -> str:
+        return "fp32" if record.prefers_fp32 or record.elements < BLOCK or self.every == 1 else "fp16"
+
+    def wants_fp32(self, record: Record, grad: torch.Tensor | None) -> bool:
+        if record.error <= self.tolerance and record.underflow <= self.underflow_share * record.elements:
+            return False
+        record.prefers_fp32 = True
+        record.calm_windows = 0
+        record.patience = min(2 * record.patience, 64)
+        return True
+
+    def end_window(self, record: Record) -> None:
+        if record.folds == 0 or (self.choose(record) == "fp32" and not record.prefers_fp32):
+            return
+        if not record.prefers_fp32:
+            self.wants_fp32(record, None)  # what the last gradient did decides about the next window
+            return
+        predicted = record.rounding_error(ROUNDING * record.sums_sumsq)
+        record.calm_windows = record.calm_windows + 1 if predicted < self.tolerance / 2 else 0
+        if record.calm_windows >= record.patience:
+            record.prefers_fp32 = False
+
+
+def make_policy(name: str, tolerance: float, every: int):
+    """The policy of this name. Raises ValueError for another."""
+    if name in ("fp16", "fp32"):
+        return FixedPolicy(name)
+    if name == "seed":
+        return SeedPolicy()
+    if name == "auto":
+        return AutoPolicy(tolerance, every)
+    raise ValueError(f"policy is {name!r}, expected 'auto', 'fp16', 'fp32' or 'seed'")
