@@ -24,7 +24,7 @@ static inline __m256 weigh(__m256 score, __m256 scale, __m256 shift) {
 
 static inline __m256 gate(__m256 weight, __m256 exp_minus_a, const float *exp_minus_b) {
   __m256 denominator = _mm256_fmadd_ps(exp_minus_a, _mm256_load_ps(exp_minus_b), _mm256_set1_ps(1.0f));
-  return _mm256_mul_ps(weight, sl_avx2_reciprocal(denominator));
+  return _mm256_div_ps(weight, denominator);
 }
 
 /* Writes the weights of one row up to width and returns their sum before the gate. Lanes past the row's length are

@@ -38,7 +38,7 @@ static void take_worker(forward_worker *worker, sl_arena *arena, const sl_attent
   const sl_gated_attention_args *args = plan->args;
   int64_t rows = smaller(plan->query_chunk, args->n_q), keys = smaller(plan->chunk, args->n_k);
   sl_query_rows_take(&worker->rows, arena, plan, rows);
-  sl_query_rows_take(&worker->far_rows, arena, plan, smaller(plan->far_tile, rows));
+  sl_query_rows_take(&worker->far_rows, arena, plan, rows);
   sl_key_chunk_take(&worker->segment, arena, plan, keys, SL_K_COLUMNS | SL_V_DEPTHS);
   sl_key_chunk_take(&worker->past, arena, plan, keys, SL_K_COLUMNS | SL_V_DEPTHS);
   bool after = !args->causal && args->window > 0;
@@ -124,19 +124,25 @@ static void attend_segments(const forward_pass *pass, forward_worker *worker, co
   }
 }
 
+/* One chunk against all rows of the query chunk, while it is in the inner cache. */
+static void attend_far(const forward_pass *pass, forward_worker *worker, const sl_query_rows *rows,
+                       const sl_key_chunk *chunk, sl_key_region region) {
+  for (int64_t row = 0; row < rows->count; row += pass->plan->far_tile) {
+    sl_query_rows tile = sl_query_rows_part(rows, pass->plan, row, pass->plan->far_tile);
+    sl_staircase_attend(&worker->staircase, &tile, chunk, region);
+  }
+}
+
 /* Chunks in order of position, straight through. */
 static void attend_unsorted(const forward_pass *pass, forward_worker *worker, const sl_key_chunk *chunks, int64_t count,
                             const task_range *range) {
   const sl_attention_plan *plan = pass->plan;
   const sl_gated_attention_args *args = plan->args;
   bool all = !args->causal && range->after == 0;
-  for (int64_t row = 0; row < worker->rows.count; row += plan->far_tile) {
-    sl_query_rows tile = sl_query_rows_part(&worker->rows, plan, row, plan->far_tile);
-    for (int64_t i = 0; i < count; ++i) {
-      sl_staircase_attend(&worker->staircase, &tile, chunks + i, all ? SL_REGION_ALL : SL_REGION_PAST);
-      if (args->window > 0) sl_staircase_attend(&worker->staircase, &tile, chunks + i, SL_REGION_NEAR);
-      if (!args->causal && !all) sl_staircase_attend(&worker->staircase, &tile, chunks + i, SL_REGION_AFTER);
-    }
+  for (int64_t i = 0; i < count; ++i) {
+    attend_far(pass, worker, &worker->rows, chunks + i, all ? SL_REGION_ALL : SL_REGION_PAST);
+    if (args->window > 0) attend_far(pass, worker, &worker->rows, chunks + i, SL_REGION_NEAR);
+    if (!args->causal && !all) attend_far(pass, worker, &worker->rows, chunks + i, SL_REGION_AFTER);
   }
   sl_query_rows_store(&worker->rows, plan);
 }
@@ -159,20 +165,13 @@ static void attend_sorted(const forward_pass *pass, forward_worker *worker, cons
     sl_key_chunk_fill(&worker->after, plan, range->batch, range->head_kv, after_begin, after_end, true);
   }
   sl_sort_falling(worker->rows.a, worker->rows.count, worker->order);
-  for (int64_t row = 0; row < worker->rows.count; row += plan->far_tile) {
-    sl_query_rows *tile = &worker->far_rows;
-    sl_query_rows_gather(tile, plan, &worker->rows, worker->order + row,
-                         smaller(plan->far_tile, worker->rows.count - row));
-    sl_staircase_attend(&worker->staircase, tile, &worker->past, SL_REGION_ALL);
-    if (after_begin < after_end) sl_staircase_attend(&worker->staircase, tile, &worker->after, SL_REGION_ALL);
-    for (int64_t i = 0; i < past_whole; ++i) {
-      sl_staircase_attend(&worker->staircase, tile, chunks + i, SL_REGION_ALL);
-    }
-    for (int64_t i = after_whole; i < count; ++i) {
-      sl_staircase_attend(&worker->staircase, tile, chunks + i, SL_REGION_ALL);
-    }
-    sl_query_rows_store(tile, plan);
+  sl_query_rows_gather(&worker->far_rows, plan, &worker->rows, worker->order, worker->rows.count);
+  attend_far(pass, worker, &worker->far_rows, &worker->past, SL_REGION_ALL);
+  if (after_begin < after_end) attend_far(pass, worker, &worker->far_rows, &worker->after, SL_REGION_ALL);
+  for (int64_t i = 0; i < count; ++i) {
+    if (i < past_whole || i >= after_whole) attend_far(pass, worker, &worker->far_rows, chunks + i, SL_REGION_ALL);
   }
+  sl_query_rows_store(&worker->far_rows, plan);
 }
 
 static void run_queries(void *context, int64_t worker_number, int64_t task) {
@@ -183,14 +182,13 @@ static void run_queries(void *context, int64_t worker_number, int64_t task) {
   int64_t tasks_per_chunk = heads * plan->group;
   int64_t head = task % tasks_per_chunk / plan->group;
   /* The last queries have the most keys: they go first. */
-  task_range range = make_range(pass, pass->first + head, task % plan->group,
-                                pass->query_chunks - 1 - task / tasks_per_chunk);
+  task_range range =
+      make_range(pass, pass->first + head, task % plan->group, pass->query_chunks - 1 - task / tasks_per_chunk);
   const sl_key_chunk *chunks = pass->key_chunks + head * pass->chunks;
   int64_t count = count_parts(range.bounds.end - range.bounds.sinks, plan->chunk);
 
   forward_worker worker;
-  sl_arena arena =
-      sl_arena_make(pass->worker_memory + (size_t)worker_number * pass->worker_bytes, pass->worker_bytes);
+  sl_arena arena = sl_arena_make(pass->worker_memory + (size_t)worker_number * pass->worker_bytes, pass->worker_bytes);
   take_worker(&worker, &arena, plan);
   sl_query_rows_load(&worker.rows, plan, range.batch, range.head, range.begin, range.end, range.sorted);
   attend_segments(pass, &worker, &range, range.bounds.begin, range.bounds.sinks, false, SL_REGION_SINKS);
@@ -201,8 +199,8 @@ static void run_queries(void *context, int64_t worker_number, int64_t task) {
   int64_t base = range.bounds.sinks, end = range.bounds.end;
   if (args->window > 0) {
     int64_t near_end = args->causal ? range.last + 1 : range.last + range.after;
-    attend_segments(pass, &worker, &range, larger(range.first - range.after + 1, base), smaller(near_end, end),
-                    false, SL_REGION_NEAR);
+    attend_segments(pass, &worker, &range, larger(range.first - range.after + 1, base), smaller(near_end, end), false,
+                    SL_REGION_NEAR);
   }
   if (range.past > 0) {
     attend_segments(pass, &worker, &range, larger(range.first - range.past + 1, base),

@@ -5,11 +5,18 @@
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* Long chunks keep rounding to whole panels cheap and prefixes smooth; short ones leave less to the unsorted border
- * between a query chunk and its own keys. Measured: see benchmarks/gated_attention.py. */
-static int64_t choose_chunk(const sl_gated_attention_args *args) {
-  if (args->n_k <= 1024) return 128;
-  return args->n_k <= 4096 ? 256 : 512;
+/* Keys that are sorted together, in tiles. Long chunks keep rounding to whole panels cheap and prefixes smooth; short ones
+ * leave less to the border of a query chunk, where sorted order and position have to be looked at together. */
+static int64_t choose_chunk_tiles(const sl_gated_attention_args *args) {
+  return args->n_k < 1536 ? 4 : args->n_k < 6144 ? 8 : 16;
+}
+
+/* Queries of one task, in tiles: chunks of keys and of queries that end together leave no rest; but there should be tasks
+ * enough for many threads. Must not depend on their number: the order of additions follows from it. */
+static int64_t choose_query_tiles(const sl_gated_attention_args *args, int64_t tile) {
+  int64_t tiles = args->n_k < 1536 ? 4 : 8;
+  while (tiles > 2 && args->batch * args->heads_q * (args->n_q / (tiles * tile) + 1) < 32) tiles /= 2;
+  return tiles;
 }
 
 sl_attention_plan sl_attention_make_plan(const sl_gated_attention_args *args, const sl_attention_kernel *kernel) {
@@ -21,12 +28,12 @@ sl_attention_plan sl_attention_make_plan(const sl_gated_attention_args *args, co
   plan.width_v = sl_round_up(args->head_dim_v, kernel->panel);
   plan.row_stride = sl_round_up(args->head_dim, SL_ATTENTION_STRIDE);
   plan.row_stride_v = sl_round_up(args->head_dim_v, SL_ATTENTION_STRIDE);
-  plan.chunk = choose_chunk(args);
   plan.block = 128;
   plan.tile = sl_round_up(48, kernel->row_tile);
   plan.far_tile = 2 * plan.tile;
-  plan.query_chunk = plan.tile * (args->n_q <= 4096 ? 4 : 8);
-  plan.piece = 64;
+  plan.piece = 2 * plan.tile;
+  plan.chunk = plan.tile * choose_chunk_tiles(args);
+  plan.query_chunk = plan.tile * choose_query_tiles(args, plan.tile);
   double scale = args->scale * 1.4426950408889634;
   plan.factor = scale > 0 ? 1.0f : scale < 0 ? -1.0f : 0.0f;
   plan.scale_log2e = scale == 0 ? 1.0f : (float)fabs(scale);
