@@ -49,6 +49,7 @@ def describe_plugin() -> dict:
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "isa_detected": library.sl_isa_name(detected).decode(),
             "isa": library.sl_isa_name(used).decode(),
+            "isa_measured": library.sl_isa_is_measured(used),
             "isa_cap": os.environ.get("SLUICE_ISA"),
             "isa_cap_problem": cap_problem.decode() if cap_problem else None,
         },
@@ -75,6 +76,7 @@ def _open_core() -> ctypes.CDLL:
         "sl_accumulate_kernel_name",
     ):
         getattr(library, name).restype = ctypes.c_char_p
+    library.sl_isa_is_measured.restype = ctypes.c_bool
     return library
 
 
@@ -150,6 +152,7 @@ def fact_lines(facts: dict) -> list[str]:
     """The facts for people."""
     cpu, torch_facts = facts["cpu"], facts["torch"]
     cap = f", capped from {cpu['isa_detected']} by SLUICE_ISA" if cpu["isa"] != cpu["isa_detected"] else ""
+    speed = "" if cpu["isa_measured"] else ", whose speed has not been measured on its silicon"
     build = f"for CUDA {torch_facts['cuda_build']}" if torch_facts["cuda_build"] else "without CUDA"
     rows = [
         ("torch-sluice", facts["version"]),
@@ -157,7 +160,7 @@ def fact_lines(facts: dict) -> list[str]:
         ("ABI", facts["library"]["abi"]),
         ("torch", f"{torch_facts['version']} (built {build}), Python {facts['python']}"),
         ("processor", f"{cpu['model']}, {cpu['cores']} cores; torch uses {torch_facts['threads']} threads"),
-        ("kernel tier", cpu["isa"] + cap),
+        ("kernel tier", cpu["isa"] + cap + speed),
         ("CUDA devices", ", ".join(torch_facts["cuda_devices"]) or "none visible"),
     ]
     if cpu["isa_cap_problem"]:

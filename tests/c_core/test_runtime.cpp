@@ -27,6 +27,13 @@ TEST(Cpu, EveryTierNameParsesBackToItself) {
   EXPECT_STREQ(sl_isa_name(static_cast<sl_isa>(99)), "unknown isa");
 }
 
+TEST(Cpu, TiersThatNobodyHasTimedSaySo) {
+  EXPECT_TRUE(sl_isa_is_measured(SL_ISA_SCALAR));
+  EXPECT_TRUE(sl_isa_is_measured(SL_ISA_AVX2));
+  EXPECT_FALSE(sl_isa_is_measured(SL_ISA_AVX512));
+  EXPECT_FALSE(sl_isa_is_measured(SL_ISA_AVX512BF16));
+}
+
 TEST(Cpu, AnUnknownTierIsNamedInTheError) {
   sl_isa parsed;
   for (const char* name : {"", "AVX2", "avx2 ", "sse"}) {

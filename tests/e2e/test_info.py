@@ -6,6 +6,8 @@ import platform
 
 import torch
 
+from torch_sluice import info
+
 
 def test_info_as_json(run_command):
     process = run_command("info", "--json", env={**os.environ, "SLUICE_ISA": "scalar"})
@@ -19,6 +21,14 @@ def test_info_as_json(run_command):
     assert not facts["kernels"]["gated_attention"]["float32"].startswith("avx")
     for gap in facts["missing"]:
         assert all(gap[key] for key in ("what", "needed_for", "how"))
+
+
+def test_info_for_people_says_of_an_untimed_tier_that_it_is():
+    facts = info.describe_plugin()
+    for measured in (True, False):
+        facts["cpu"]["isa_measured"] = measured
+        tier = next(line for line in info.fact_lines(facts) if line.startswith("kernel tier"))
+        assert ("not been measured" in tier) != measured
 
 
 def test_info_for_people_names_a_bad_cap(run_command):

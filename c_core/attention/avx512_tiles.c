@@ -1,0 +1,60 @@
+/* AVX-512 overlay: the micro-ops on tiles of float elements, and the position mask. */
+#include "runtime/simd.h"
+
+#define WORD 1
+#define ELEMENT_SIZE 4
+#define multiply_add(sum, left, right) _mm512_fmadd_ps(left, right, sum)
+#define store_elements(weights, j, values) _mm512_store_ps((float *)(weights) + (j), values)
+
+#include "attention/avx512_multiply.h"
+#include "attention/avx512_softmax.h"
+
+void sl_avx512_multiply_nt(int64_t rows, const int32_t *lengths, const void *left, int64_t left_stride,
+                           const void *columns, int64_t depth, float *scores, int64_t score_stride) {
+  multiply_nt(rows, lengths, left, left_stride, columns, depth, scores, score_stride);
+}
+
+void sl_avx512_multiply_nn(int64_t rows, const int32_t *lengths, const void *left, int64_t left_stride,
+                           const void *depths, int64_t capacity, int64_t width, float *out, int64_t out_stride) {
+  multiply_nn(rows, lengths, left, left_stride, depths, capacity, width, out, out_stride);
+}
+
+/* A panel of 32 keys is cut into 12 + 12 + 8, so that no group of keys reaches into the next panel, where left is not
+ * known to be 0 for the rows that end in this one. */
+void sl_avx512_multiply_tn(int64_t rows, const int32_t *lengths, const void *left, int64_t left_stride,
+                           const void *depths, int64_t capacity, int64_t width, float *out, int64_t out_stride) {
+  if (rows <= 0) return;
+  int64_t keys = lengths[0];
+  for (int64_t column = 0; column < width; column += PANEL) {
+    const float *right = (const float *)depths + column * capacity;
+    int64_t depth = rows;
+    for (int64_t panel = 0; panel < keys; panel += PANEL) {
+      for (int64_t key = panel; key < panel + PANEL && key < keys; key += 12) {
+        while (lengths[depth - 1] <= key) --depth;
+        const float *a = (const float *)left + key;
+        float *target = out + key * out_stride + column;
+        int64_t count = keys - key;
+        if (key < panel + 24) MULTIPLY_TN(12, count, a, left_stride, right, depth, target, out_stride);
+        else MULTIPLY_TN(8, count, a, left_stride, right, depth, target, out_stride);
+      }
+    }
+  }
+}
+
+void sl_avx512_softmax_tile(const sl_softmax_tile *tile) { softmax_tile(tile); }
+
+void sl_avx512_softmax_gradient_tile(const sl_softmax_gradient_tile *tile) { softmax_gradient_tile(tile); }
+
+void sl_avx512_mask_tile(int64_t rows, const int32_t *lengths, float *scores, int64_t score_stride,
+                         const int32_t *positions, const int32_t *lowest, const int32_t *highest) {
+  const __m512 dropped = _mm512_set1_ps(-INFINITY);
+  for (int64_t r = 0; r < rows; ++r) {
+    __m512i low = _mm512_set1_epi32(lowest[r]), high = _mm512_set1_epi32(highest[r]);
+    for (int64_t j = 0; j < lengths[r]; j += 16) {
+      __m512i position = _mm512_loadu_si512((const void *)(positions + j));
+      __mmask16 out = _mm512_cmpgt_epi32_mask(low, position) | _mm512_cmpgt_epi32_mask(position, high);
+      float *score = scores + r * score_stride + j;
+      _mm512_store_ps(score, _mm512_mask_blend_ps(out, _mm512_load_ps(score), dropped));
+    }
+  }
+}
