@@ -12,7 +12,7 @@ INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.M)
 PLAIN_HEADERS = {"stdbool.h", "stddef.h", "stdint.h"}
 C_HEADERS = PLAIN_HEADERS | {
     *("assert.h", "errno.h", "fenv.h", "float.h", "inttypes.h", "limits.h", "math.h", "stdalign.h", "stdarg.h"),
-    *("stdatomic.h", "stdio.h", "stdlib.h", "string.h", "time.h", "threads.h"),
+    *("stdatomic.h", "stdio.h", "stdlib.h", "sched.h", "string.h", "time.h", "threads.h"),
 }
 INTRINSICS = re.compile(r"(immintrin|arm_neon)\.h|simde/.*")
 CUDA_HEADERS = re.compile(r"(cuda_\w+|cuda|mma|cooperative_groups)\.h|c(math|stdint|stddef|float)")
