@@ -10,12 +10,12 @@ namespace sluice {
 // Makes the device of a CUDA tensor the current one for the life of the object.
 class CudaScope {
  public:
-  explicit CudaScope(const Tensor& tensor);
-  void* stream() const { return stream_; }  // torch's current stream there, a cudaStream_t
+  explicit CudaScope(const Tensor &tensor);
+  void *stream() const { return stream_; }  // torch's current stream there, a cudaStream_t
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
-  void* stream_ = nullptr;
+  void *stream_ = nullptr;
 };
 
 }  // namespace sluice

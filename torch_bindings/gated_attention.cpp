@@ -11,14 +11,14 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-std::string shape_text(const std::vector<int64_t>& shape) {
+std::string shape_text(const std::vector<int64_t> &shape) {
   std::string text = "[";
   for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
   return text + "]";
 }
 
-void check_tensor(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape, ScalarType dtype,
-                  const char* shape_names, const Tensor& like) {
+void check_tensor(const char *name, const Tensor &tensor, const std::vector<int64_t> &shape, ScalarType dtype,
+                  const char *shape_names, const Tensor &like) {
   bool same = static_cast<size_t>(tensor.dim()) == shape.size();
   for (size_t i = 0; same && i < shape.size(); ++i) same = tensor.size(static_cast<int64_t>(i)) == shape[i];
   same = same && tensor.scalar_type() == dtype;
@@ -33,16 +33,16 @@ void check_tensor(const char* name, const Tensor& tensor, const std::vector<int6
 }
 
 // The kernels read rows of channels: only the last stride must be 1. (A clone would keep the strides.)
-Tensor with_dense_rows(const Tensor& tensor) {
+Tensor with_dense_rows(const Tensor &tensor) {
   return tensor.size(3) <= 1 || tensor.stride(3) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
-sl_tensor4 view4(const Tensor& tensor) {
-  return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+sl_tensor4 view4(const Tensor &tensor) {
+  return {const_cast<void *>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-sl_tensor3 view3(const Tensor& tensor) {
-  return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+sl_tensor3 view3(const Tensor &tensor) {
+  return {const_cast<void *>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
 // Tensors that the args point into must outlive the call, hence the copies here.
@@ -54,8 +54,8 @@ struct Inputs {
   ScalarType dtype, gate_dtype;
 };
 
-Inputs check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& a, const Tensor& b,
-                    const OptionalTensor& logit_tau, const OptionalTensor& key_range, bool causal, int64_t window,
+Inputs check_inputs(const Tensor &q, const Tensor &k, const Tensor &v, const Tensor &a, const Tensor &b,
+                    const OptionalTensor &logit_tau, const OptionalTensor &key_range, bool causal, int64_t window,
                     int64_t sinks, double scale) {
   if (q.dim() != 4) fail("q is " + describe(q) + ", expected [batch, heads_q, n_q, head_dim]");
   if (k.dim() != 4) fail("k is " + describe(k) + ", expected [batch, heads_kv, n_k, head_dim]");
@@ -81,31 +81,32 @@ Inputs check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   size_t workspace_bytes = 0;
   check_status(sl_gated_attention_workspace_size(&sizes, &workspace_bytes));
 
-  Inputs in{with_dense_rows(q), with_dense_rows(k), with_dense_rows(v), a, b, logit_tau, key_range,
-            torch_executor(),   sizes,              dtype,              gate_dtype};
+  Inputs in{with_dense_rows(q), with_dense_rows(k), with_dense_rows(v), a,     b,
+            logit_tau,          key_range,          torch_executor(),   sizes, dtype,
+            gate_dtype};
   if (in.logit_tau) in.logit_tau = torch::stable::contiguous(*in.logit_tau);
   if (in.key_range) in.key_range = torch::stable::contiguous(*in.key_range);
-  sl_gated_attention_args& args = in.args;
+  sl_gated_attention_args &args = in.args;
   args.q = view4(in.q), args.k = view4(in.k), args.v = view4(in.v);
   args.a = view3(in.a), args.b = view3(in.b);
   args.logit_tau = in.logit_tau ? in.logit_tau->const_data_ptr() : nullptr;
-  args.key_range = in.key_range ? static_cast<const int64_t*>(in.key_range->const_data_ptr()) : nullptr;
+  args.key_range = in.key_range ? static_cast<const int64_t *>(in.key_range->const_data_ptr()) : nullptr;
   return in;
 }
 
 // The kernels of the device that the tensors are on.
-sl_status measure_backward_workspace(const sl_gated_attention_args& args, const Tensor& q, size_t* bytes) {
+sl_status measure_backward_workspace(const sl_gated_attention_args &args, const Tensor &q, size_t *bytes) {
   return q.is_cpu() ? sl_gated_attention_backward_workspace_size(&args, bytes)
                     : sl_gated_attention_backward_cuda_workspace_size(&args, bytes);
 }
 
-sl_status run_forward(const sl_gated_attention_args& args, const Tensor& q) {
+sl_status run_forward(const sl_gated_attention_args &args, const Tensor &q) {
   if (q.is_cpu()) return sl_gated_attention(&args);
   CudaScope cuda(q);
   return sl_gated_attention_cuda(&args, cuda.stream());
 }
 
-sl_status run_backward(const sl_gated_attention_args& args, const Tensor& q) {
+sl_status run_backward(const sl_gated_attention_args &args, const Tensor &q) {
   if (q.is_cpu()) return sl_gated_attention_backward(&args);
   CudaScope cuda(q);
   return sl_gated_attention_backward_cuda(&args, cuda.stream());
@@ -117,7 +118,7 @@ std::tuple<Tensor, Tensor> gated_attention(Tensor q, Tensor k, Tensor v, Tensor 
                                            OptionalTensor key_range, bool causal, int64_t window, int64_t sinks,
                                            double scale) {
   Inputs in = check_inputs(q, k, v, a, b, logit_tau, key_range, causal, window, sinks, scale);
-  sl_gated_attention_args& args = in.args;
+  sl_gated_attention_args &args = in.args;
   args.executor = &in.executor;
   size_t bytes = 0;
   if (q.is_cpu()) check_status(sl_gated_attention_workspace_size(&args, &bytes));
@@ -134,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_attention_backward(
     Tensor dout, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, OptionalTensor logit_tau, OptionalTensor key_range,
     Tensor out, Tensor lse, bool causal, int64_t window, int64_t sinks, double scale) {
   Inputs in = check_inputs(q, k, v, a, b, logit_tau, key_range, causal, window, sinks, scale);
-  sl_gated_attention_args& args = in.args;
+  sl_gated_attention_args &args = in.args;
   args.executor = &in.executor;
   std::vector<int64_t> out_shape = {args.batch, args.heads_q, args.n_q, args.head_dim_v};
   check_tensor("dout", dout, out_shape, in.dtype, "[batch, heads_q, n_q, head_dim_v]", q);

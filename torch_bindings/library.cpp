@@ -12,7 +12,7 @@ namespace sluice {
 
 namespace {
 
-void run_on_torch_pool(void*, int64_t count, sl_range_function function, void* context) {
+void run_on_torch_pool(void *, int64_t count, sl_range_function function, void *context) {
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { function(context, begin, end); });
 }
 
@@ -32,9 +32,9 @@ void check_status(sl_status status) {
   }
 }
 
-void fail(const std::string& message) { throw std::invalid_argument(message); }
+void fail(const std::string &message) { throw std::invalid_argument(message); }
 
-sl_dtype dtype_of(const Tensor& tensor, const char* name) {
+sl_dtype dtype_of(const Tensor &tensor, const char *name) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return SL_F32;
     case ScalarType::BFloat16: return SL_BF16;
@@ -44,7 +44,7 @@ sl_dtype dtype_of(const Tensor& tensor, const char* name) {
   }
 }
 
-std::string describe(const Tensor& tensor) {
+std::string describe(const Tensor &tensor) {
   std::string text;
   switch (tensor.scalar_type()) {
     case ScalarType::Float: text = "float32"; break;
@@ -62,8 +62,8 @@ std::string describe(const Tensor& tensor) {
   return text + "]" + (tensor.is_cpu() ? " on cpu" : " on device " + std::to_string(tensor.get_device_index()));
 }
 
-Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype,
-                     const Tensor& like) {
+Tensor empty_strided(const std::vector<int64_t> &sizes, const std::vector<int64_t> &strides, ScalarType dtype,
+                     const Tensor &like) {
   int32_t device_type = 0, device_index = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
@@ -74,7 +74,7 @@ Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_
   return Tensor(handle);
 }
 
-Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
+Tensor empty(const std::vector<int64_t> &sizes, ScalarType dtype, const Tensor &like) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0;) {

@@ -27,15 +27,15 @@ sl_executor torch_executor();
 void check_status(sl_status status);
 
 // The C name of a torch dtype; throws for those that Sluice does not take.
-sl_dtype dtype_of(const Tensor& tensor, const char* name);
+sl_dtype dtype_of(const Tensor &tensor, const char *name);
 
-std::string describe(const Tensor& tensor);  // "float32 [2, 8, 128, 64] on cpu"
+std::string describe(const Tensor &tensor);  // "float32 [2, 8, 128, 64] on cpu"
 
 // Uninitialised memory on the device of like; contiguous, or with these strides.
-Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype,
-                     const Tensor& like);
-Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like);
+Tensor empty_strided(const std::vector<int64_t> &sizes, const std::vector<int64_t> &strides, ScalarType dtype,
+                     const Tensor &like);
+Tensor empty(const std::vector<int64_t> &sizes, ScalarType dtype, const Tensor &like);
 
-[[noreturn]] void fail(const std::string& message);  // std::invalid_argument
+[[noreturn]] void fail(const std::string &message);  // std::invalid_argument
 
 }  // namespace sluice

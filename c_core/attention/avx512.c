@@ -39,8 +39,7 @@ SL_INLINE void pack_rows(sl_dtype dtype, float *packed, int64_t packed_stride, c
     int64_t channels = r < count ? source->channels : 0;
     const void *row = r < count ? address(dtype, source->data, index[r] * source->token_stride) : NULL;
     for (int64_t c = 0; c < packed_stride; c += 16) {
-      __m512 values =
-          channels > c ? load_values(dtype, address(dtype, row, c), channels - c) : _mm512_setzero_ps();
+      __m512 values = channels > c ? load_values(dtype, address(dtype, row, c), channels - c) : _mm512_setzero_ps();
       _mm512_store_ps(packed + c, _mm512_mul_ps(values, scale));
     }
   }
@@ -55,9 +54,10 @@ SL_INLINE void pack_columns(sl_dtype dtype, float *packed, const sl_token_rows *
         __m512 block[16];
         for (int i = 0; i < 16; ++i) {
           int64_t token = first + part + i;
-          block[i] = token < count ? load_values(dtype, address(dtype, source->data, index[token] * source->token_stride + c),
-                                                 channels - c)
-                                   : _mm512_setzero_ps();
+          block[i] = token < count
+                         ? load_values(dtype, address(dtype, source->data, index[token] * source->token_stride + c),
+                                       channels - c)
+                         : _mm512_setzero_ps();
         }
         sl_avx512_transpose(block);
         for (int64_t i = 0; i < 16 && c + i < channels; ++i) _mm512_store_ps(packed + (c + i) * PANEL + part, block[i]);
@@ -123,50 +123,50 @@ SL_INLINE void add_rows(sl_dtype dtype, float *out, const float *weights, const 
   }
 }
 
-#define AVX512_TABLE(suffix, dtype_)                                                                                  \
-  static void pack_rows_##suffix(void *packed, int64_t packed_stride, const sl_token_rows *source,                    \
-                                 const int32_t *index, int64_t count, float factor) {                                 \
-    pack_rows(dtype_, packed, packed_stride, source, index, count, factor);                                           \
-  }                                                                                                                   \
-  static void pack_columns_##suffix(void *packed, const sl_token_rows *source, const int32_t *index, int64_t count) { \
-    pack_columns(dtype_, packed, source, index, count);                                                               \
-  }                                                                                                                   \
-  static void pack_depths_##suffix(void *packed, int64_t capacity, const sl_token_rows *source, const int32_t *index, \
-                                   int64_t count) {                                                                   \
-    pack_depths(dtype_, packed, capacity, source, index, count);                                                      \
-  }                                                                                                                   \
-  void sl_avx512_store_rows_##suffix(void *target, int64_t token_stride, int64_t channels, const int32_t *index,      \
-                                     int64_t count, const float *out, int64_t out_stride, const float *factors) {     \
-    store_rows(dtype_, target, token_stride, channels, index, count, out, out_stride, factors);                       \
-  }                                                                                                                   \
-  void sl_avx512_dot_rows_##suffix(const float *row, const sl_token_rows *source, const int32_t *index,               \
-                                   int64_t count, float *scores) {                                                    \
-    dot_rows(dtype_, row, source, index, count, scores);                                                              \
-  }                                                                                                                   \
-  void sl_avx512_add_rows_##suffix(float *out, const float *weights, const sl_token_rows *source,                     \
-                                   const int32_t *index, int64_t count) {                                             \
-    add_rows(dtype_, out, weights, source, index, count);                                                             \
-  }                                                                                                                   \
-  const sl_attention_kernel sl_attention_avx512_##suffix##_12x32 = {                                                  \
-      .name = "avx512_" #suffix "_12x32",                                                                             \
-      .isa = SL_ISA_AVX512,                                                                                           \
-      .dtype = dtype_,                                                                                                \
-      .row_tile = ROWS,                                                                                               \
-      .panel = PANEL,                                                                                                 \
-      .depth_step = 1,                                                                                                \
-      .element_size = sizeof(float),                                                                                  \
-      .pack_rows = pack_rows_##suffix,                                                                                \
-      .pack_columns = pack_columns_##suffix,                                                                          \
-      .pack_depths = pack_depths_##suffix,                                                                            \
-      .multiply_nt = sl_avx512_multiply_nt,                                                                           \
-      .multiply_nn = sl_avx512_multiply_nn,                                                                           \
-      .multiply_tn = sl_avx512_multiply_tn,                                                                           \
-      .mask_tile = sl_avx512_mask_tile,                                                                               \
-      .softmax_tile = sl_avx512_softmax_tile,                                                                         \
-      .softmax_gradient_tile = sl_avx512_softmax_gradient_tile,                                                       \
-      .store_rows = sl_avx512_store_rows_##suffix,                                                                    \
-      .dot_rows = sl_avx512_dot_rows_##suffix,                                                                        \
-      .add_rows = sl_avx512_add_rows_##suffix,                                                                        \
+#define AVX512_TABLE(suffix, dtype_)                                                                                   \
+  static void pack_rows_##suffix(void *packed, int64_t packed_stride, const sl_token_rows *source,                     \
+                                 const int32_t *index, int64_t count, float factor) {                                  \
+    pack_rows(dtype_, packed, packed_stride, source, index, count, factor);                                            \
+  }                                                                                                                    \
+  static void pack_columns_##suffix(void *packed, const sl_token_rows *source, const int32_t *index, int64_t count) {  \
+    pack_columns(dtype_, packed, source, index, count);                                                                \
+  }                                                                                                                    \
+  static void pack_depths_##suffix(void *packed, int64_t capacity, const sl_token_rows *source, const int32_t *index,  \
+                                   int64_t count) {                                                                    \
+    pack_depths(dtype_, packed, capacity, source, index, count);                                                       \
+  }                                                                                                                    \
+  void sl_avx512_store_rows_##suffix(void *target, int64_t token_stride, int64_t channels, const int32_t *index,       \
+                                     int64_t count, const float *out, int64_t out_stride, const float *factors) {      \
+    store_rows(dtype_, target, token_stride, channels, index, count, out, out_stride, factors);                        \
+  }                                                                                                                    \
+  void sl_avx512_dot_rows_##suffix(const float *row, const sl_token_rows *source, const int32_t *index, int64_t count, \
+                                   float *scores) {                                                                    \
+    dot_rows(dtype_, row, source, index, count, scores);                                                               \
+  }                                                                                                                    \
+  void sl_avx512_add_rows_##suffix(float *out, const float *weights, const sl_token_rows *source,                      \
+                                   const int32_t *index, int64_t count) {                                              \
+    add_rows(dtype_, out, weights, source, index, count);                                                              \
+  }                                                                                                                    \
+  const sl_attention_kernel sl_attention_avx512_##suffix##_12x32 = {                                                   \
+      .name = "avx512_" #suffix "_12x32",                                                                              \
+      .isa = SL_ISA_AVX512,                                                                                            \
+      .dtype = dtype_,                                                                                                 \
+      .row_tile = ROWS,                                                                                                \
+      .panel = PANEL,                                                                                                  \
+      .depth_step = 1,                                                                                                 \
+      .element_size = sizeof(float),                                                                                   \
+      .pack_rows = pack_rows_##suffix,                                                                                 \
+      .pack_columns = pack_columns_##suffix,                                                                           \
+      .pack_depths = pack_depths_##suffix,                                                                             \
+      .multiply_nt = sl_avx512_multiply_nt,                                                                            \
+      .multiply_nn = sl_avx512_multiply_nn,                                                                            \
+      .multiply_tn = sl_avx512_multiply_tn,                                                                            \
+      .mask_tile = sl_avx512_mask_tile,                                                                                \
+      .softmax_tile = sl_avx512_softmax_tile,                                                                          \
+      .softmax_gradient_tile = sl_avx512_softmax_gradient_tile,                                                        \
+      .store_rows = sl_avx512_store_rows_##suffix,                                                                     \
+      .dot_rows = sl_avx512_dot_rows_##suffix,                                                                         \
+      .add_rows = sl_avx512_add_rows_##suffix,                                                                         \
   }
 
 AVX512_TABLE(f32, SL_F32);

@@ -14,19 +14,19 @@ enum { ROWS = SL_AVX512_ROWS, PANEL = SL_AVX512_PANEL };
 /* sum += left (12 rows) . right ([depth][32]): the loop in which all the time goes. Per step 24 multiply-adds, 2 loads
  * and 12 broadcasts: the two multiply-add pipes are the limit. Row r is base[r / 3] + r % 3 strides, which the
  * processor's addressing can do with 4 pointers; the sums stay in registers as all indices are constants. */
-#define MULTIPLY(sum, VECTORS, left, left_stride, right, depth)                                 \
-  do {                                                                                          \
-    const int64_t stride_ = (left_stride);                                                      \
-    const float *b_ = (right), *a_[4];                                                          \
-    _Pragma("GCC unroll 4") for (int i = 0; i < 4; ++i) a_[i] = (left) + 3 * i * stride_;       \
-    for (int64_t d_ = 0; d_ < (depth); ++d_, b_ += PANEL) {                                     \
-      __m512 b0_ = _mm512_load_ps(b_), b1_ = (VECTORS) == 2 ? _mm512_load_ps(b_ + 16) : b0_;    \
-      _Pragma("GCC unroll 12") for (int r = 0; r < ROWS; ++r) {                                 \
-        __m512 x_ = _mm512_set1_ps(a_[r / 3][r % 3 * stride_ + d_]);                            \
-        sum[r][0] = multiply_add(sum[r][0], x_, b0_);                                           \
+#define MULTIPLY(sum, VECTORS, left, left_stride, right, depth)                                   \
+  do {                                                                                            \
+    const int64_t stride_ = (left_stride);                                                        \
+    const float *b_ = (right), *a_[4];                                                            \
+    _Pragma("GCC unroll 4") for (int i = 0; i < 4; ++i) a_[i] = (left) + 3 * i * stride_;         \
+    for (int64_t d_ = 0; d_ < (depth); ++d_, b_ += PANEL) {                                       \
+      __m512 b0_ = _mm512_load_ps(b_), b1_ = (VECTORS) == 2 ? _mm512_load_ps(b_ + 16) : b0_;      \
+      _Pragma("GCC unroll 12") for (int r = 0; r < ROWS; ++r) {                                   \
+        __m512 x_ = _mm512_set1_ps(a_[r / 3][r % 3 * stride_ + d_]);                              \
+        sum[r][0] = multiply_add(sum[r][0], x_, b0_);                                             \
         if ((VECTORS) == 2) sum[r][(VECTORS) - 1] = multiply_add(sum[r][(VECTORS) - 1], x_, b1_); \
-      }                                                                                         \
-    }                                                                                           \
+      }                                                                                           \
+    }                                                                                             \
   } while (0)
 
 static void multiply_nt(int64_t rows, const int32_t *lengths, const void *left, int64_t left_stride,
@@ -68,7 +68,8 @@ static void multiply_nn(int64_t rows, const int32_t *lengths, const void *left, 
         sum[r][0] = _mm512_load_ps(target + r * out_stride);
         sum[r][1] = _mm512_load_ps(target + r * out_stride + 16);
       }
-      MULTIPLY(sum, 2, (const float *)left + first * left_stride, left_stride, right, (lengths[first] + WORD - 1) / WORD);
+      MULTIPLY(sum, 2, (const float *)left + first * left_stride, left_stride, right,
+               (lengths[first] + WORD - 1) / WORD);
       _Pragma("GCC unroll 12") for (int r = 0; r < ROWS; ++r) {
         _mm512_store_ps(target + r * out_stride, sum[r][0]);
         _mm512_store_ps(target + r * out_stride + 16, sum[r][1]);
@@ -79,27 +80,27 @@ static void multiply_nn(int64_t rows, const int32_t *lengths, const void *left, 
 
 /* out (count <= KEYS rows of 32 channels) += left^T . right over depth rows: the same register tile, with keys as its
  * rows. The keys of one row of left are neighbours, so nothing needs to be transposed. */
-#define MULTIPLY_TN(KEYS, count, left, left_stride, right, depth, out, out_stride)                     \
-  do {                                                                                                 \
-    const float *a_ = (left), *b_ = (right);                                                           \
-    __m512 sum_[KEYS][2];                                                                              \
-    _Pragma("GCC unroll 12") for (int i = 0; i < KEYS; ++i) {                                          \
-      sum_[i][0] = i < (count) ? _mm512_load_ps((out) + i * (out_stride)) : _mm512_setzero_ps();       \
-      sum_[i][1] = i < (count) ? _mm512_load_ps((out) + i * (out_stride) + 16) : _mm512_setzero_ps();  \
-    }                                                                                                  \
-    for (int64_t d_ = 0; d_ < (depth); ++d_, a_ += (left_stride), b_ += PANEL) {                       \
-      __m512 b0_ = _mm512_load_ps(b_), b1_ = _mm512_load_ps(b_ + 16);                                  \
-      _Pragma("GCC unroll 12") for (int i = 0; i < KEYS; ++i) {                                        \
-        __m512 x_ = _mm512_set1_ps(a_[i]);                                                             \
-        sum_[i][0] = multiply_add(sum_[i][0], x_, b0_);                                                \
-        sum_[i][1] = multiply_add(sum_[i][1], x_, b1_);                                                \
-      }                                                                                                \
-    }                                                                                                  \
-    _Pragma("GCC unroll 12") for (int i = 0; i < KEYS; ++i) {                                          \
-      if (i >= (count)) break;                                                                         \
-      _mm512_store_ps((out) + i * (out_stride), sum_[i][0]);                                           \
-      _mm512_store_ps((out) + i * (out_stride) + 16, sum_[i][1]);                                      \
-    }                                                                                                  \
+#define MULTIPLY_TN(KEYS, count, left, left_stride, right, depth, out, out_stride)                    \
+  do {                                                                                                \
+    const float *a_ = (left), *b_ = (right);                                                          \
+    __m512 sum_[KEYS][2];                                                                             \
+    _Pragma("GCC unroll 12") for (int i = 0; i < KEYS; ++i) {                                         \
+      sum_[i][0] = i < (count) ? _mm512_load_ps((out) + i * (out_stride)) : _mm512_setzero_ps();      \
+      sum_[i][1] = i < (count) ? _mm512_load_ps((out) + i * (out_stride) + 16) : _mm512_setzero_ps(); \
+    }                                                                                                 \
+    for (int64_t d_ = 0; d_ < (depth); ++d_, a_ += (left_stride), b_ += PANEL) {                      \
+      __m512 b0_ = _mm512_load_ps(b_), b1_ = _mm512_load_ps(b_ + 16);                                 \
+      _Pragma("GCC unroll 12") for (int i = 0; i < KEYS; ++i) {                                       \
+        __m512 x_ = _mm512_set1_ps(a_[i]);                                                            \
+        sum_[i][0] = multiply_add(sum_[i][0], x_, b0_);                                               \
+        sum_[i][1] = multiply_add(sum_[i][1], x_, b1_);                                               \
+      }                                                                                               \
+    }                                                                                                 \
+    _Pragma("GCC unroll 12") for (int i = 0; i < KEYS; ++i) {                                         \
+      if (i >= (count)) break;                                                                        \
+      _mm512_store_ps((out) + i * (out_stride), sum_[i][0]);                                          \
+      _mm512_store_ps((out) + i * (out_stride) + 16, sum_[i][1]);                                     \
+    }                                                                                                 \
   } while (0)
 
 #endif

@@ -118,8 +118,10 @@ static void softmax_gradient_tile(const sl_softmax_gradient_tile *tile) {
       void *score_gradient = row_of(tile->score_gradient, tile->weight_stride, r);
       int64_t length = tile->lengths[r];
       if (length > 0 && tile->lse_log2[r] == -INFINITY) length = 0;
-      if (length > 0 && tile->exp_minus_a) row_gradient(tile, r, weights, score_gradient, true);
-      else if (length > 0) row_gradient(tile, r, weights, score_gradient, false);
+      if (length > 0 && tile->exp_minus_a)
+        row_gradient(tile, r, weights, score_gradient, true);
+      else if (length > 0)
+        row_gradient(tile, r, weights, score_gradient, false);
       for (int64_t j = sl_round_up(length, 16); j < width; j += 16) {
         store_elements(weights, j, _mm512_setzero_ps());
         store_elements(score_gradient, j, _mm512_setzero_ps());

@@ -34,8 +34,10 @@ void sl_avx512_multiply_tn(int64_t rows, const int32_t *lengths, const void *lef
         const float *a = (const float *)left + key;
         float *target = out + key * out_stride + column;
         int64_t count = keys - key;
-        if (key < panel + 24) MULTIPLY_TN(12, count, a, left_stride, right, depth, target, out_stride);
-        else MULTIPLY_TN(8, count, a, left_stride, right, depth, target, out_stride);
+        if (key < panel + 24)
+          MULTIPLY_TN(12, count, a, left_stride, right, depth, target, out_stride);
+        else
+          MULTIPLY_TN(8, count, a, left_stride, right, depth, target, out_stride);
       }
     }
   }

@@ -21,9 +21,7 @@ SL_INLINE __m256i load_half(const bf16 *data, int64_t count) {
   return _mm256_maskz_loadu_epi16(sl_avx512_first_lanes(count), data);
 }
 
-SL_INLINE __m512 widen(__m256i half) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
+SL_INLINE __m512 widen(__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); }
 
 /* Words (first, second), 16 of them. */
 SL_INLINE __m512i pair_up(__m256i first, __m256i second) {
@@ -60,9 +58,9 @@ static void pack_columns(void *packed, const sl_token_rows *source, const int32_
         for (int i = 0; i < 16; ++i) {
           int64_t token = first + part + i, left = channels - 2 * w;
           __mmask32 lanes = left >= 32 ? (__mmask32)0xffffffff : (__mmask32)((UINT32_C(1) << left) - 1);
-          block[i] = token < count ? _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(
-                                         lanes, token_row(source, index[token]) + 2 * w))
-                                   : _mm512_setzero_ps();
+          block[i] = token < count
+                         ? _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(lanes, token_row(source, index[token]) + 2 * w))
+                         : _mm512_setzero_ps();
         }
         sl_avx512_transpose(block);
         for (int64_t i = 0; i < 16 && w + i < words; ++i) _mm512_store_ps(target + (w + i) * PANEL + part, block[i]);
@@ -111,8 +109,10 @@ static void multiply_tn(int64_t rows, const int32_t *lengths, const void *left, 
         const float *right = (const float *)depths + (column * capacity + slice * PANEL) / 2;
         float *target = out + key * out_stride + column;
         int64_t pairs = (slice_rows + 1) / 2;
-        if (in_panel == 12) MULTIPLY_TN(12, count, words, KEYS_STRIDE, right, pairs, target, out_stride);
-        else MULTIPLY_TN(8, count, words, KEYS_STRIDE, right, pairs, target, out_stride);
+        if (in_panel == 12)
+          MULTIPLY_TN(12, count, words, KEYS_STRIDE, right, pairs, target, out_stride);
+        else
+          MULTIPLY_TN(8, count, words, KEYS_STRIDE, right, pairs, target, out_stride);
       }
     }
   }

@@ -17,7 +17,7 @@ typedef struct sl_backward_worker {
   sl_gradient_rows rows;
   sl_gradient_chunk segment; /* keys that are packed for one query chunk alone */
   sl_staircase staircase;
-  float *dout_values;            /* <dout, v> of a block, like staircase.scores */
+  float *dout_values;             /* <dout, v> of a block, like staircase.scores */
   void *weights, *score_gradient; /* scores and dout_values themselves where an element is a float */
   int32_t *order;
 } sl_backward_worker;

@@ -24,8 +24,8 @@ sl_status validate(const sl_gated_attention_args *args, sl_attention_tensors ten
 template <typename T>
 sl_status run_forward(const sl_gated_attention_args &args, void *stream) {
   int64_t rows = args.batch * args.heads_q * args.n_q;
-  return launch("gated_attention on CUDA", attend_rows<T>, count_blocks(rows, BLOCK_WARPS), BLOCK_THREADS, stream,
-                args, rows);
+  return launch("gated_attention on CUDA", attend_rows<T>, count_blocks(rows, BLOCK_WARPS), BLOCK_THREADS, stream, args,
+                rows);
 }
 
 template <typename T>
@@ -34,9 +34,8 @@ sl_status run_backward(const sl_gated_attention_args &args, void *stream) {
   Compute<T> *row_means = static_cast<Compute<T> *>(args.workspace);
   SL_CHECK(launch("gated_attention_backward on CUDA (dq, da)", differentiate_rows<T>, count_blocks(rows, BLOCK_WARPS),
                   BLOCK_THREADS, stream, args, row_means, rows));
-  return launch("gated_attention_backward on CUDA (dk, dv, db)", differentiate_keys<T>,
-                count_blocks(keys, BLOCK_WARPS), BLOCK_THREADS, stream, args,
-                static_cast<const Compute<T> *>(row_means), keys);
+  return launch("gated_attention_backward on CUDA (dk, dv, db)", differentiate_keys<T>, count_blocks(keys, BLOCK_WARPS),
+                BLOCK_THREADS, stream, args, static_cast<const Compute<T> *>(row_means), keys);
 }
 
 }  // namespace

@@ -77,7 +77,8 @@ __global__ void __launch_bounds__(BLOCK_WARPS *WARP)
 
   for (int64_t index = int64_t{blockIdx.x} * BLOCK_WARPS + warp; index < keys;
        index += int64_t{gridDim.x} * BLOCK_WARPS) {
-    int64_t key = index % args.n_k, head_kv = index / args.n_k % args.heads_kv, batch = index / args.n_k / args.heads_kv;
+    int64_t key = index % args.n_k, head_kv = index / args.n_k % args.heads_kv,
+            batch = index / args.n_k / args.heads_kv;
     KeyRange range = key_range_of(args, batch);
     bool in_range = range.begin <= key && key < range.end;
     __syncwarp();

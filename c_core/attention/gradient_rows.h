@@ -10,12 +10,12 @@
 /* The queries [begin, begin + count) of one head, in order. */
 typedef struct sl_gradient_queries {
   int64_t batch, head, head_kv, begin, count;
-  bool self_apart;                 /* see sl_query_rows */
-  float *a, *exp_minus_a;          /* a is clamped */
-  float *lse_log2;                 /* lse * log2(e) */
-  float *mean;                     /* D_i = <dout_i, out_i> */
-  float *da;                       /* sums, */
-  float *dq;                       /* and rows of them, row_stride apart, before the factor scale */
+  bool self_apart;        /* see sl_query_rows */
+  float *a, *exp_minus_a; /* a is clamped */
+  float *lse_log2;        /* lse * log2(e) */
+  float *mean;            /* D_i = <dout_i, out_i> */
+  float *da;              /* sums, */
+  float *dq;              /* and rows of them, row_stride apart, before the factor scale */
 } sl_gradient_queries;
 
 /* Some of them, in an order of their own, packed for the micro-ops. */
@@ -44,8 +44,7 @@ sl_gradient_rows sl_gradient_rows_part(const sl_gradient_rows *rows, const sl_at
                                        int64_t count);
 
 /* Adds the sums of the rows to those of their queries. */
-void sl_gradient_rows_add_to(const sl_gradient_rows *rows, const sl_attention_plan *plan,
-                             sl_gradient_queries *queries);
+void sl_gradient_rows_add_to(const sl_gradient_rows *rows, const sl_attention_plan *plan, sl_gradient_queries *queries);
 
 /* Writes dq and da. Returns whether all of it is finite. */
 bool sl_gradient_queries_store(const sl_gradient_queries *queries, const sl_attention_plan *plan);

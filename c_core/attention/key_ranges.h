@@ -11,15 +11,15 @@ typedef struct sl_key_range {
 /* All ranges are of keys, and empty where there are none. Chunk i of a key head holds the keys from
  * base + i * plan->chunk on, up to end. Whole chunks concern every query of the query chunk alike. */
 typedef struct sl_key_ranges {
-  bool sorted;           /* pairs are dropped, so that chunks are sorted */
-  bool self_apart;       /* the pair of a query and its own key is in none of the ranges below: see sl_query_rows */
-  sl_key_bounds bounds;  /* sinks: [bounds.begin, bounds.sinks) */
-  int64_t base, end;     /* the other keys */
-  int64_t chunks;        /* of those */
-  int64_t first, last;   /* positions of the first and the last query */
+  bool sorted;          /* pairs are dropped, so that chunks are sorted */
+  bool self_apart;      /* the pair of a query and its own key is in none of the ranges below: see sl_query_rows */
+  sl_key_bounds bounds; /* sinks: [bounds.begin, bounds.sinks) */
+  int64_t base, end;    /* the other keys */
+  int64_t chunks;       /* of those */
+  int64_t first, last;  /* positions of the first and the last query */
   /* Sorted only: */
-  int64_t past_whole;    /* chunks [0, past_whole) are far before every query */
-  int64_t after_whole;   /* chunks [after_whole, chunks) are far behind every query */
+  int64_t past_whole;                     /* chunks [0, past_whole) are far before every query */
+  int64_t after_whole;                    /* chunks [after_whole, chunks) are far behind every query */
   sl_key_range past, after;               /* far from every query too, but not whole chunks */
   sl_key_range border_past, border_after; /* far from some queries */
   sl_key_range near;                      /* in the window of some queries */

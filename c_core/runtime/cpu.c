@@ -13,9 +13,7 @@
 static const char *const isa_names[] = {"scalar", "avx2", "avx512", "avx512bf16"};
 enum { ISA_COUNT = sizeof isa_names / sizeof isa_names[0] };
 
-const char *sl_isa_name(sl_isa isa) {
-  return (unsigned)isa < ISA_COUNT ? isa_names[isa] : "unknown isa";
-}
+const char *sl_isa_name(sl_isa isa) { return (unsigned)isa < ISA_COUNT ? isa_names[isa] : "unknown isa"; }
 
 bool sl_isa_is_measured(sl_isa isa) { return isa == SL_ISA_SCALAR || isa == SL_ISA_AVX2; }
 
@@ -45,8 +43,8 @@ sl_isa sl_cpu_detect(void) {
   if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))) {
     return SL_ISA_SCALAR;
   }
-  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))) {
+  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))) {
     return SL_ISA_AVX2;
   }
   return __builtin_cpu_supports("avx512bf16") ? SL_ISA_AVX512BF16 : SL_ISA_AVX512;

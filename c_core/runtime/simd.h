@@ -48,10 +48,9 @@ static inline simde__m256i sl_emulated_cvtepi32_epi16(simde__m512i values) {
 #endif
 
 #ifndef _mm512_cvtps_ph
-#define _mm512_cvtps_ph(values, rounding)                                                                  \
-  simde_mm256_set_m128i(                                                                                   \
-      simde_mm256_cvtps_ph(simde_mm512_extractf32x8_ps(values, 1), (rounding) & 7),                        \
-      simde_mm256_cvtps_ph(simde_mm512_castps512_ps256(values), (rounding) & 7))
+#define _mm512_cvtps_ph(values, rounding)                                                             \
+  simde_mm256_set_m128i(simde_mm256_cvtps_ph(simde_mm512_extractf32x8_ps(values, 1), (rounding) & 7), \
+                        simde_mm256_cvtps_ph(simde_mm512_castps512_ps256(values), (rounding) & 7))
 #endif
 
 /* To nearest even; subnormal numbers become 0. */
@@ -65,8 +64,10 @@ static inline simde__m256bh sl_emulated_cvtneps_pbh(simde__m512 values) {
     uint32_t bits;
     memcpy(&bits, &from[i], sizeof bits);
     if ((bits & 0x7f800000u) == 0) bits &= 0x80000000u;
-    if (from[i] == from[i]) to[i] = (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-    else to[i] = (uint16_t)(bits >> 16 | 0x40u);
+    if (from[i] == from[i])
+      to[i] = (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+    else
+      to[i] = (uint16_t)(bits >> 16 | 0x40u);
   }
   memcpy(&result, to, sizeof result);
   return result;

@@ -8,15 +8,15 @@
 sl_status sl_fail(sl_status status, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 /* Returns from the calling function with the given failure unless the condition holds. */
-#define SL_REQUIRE(condition, status, ...)                \
-  do {                                                    \
+#define SL_REQUIRE(condition, status, ...)                 \
+  do {                                                     \
     if (!(condition)) return sl_fail(status, __VA_ARGS__); \
   } while (0)
 
 /* Passes a failure on to the caller. */
-#define SL_CHECK(expression)                       \
-  do {                                             \
-    sl_status sl_check_status_ = (expression);     \
+#define SL_CHECK(expression)                                \
+  do {                                                      \
+    sl_status sl_check_status_ = (expression);              \
     if (sl_check_status_ != SL_OK) return sl_check_status_; \
   } while (0)
 

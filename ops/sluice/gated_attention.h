@@ -48,12 +48,12 @@
 #include <sluice/executor.h>
 #include <sluice/types.h>
 
-#define SL_GATED_ATTENTION_SCHEMA                                                                  \
-  "gated_attention(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? logit_tau, "          \
+#define SL_GATED_ATTENTION_SCHEMA                                                         \
+  "gated_attention(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? logit_tau, " \
   "Tensor? key_range, bool causal, int window, int sinks, float scale) -> (Tensor out, Tensor lse)"
-#define SL_GATED_ATTENTION_BACKWARD_SCHEMA                                                         \
-  "gated_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, "       \
-  "Tensor? logit_tau, Tensor? key_range, Tensor out, Tensor lse, bool causal, int window, "        \
+#define SL_GATED_ATTENTION_BACKWARD_SCHEMA                                                   \
+  "gated_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, " \
+  "Tensor? logit_tau, Tensor? key_range, Tensor out, Tensor lse, bool causal, int window, "  \
   "int sinks, float scale) -> (Tensor dq, Tensor dk, Tensor dv, Tensor da, Tensor db)"
 
 /* |a| and |b| are clamped to this, so that exp(-a) * exp(-b) stays finite in float32. */

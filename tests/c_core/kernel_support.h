@@ -28,8 +28,8 @@ class Array {
   }
   double get(int64_t i) const { return load_number(type_, buffer_.data(), i); }
   void set(int64_t i, double value) { store_number(type_, buffer_.data(), i, value); }
-  float* floats() const { return static_cast<float*>(buffer_.data()); }
-  void* data() const { return buffer_.data(); }
+  float *floats() const { return static_cast<float *>(buffer_.data()); }
+  void *data() const { return buffer_.data(); }
   int64_t count() const { return count_; }
   bool intact() const { return buffer_.intact(); }
 
@@ -41,10 +41,10 @@ class Array {
 
 class Integers {
  public:
-  explicit Integers(const std::vector<int32_t>& values) : values_(values), buffer_(values.size() * 4) {
+  explicit Integers(const std::vector<int32_t> &values) : values_(values), buffer_(values.size() * 4) {
     if (!values.empty()) std::memcpy(buffer_.data(), values.data(), values.size() * 4);
   }
-  const int32_t* data() const { return static_cast<const int32_t*>(buffer_.data()); }
+  const int32_t *data() const { return static_cast<const int32_t *>(buffer_.data()); }
   int32_t operator[](int64_t i) const { return data()[i]; }
   bool intact() const {
     return buffer_.intact() && (values_.empty() || !std::memcmp(buffer_.data(), values_.data(), values_.size() * 4));
@@ -56,9 +56,12 @@ class Integers {
 };
 
 template <typename... Buffers>
-void expect_intact(const Buffers&... buffers) {
+void expect_intact(const Buffers &...buffers) {
   int place = 0;
-  auto expect = [&](const auto& buffer) { EXPECT_TRUE(buffer.intact()) << "buffer " << place; ++place; };
+  auto expect = [&](const auto &buffer) {
+    EXPECT_TRUE(buffer.intact()) << "buffer " << place;
+    ++place;
+  };
   (expect(buffers), ...);
 }
 
@@ -79,25 +82,25 @@ class Kernel : public testing::TestWithParam<int> {
     int64_t within = step == 1 ? d * panel + j % panel : (d / 2 * panel + j % panel) * 2 + d % 2;
     return j / panel * depth * panel + within;
   }
-  int64_t group_width(const Integers& lengths, int64_t row, int64_t multiple) const {
+  int64_t group_width(const Integers &lengths, int64_t row, int64_t multiple) const {
     return sl_round_up(lengths[row / kernel->row_tile * kernel->row_tile], multiple);
   }
 
-  const sl_attention_kernel* kernel = nullptr;
+  const sl_attention_kernel *kernel = nullptr;
   sl_dtype element = SL_F32;
   int64_t panel = 0, step = 1;
   double rounding = 0;
 };
 
 // Staircases: [rows, padded to whole groups] lengths that never increase and are at most width.
-inline std::vector<std::vector<int32_t>> staircases(Random& random, int64_t rows, int64_t padded, int64_t width) {
+inline std::vector<std::vector<int32_t>> staircases(Random &random, int64_t rows, int64_t padded, int64_t width) {
   std::vector<std::vector<int32_t>> all(4, std::vector<int32_t>(static_cast<size_t>(padded), 0));
   for (int64_t r = 0; r < rows; ++r) {
     size_t i = static_cast<size_t>(r);
-    all[0][i] = static_cast<int32_t>(width);                                 // dense
-    all[1][i] = static_cast<int32_t>(random.integer(0, width));              // random
-    all[2][i] = r == 0 ? static_cast<int32_t>(width) : 0;                    // one row
-    all[3][i] = static_cast<int32_t>(std::max<int64_t>(0, width - 2 * r));   // steps
+    all[0][i] = static_cast<int32_t>(width);                                // dense
+    all[1][i] = static_cast<int32_t>(random.integer(0, width));             // random
+    all[2][i] = r == 0 ? static_cast<int32_t>(width) : 0;                   // one row
+    all[3][i] = static_cast<int32_t>(std::max<int64_t>(0, width - 2 * r));  // steps
   }
   std::sort(all[1].begin(), all[1].begin() + rows, std::greater<>());
   return all;
@@ -107,7 +110,7 @@ struct TileSize {
   int64_t rows, width, channels;
 };
 
-inline std::vector<TileSize> tile_sizes(const sl_attention_kernel* kernel) {
+inline std::vector<TileSize> tile_sizes(const sl_attention_kernel *kernel) {
   int64_t panel = kernel->panel, tile = kernel->row_tile;
   return {{1, 1, 1},
           {tile - 1, panel - 1, panel + 1},
@@ -118,19 +121,19 @@ inline std::vector<TileSize> tile_sizes(const sl_attention_kernel* kernel) {
           {64, 61, 17}};
 }
 
-inline sl_token_rows rows_of(const Tensor& tensor) {
+inline sl_token_rows rows_of(const Tensor &tensor) {
   return {tensor.data(), tensor.view4().token_stride, tensor.shape()[3]};
 }
 
-inline Tensor random_tokens(Random& random, sl_dtype dtype, int64_t tokens, int64_t channels) {
+inline Tensor random_tokens(Random &random, sl_dtype dtype, int64_t tokens, int64_t channels) {
   Tensor tensor(dtype, {1, 1, tokens, channels}, Layout::kPadded);
   tensor.fill([&] { return random.normal(); });
   return tensor;
 }
 
-inline std::vector<int32_t> random_index(Random& random, int64_t count, int64_t tokens) {
+inline std::vector<int32_t> random_index(Random &random, int64_t count, int64_t tokens) {
   std::vector<int32_t> index(static_cast<size_t>(count));
-  for (int32_t& i : index) i = static_cast<int32_t>(random.integer(0, tokens - 1));
+  for (int32_t &i : index) i = static_cast<int32_t>(random.integer(0, tokens - 1));
   return index;
 }
 

@@ -34,7 +34,7 @@ class Random {
   double normal(double deviation = 1) { return std::normal_distribution<double>(0, deviation)(engine_); }
   bool chance(double probability) { return uniform(0, 1) < probability; }
   template <typename T>
-  T pick(const std::vector<T>& choices) {
+  T pick(const std::vector<T> &choices) {
     return choices[static_cast<size_t>(integer(0, static_cast<int64_t>(choices.size()) - 1))];
   }
 
@@ -51,11 +51,11 @@ class GuardedBuffer {
 
   explicit GuardedBuffer(size_t bytes = 0, size_t shift = 0) : bytes_(bytes), shift_(shift) {
     size_t total = (kGuard + shift + bytes + kGuard + 63) / 64 * 64;
-    memory_.reset(static_cast<unsigned char*>(std::aligned_alloc(64, total)));
+    memory_.reset(static_cast<unsigned char *>(std::aligned_alloc(64, total)));
     total_ = total;
     std::memset(memory_.get(), kCanary, total);
   }
-  void* data() const { return memory_.get() + kGuard + shift_; }
+  void *data() const { return memory_.get() + kGuard + shift_; }
   size_t size() const { return bytes_; }
   bool intact() const {
     for (size_t i = 0; i < total_; ++i) {
@@ -67,44 +67,43 @@ class GuardedBuffer {
 
  private:
   struct Free {
-    void operator()(void* memory) const { std::free(memory); }
+    void operator()(void *memory) const { std::free(memory); }
   };
   std::unique_ptr<unsigned char, Free> memory_;
   size_t bytes_, shift_, total_ = 0;
 };
 
-inline double load_number(sl_dtype dtype, const void* data, int64_t index) {
+inline double load_number(sl_dtype dtype, const void *data, int64_t index) {
   switch (dtype) {
-    case SL_F32: return static_cast<const float*>(data)[index];
-    case SL_F64: return static_cast<const double*>(data)[index];
-    case SL_BF16: return sl_bf16_to_float(static_cast<const uint16_t*>(data)[index]);
-    case SL_F16: return sl_f16_to_float(static_cast<const uint16_t*>(data)[index]);
+    case SL_F32: return static_cast<const float *>(data)[index];
+    case SL_F64: return static_cast<const double *>(data)[index];
+    case SL_BF16: return sl_bf16_to_float(static_cast<const uint16_t *>(data)[index]);
+    case SL_F16: return sl_f16_to_float(static_cast<const uint16_t *>(data)[index]);
   }
   return 0;
 }
 
-inline void store_number(sl_dtype dtype, void* data, int64_t index, double value) {
+inline void store_number(sl_dtype dtype, void *data, int64_t index, double value) {
   float single = static_cast<float>(value);
   switch (dtype) {
-    case SL_F32: static_cast<float*>(data)[index] = single; break;
-    case SL_F64: static_cast<double*>(data)[index] = value; break;
-    case SL_BF16: static_cast<uint16_t*>(data)[index] = sl_float_to_bf16(single); break;
-    case SL_F16: static_cast<uint16_t*>(data)[index] = sl_float_to_f16(single); break;
+    case SL_F32: static_cast<float *>(data)[index] = single; break;
+    case SL_F64: static_cast<double *>(data)[index] = value; break;
+    case SL_BF16: static_cast<uint16_t *>(data)[index] = sl_float_to_bf16(single); break;
+    case SL_F16: static_cast<uint16_t *>(data)[index] = sl_float_to_f16(single); break;
   }
 }
 
 enum class Layout {
-  kDense,      // [batch, head, token, channel]
-  kTokenMajor, // [batch, token, head, channel]: what a transposed projection gives
-  kPadded,     // dense, with unused elements after each token, and an odd start address
+  kDense,       // [batch, head, token, channel]
+  kTokenMajor,  // [batch, token, head, channel]: what a transposed projection gives
+  kPadded,      // dense, with unused elements after each token, and an odd start address
 };
 
 // [batch, head, token, channel] with strides; a tensor of gates or lse has one channel.
 class Tensor {
  public:
   Tensor() : Tensor(SL_F32, {0, 0, 0, 0}) {}
-  Tensor(sl_dtype dtype, std::array<int64_t, 4> shape, Layout layout = Layout::kDense)
-      : dtype_(dtype), shape_(shape) {
+  Tensor(sl_dtype dtype, std::array<int64_t, 4> shape, Layout layout = Layout::kDense) : dtype_(dtype), shape_(shape) {
     auto [batch, heads, tokens, channels] = shape;
     int64_t row = channels + (layout == Layout::kPadded ? 3 : 0);
     stride_ = {heads * tokens * row, tokens * row, row};
@@ -113,9 +112,9 @@ class Tensor {
     size_t size = sl_dtype_size(dtype);
     buffer_ = GuardedBuffer(static_cast<size_t>(elements_) * size, layout == Layout::kPadded ? size : 0);
   }
-  const std::array<int64_t, 4>& shape() const { return shape_; }
+  const std::array<int64_t, 4> &shape() const { return shape_; }
   sl_dtype dtype() const { return dtype_; }
-  void* data() const { return buffer_.data(); }
+  void *data() const { return buffer_.data(); }
   int64_t index(int64_t batch, int64_t head, int64_t token, int64_t channel = 0) const {
     return batch * stride_[0] + head * stride_[1] + token * stride_[2] + channel;
   }
@@ -136,7 +135,7 @@ class Tensor {
       }
     }
   }
-  void fill(const std::function<double()>& next) {
+  void fill(const std::function<double()> &next) {
     for_each([&](int64_t i, int64_t j, int64_t t, int64_t c) { set(i, j, t, c, next()); });
   }
   // All values in [batch, head, token, channel] order.
@@ -154,7 +153,7 @@ class Tensor {
     std::vector<bool> used(static_cast<size_t>(elements_), false);
     for_each([&](int64_t i, int64_t j, int64_t t, int64_t c) { used[static_cast<size_t>(index(i, j, t, c))] = true; });
     size_t size = sl_dtype_size(dtype_);
-    const unsigned char* bytes = static_cast<const unsigned char*>(buffer_.data());
+    const unsigned char *bytes = static_cast<const unsigned char *>(buffer_.data());
     for (size_t i = 0; i < used.size() * size; ++i) {
       if (!used[i / size] && bytes[i] != GuardedBuffer::kCanary) return false;
     }
@@ -173,18 +172,18 @@ class Tensor {
 class ThreadExecutor {
  public:
   explicit ThreadExecutor(int threads) : executor_{run, this, threads} {}
-  ThreadExecutor(const ThreadExecutor&) = delete;
-  const sl_executor* get() const { return &executor_; }
+  ThreadExecutor(const ThreadExecutor &) = delete;
+  const sl_executor *get() const { return &executor_; }
 
  private:
-  static void run(void* self, int64_t count, sl_range_function function, void* context) {
-    int64_t threads = static_cast<ThreadExecutor*>(self)->executor_.threads;
+  static void run(void *self, int64_t count, sl_range_function function, void *context) {
+    int64_t threads = static_cast<ThreadExecutor *>(self)->executor_.threads;
     std::vector<std::thread> running;
     for (int64_t i = 0; i < threads; ++i) {
       int64_t begin = count * i / threads, end = count * (i + 1) / threads;
       if (begin < end) running.emplace_back(function, context, begin, end);
     }
-    for (std::thread& thread : running) thread.join();
+    for (std::thread &thread : running) thread.join();
   }
   sl_executor executor_;
 };
@@ -202,8 +201,8 @@ struct AttentionShape {
   bool causal = false;
   int64_t window = 0, sinks = 0;
   double scale = 0.5;
-  std::optional<double> logit_tau; // every head gets this threshold; none: tau = 0
-  std::vector<int64_t> key_range;  // [batch, 2]; empty: all keys
+  std::optional<double> logit_tau;  // every head gets this threshold; none: tau = 0
+  std::vector<int64_t> key_range;   // [batch, 2]; empty: all keys
   Layout layout = Layout::kDense;
 
   std::string text() const {
@@ -220,7 +219,7 @@ struct AttentionShape {
 // Operands, results and args of one call; inputs are random, dout included.
 class AttentionProblem {
  public:
-  AttentionProblem(const AttentionShape& shape, uint64_t seed, double gate_deviation = 2) : shape_(shape) {
+  AttentionProblem(const AttentionShape &shape, uint64_t seed, double gate_deviation = 2) : shape_(shape) {
     Random random(seed);
     sl_dtype gate = gate_dtype();
     int64_t B = shape.batch, Hq = shape.heads_q, Hkv = shape.heads_kv, D = shape.head_dim, Dv = shape.head_dim_v;
@@ -260,9 +259,9 @@ class AttentionProblem {
   }
 
   sl_dtype gate_dtype() const { return shape_.dtype == SL_F64 ? SL_F64 : SL_F32; }
-  const AttentionShape& shape() const { return shape_; }
+  const AttentionShape &shape() const { return shape_; }
 
-  sl_gated_attention_args args(const sl_executor* executor = nullptr) const {
+  sl_gated_attention_args args(const sl_executor *executor = nullptr) const {
     sl_gated_attention_args args{};
     args.dtype = shape_.dtype;
     args.batch = shape_.batch, args.heads_q = shape_.heads_q, args.heads_kv = shape_.heads_kv;
@@ -280,10 +279,10 @@ class AttentionProblem {
   }
 
   // The public entry with exactly the workspace that it asks for, between canaries.
-  sl_status run_forward(const sl_executor* executor = nullptr) {
+  sl_status run_forward(const sl_executor *executor = nullptr) {
     return run(executor, sl_gated_attention_workspace_size, sl_gated_attention);
   }
-  sl_status run_backward(const sl_executor* executor = nullptr) {
+  sl_status run_backward(const sl_executor *executor = nullptr) {
     return run(executor, sl_gated_attention_backward_workspace_size, sl_gated_attention_backward);
   }
 
@@ -291,11 +290,11 @@ class AttentionProblem {
   std::string damage() const {
     std::string names;
     if (!workspace_intact_) names += " workspace";
-    const std::pair<const char*, const Tensor*> all[] = {
-        {"q", &q},   {"k", &k},     {"v", &v},       {"a", &a},   {"b", &b},   {"logit_tau", &logit_tau},
+    const std::pair<const char *, const Tensor *> all[] = {
+        {"q", &q},     {"k", &k},     {"v", &v},       {"a", &a},   {"b", &b},   {"logit_tau", &logit_tau},
         {"out", &out}, {"lse", &lse}, {"dout", &dout}, {"dq", &dq}, {"dk", &dk}, {"dv", &dv},
-        {"da", &da}, {"db", &db}};
-    for (auto& [name, tensor] : all) {
+        {"da", &da},   {"db", &db}};
+    for (auto &[name, tensor] : all) {
       if (!tensor->intact()) names += std::string(" ") + name;
     }
     return names;
@@ -304,8 +303,8 @@ class AttentionProblem {
   Tensor q, k, v, a, b, logit_tau, out, lse, dout, dq, dk, dv, da, db;
 
  private:
-  sl_status run(const sl_executor* executor, sl_status (*measure)(const sl_gated_attention_args*, size_t*),
-                sl_status (*call)(const sl_gated_attention_args*)) {
+  sl_status run(const sl_executor *executor, sl_status (*measure)(const sl_gated_attention_args *, size_t *),
+                sl_status (*call)(const sl_gated_attention_args *)) {
     sl_gated_attention_args args = this->args(executor);
     size_t bytes = 0;
     if (sl_status status = measure(&args, &bytes); status != SL_OK) return status;
@@ -328,7 +327,7 @@ struct Distance {
   bool same_specials = true;
 };
 
-inline Distance measure_distance(const std::vector<double>& got, const std::vector<double>& want, double least = 0) {
+inline Distance measure_distance(const std::vector<double> &got, const std::vector<double> &want, double least = 0) {
   Distance result;
   double largest = 0, difference = 0, squares = 0, wanted_squares = 0;
   for (size_t i = 0; i < want.size(); ++i) {

@@ -21,16 +21,16 @@ namespace {
 const std::vector<sl_dtype> kDtypes = {SL_F32, SL_BF16, SL_F16};
 
 struct Values {
-  const char* name;
-  std::function<double(Random&)> next;
+  const char *name;
+  std::function<double(Random &)> next;
 };
 const std::vector<Values> kValues = {
-    {"normal", [](Random& random) { return random.normal(); }},
-    {"subnormal", [](Random& random) { return random.normal(1e-43); }},
-    {"all magnitudes", [](Random& random) { return random.normal() * std::exp2(random.uniform(-148, 100)); }},
-    {"minus zero", [](Random&) { return -0.0; }},
-    {"sometimes infinite", [](Random& random) { return random.chance(0.01) ? INFINITY : random.normal(); }},
-    {"sometimes NaN", [](Random& random) { return random.chance(0.003) ? NAN : random.normal(1e-3); }},
+    {"normal", [](Random &random) { return random.normal(); }},
+    {"subnormal", [](Random &random) { return random.normal(1e-43); }},
+    {"all magnitudes", [](Random &random) { return random.normal() * std::exp2(random.uniform(-148, 100)); }},
+    {"minus zero", [](Random &) { return -0.0; }},
+    {"sometimes infinite", [](Random &random) { return random.chance(0.01) ? INFINITY : random.normal(); }},
+    {"sometimes NaN", [](Random &random) { return random.chance(0.003) ? NAN : random.normal(1e-3); }},
 };
 
 // One side of a comparison: operands in guarded memory.
@@ -48,11 +48,11 @@ struct Side {
     workspace = GuardedBuffer(workspace_bytes);
     args.count = count, args.grad_dtype = grad_dtype, args.dtype = dtype, args.out_dtype = out_dtype;
     args.grad = grad.data(), args.accumulator = accumulator.data(), args.out = out.data();
-    args.exponents = dtype == SL_F16 ? static_cast<int8_t*>(exponents.data()) : nullptr;
+    args.exponents = dtype == SL_F16 ? static_cast<int8_t *>(exponents.data()) : nullptr;
     args.stats = &stats, args.workspace = workspace.data(), args.workspace_size = workspace_bytes;
     args.scale = 1.0 / 3;
   }
-  void fill_grad(const Values& values, uint64_t seed) {
+  void fill_grad(const Values &values, uint64_t seed) {
     Random random(seed);
     for (int64_t i = 0; i < args.count; ++i) store_number(args.grad_dtype, grad.data(), i, values.next(random));
   }
@@ -62,7 +62,7 @@ struct Side {
 };
 
 // Bits, but for those of a NaN.
-bool same_values(sl_dtype dtype, const GuardedBuffer& left, const GuardedBuffer& right, int64_t count) {
+bool same_values(sl_dtype dtype, const GuardedBuffer &left, const GuardedBuffer &right, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     double x = load_number(dtype, left.data(), i), y = load_number(dtype, right.data(), i);
     if (std::isnan(x) && std::isnan(y)) continue;
@@ -72,7 +72,7 @@ bool same_values(sl_dtype dtype, const GuardedBuffer& left, const GuardedBuffer&
 }
 
 // The CPU adds squares in float32, the kernels in float64.
-void expect_same_stats(const sl_accumulate_stats& got, const sl_accumulate_stats& want) {
+void expect_same_stats(const sl_accumulate_stats &got, const sl_accumulate_stats &want) {
   auto near = [](double x, double y) { return std::fabs(x - y) <= 1e-5 * std::fabs(y) || x == y; };
   EXPECT_PRED2(near, got.grad_sumsq, want.grad_sumsq);
   EXPECT_EQ(got.grad_amax, want.grad_amax);
@@ -83,10 +83,10 @@ void expect_same_stats(const sl_accumulate_stats& got, const sl_accumulate_stats
 }
 
 // Overwrites, adds twice, measures and reads.
-void compare_with_reference(Side& got, Side& want, const Values& values, bool stochastic, uint64_t seed) {
+void compare_with_reference(Side &got, Side &want, const Values &values, bool stochastic, uint64_t seed) {
   int64_t count = got.args.count;
   for (int step = 0; step < 3; ++step) {
-    for (Side* side : {&got, &want}) {
+    for (Side *side : {&got, &want}) {
       side->fill_grad(step < 2 ? kValues[0] : values, seed + static_cast<uint64_t>(step));
       side->args.overwrite = step == 0, side->args.stochastic = stochastic;
       side->args.seed = seed * 7919 + static_cast<uint64_t>(step), side->args.grad_scale = step == 1 ? 0.3 : 1;
@@ -114,7 +114,7 @@ TEST(AccumulateCudaOnHost, AgreesWithTheReferenceBitForBit) {
   for (sl_dtype dtype : {SL_F32, SL_F16}) {
     for (sl_dtype grad_dtype : kDtypes) {
       for (int64_t count : {0, 1, 33, 1023, 2100}) {
-        for (const Values& values : kValues) {
+        for (const Values &values : kValues) {
           sl_dtype out_dtype = kDtypes[++seed % 3];
           SCOPED_TRACE(testing::Message() << sl_dtype_name(dtype) << " += " << sl_dtype_name(grad_dtype) << " ["
                                           << count << "] -> " << sl_dtype_name(out_dtype) << " " << values.name);
@@ -130,7 +130,7 @@ TEST(AccumulateCudaOnHost, AgreesWithTheReferenceBitForBit) {
 TEST(AccumulateCudaOnHost, WarpsTakeSeveralBlocksOfALargeTensor) {
   const int64_t count = (sluice_cuda::MOST_PARTS + 3) * SL_ACCUMULATE_BLOCK + 5;
   Side got(count, SL_BF16, SL_F16, SL_BF16), want(count, SL_BF16, SL_F16, SL_BF16);
-  for (Side* side : {&got, &want}) {
+  for (Side *side : {&got, &want}) {
     for (int64_t i = 0; i < count; ++i) {
       store_number(SL_BF16, side->grad.data(), i, static_cast<double>(i % 1021 - 400));
     }
@@ -154,8 +154,9 @@ TEST(AccumulateCudaOnHost, FailuresNameTheirCause) {
   side.args.grad_scale = 1;
   cuda_on_host::next_error = cudaErrorInvalidConfiguration;
   EXPECT_EQ(accumulate_on_host(&side.args, nullptr), SL_INTERNAL);
-  EXPECT_STREQ(sl_last_error(), "accumulate on CUDA failed: invalid configuration argument "
-                                "(cudaErrorInvalidConfiguration)");
+  EXPECT_STREQ(sl_last_error(),
+               "accumulate on CUDA failed: invalid configuration argument "
+               "(cudaErrorInvalidConfiguration)");
   --side.args.workspace_size;
   EXPECT_EQ(accumulate_on_host(&side.args, nullptr), SL_OUT_OF_MEMORY);
   EXPECT_STREQ(sl_last_error(), "workspace_size is 95, expected at least 96");

@@ -16,7 +16,7 @@ using namespace sluice_test;
 
 namespace {
 
-sl_status run_kernels(AttentionProblem& problem) {
+sl_status run_kernels(AttentionProblem &problem) {
   sl_gated_attention_args args = problem.args();
   size_t bytes = 0;
   SL_CHECK(backward_workspace_size_on_host(&args, &bytes));
@@ -29,10 +29,10 @@ sl_status run_kernels(AttentionProblem& problem) {
 }
 
 struct Result {
-  const char* name;
-  const Tensor* tensor;
+  const char *name;
+  const Tensor *tensor;
 };
-std::vector<Result> results_of(const AttentionProblem& p) {
+std::vector<Result> results_of(const AttentionProblem &p) {
   return {{"out", &p.out}, {"lse", &p.lse}, {"dq", &p.dq}, {"dk", &p.dk}, {"dv", &p.dv}, {"da", &p.da}, {"db", &p.db}};
 }
 
@@ -48,7 +48,7 @@ double tolerance_of(sl_dtype dtype) {
   return 0;
 }
 
-void compare_with_reference(const AttentionShape& shape, uint64_t seed) {
+void compare_with_reference(const AttentionShape &shape, uint64_t seed) {
   SCOPED_TRACE(shape.text());
   AttentionProblem want(shape, seed), got(shape, seed);
   sl_gated_attention_args args = want.args();
@@ -66,7 +66,7 @@ void compare_with_reference(const AttentionShape& shape, uint64_t seed) {
   }
 }
 
-AttentionShape random_shape(Random& random) {
+AttentionShape random_shape(Random &random) {
   AttentionShape shape;
   shape.dtype = random.pick<sl_dtype>({SL_F32, SL_F64, SL_BF16, SL_F16});
   shape.batch = random.integer(1, 2);
@@ -91,7 +91,7 @@ AttentionShape random_shape(Random& random) {
 
 TEST(AttentionCudaOnHost, AgreesWithTheReferenceOnRandomShapes) {
 #if defined(__SANITIZE_ADDRESS__)
-  const int rounds = 12; // slow there
+  const int rounds = 12;  // slow there
 #else
   const int rounds = 40;
 #endif
@@ -123,8 +123,8 @@ TEST(AttentionCudaOnHost, SpecialValuesShowWhereTheReferenceShowsThem) {
       AttentionShape shape;
       shape.n_q = 5, shape.n_k = 37, shape.logit_tau = 0, shape.causal = where % 2 == 0;
       AttentionProblem want(shape, 3), got(shape, 3);
-      for (AttentionProblem* problem : {&want, &got}) {
-        Tensor* tensors[] = {&problem->q, &problem->k, &problem->v, &problem->a, &problem->b};
+      for (AttentionProblem *problem : {&want, &got}) {
+        Tensor *tensors[] = {&problem->q, &problem->k, &problem->v, &problem->a, &problem->b};
         tensors[where]->set(0, 0, 3, 0, special);
       }
       sl_gated_attention_args args = want.args();
@@ -171,8 +171,9 @@ TEST(AttentionCudaOnHost, FailuresNameTheirCause) {
   sl_gated_attention_args args = problem.args();
   cuda_on_host::next_error = cudaErrorInvalidConfiguration;
   EXPECT_EQ(gated_attention_on_host(&args, nullptr), SL_INTERNAL);
-  EXPECT_STREQ(sl_last_error(), "gated_attention on CUDA failed: invalid configuration argument "
-                                "(cudaErrorInvalidConfiguration)");
+  EXPECT_STREQ(sl_last_error(),
+               "gated_attention on CUDA failed: invalid configuration argument "
+               "(cudaErrorInvalidConfiguration)");
   EXPECT_EQ(gated_attention_backward_on_host(&args, nullptr), SL_OUT_OF_MEMORY);
   EXPECT_STREQ(sl_last_error(), "workspace_size is 0 bytes, expected at least 16");
   args.heads_q = 0;
@@ -185,5 +186,5 @@ TEST(AttentionCudaOnHost, TheStreamIsPassedOn) {
   sl_gated_attention_args args = problem.args();
   int stream = 0;
   ASSERT_EQ(gated_attention_on_host(&args, &stream), SL_OK);
-  EXPECT_EQ(static_cast<void*>(cuda_on_host::last_stream), static_cast<void*>(&stream));
+  EXPECT_EQ(static_cast<void *>(cuda_on_host::last_stream), static_cast<void *>(&stream));
 }

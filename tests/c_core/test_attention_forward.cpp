@@ -33,14 +33,14 @@ struct Wanted {
   std::vector<double> out, lse;
 };
 
-Wanted compute_wanted(AttentionProblem& problem) {
+Wanted compute_wanted(AttentionProblem &problem) {
   problem.clear_results();
   sl_gated_attention_args args = problem.args();
   EXPECT_EQ(sl_gated_attention_reference(&args), SL_OK) << sl_last_error();
   return {problem.out.values(), problem.lse.values()};
 }
 
-void expect_close(AttentionProblem& problem, const Wanted& wanted, const sl_executor* executor = nullptr) {
+void expect_close(AttentionProblem &problem, const Wanted &wanted, const sl_executor *executor = nullptr) {
   problem.clear_results();
   ASSERT_EQ(problem.run_forward(executor), SL_OK) << sl_last_error();
   EXPECT_EQ(problem.damage(), "");
@@ -53,7 +53,7 @@ void expect_close(AttentionProblem& problem, const Wanted& wanted, const sl_exec
   EXPECT_LE(lse.relative_maximum, 4e-6);
 }
 
-void expect_close_on_all_tiers(AttentionProblem& problem) {
+void expect_close_on_all_tiers(AttentionProblem &problem) {
   Wanted wanted = compute_wanted(problem);
   for (sl_isa tier : tiers()) {
     IsaCap cap(tier);
@@ -70,7 +70,7 @@ AttentionShape shape_of(int64_t n_q, int64_t n_k, int64_t head_dim, bool causal,
   return shape;
 }
 
-AttentionShape random_shape(Random& random) {
+AttentionShape random_shape(Random &random) {
   AttentionShape shape;
   shape.dtype = random.pick<sl_dtype>({SL_F32, SL_F32, SL_BF16, SL_F16});
   shape.batch = random.integer(1, 2);
@@ -104,7 +104,8 @@ TEST(AttentionForward, RandomProblems) {
     AttentionShape shape = random_shape(random);
     AttentionProblem problem(shape, static_cast<uint64_t>(round));
     // A threshold per head, so that one head of a group may keep all while another keeps little.
-    if (shape.logit_tau) problem.logit_tau.fill([&] { return random.chance(0.8) ? *shape.logit_tau : random.normal(3); });
+    if (shape.logit_tau)
+      problem.logit_tau.fill([&] { return random.chance(0.8) ? *shape.logit_tau : random.normal(3); });
     SCOPED_TRACE(round);
     expect_close_on_all_tiers(problem);
     if (HasFailure()) return;
@@ -116,10 +117,10 @@ TEST(AttentionForward, LongerThanSeveralChunks) {
     int64_t n_q, n_k, window, sinks;
     bool causal;
     double tau;
-  } cases[] = {{1500, 1500, 0, 0, true, 1.5},    {1500, 1500, 0, 0, true, -kInfinity}, {700, 1400, 130, 5, true, 2},
-               {1300, 600, 0, 0, true, 1},       {900, 1200, 70, 3, false, 2},         {1000, 1000, 0, 0, false, 2},
+  } cases[] = {{1500, 1500, 0, 0, true, 1.5},    {1500, 1500, 0, 0, true, -kInfinity},  {700, 1400, 130, 5, true, 2},
+               {1300, 600, 0, 0, true, 1},       {900, 1200, 70, 3, false, 2},          {1000, 1000, 0, 0, false, 2},
                {900, 1100, 90, 0, false, -100.}, {1100, 1100, 250, 9, true, -kInfinity}};
-  for (const Case& row : cases) {
+  for (const Case &row : cases) {
     AttentionShape shape = shape_of(row.n_q, row.n_k, 8, row.causal, row.tau);
     shape.window = row.window, shape.sinks = row.sinks;
     AttentionProblem problem(shape, 5);
@@ -192,8 +193,8 @@ TEST(AttentionForward, NanAndInfinityStayWhereTheyBelong) {
     if (random.chance(0.7)) shape.logit_tau = random.pick<double>({0, 2, 4});
     if (random.chance(0.4)) shape.window = 20, shape.sinks = 3;
     AttentionProblem problem(shape, static_cast<uint64_t>(round));
-    Tensor* tensors[] = {&problem.q, &problem.k, &problem.v, &problem.a, &problem.b};
-    Tensor& tensor = *tensors[round % 5];
+    Tensor *tensors[] = {&problem.q, &problem.k, &problem.v, &problem.a, &problem.b};
+    Tensor &tensor = *tensors[round % 5];
     for (int hit = 0; hit < random.integer(1, 3); ++hit) {
       auto [batch, heads, tokens, channels] = tensor.shape();
       tensor.set(0, 0, random.integer(0, tokens - 1), random.integer(0, channels - 1),
@@ -295,9 +296,10 @@ TEST(SortFalling, OrdersStablyWithNanFirst) {
     for (int variant = 0; variant < 3; ++variant) {
       std::vector<float> keys(static_cast<size_t>(count));
       std::vector<int32_t> order(keys.size(), -1), want(keys.size());
-      for (float& key : keys) {
+      for (float &key : keys) {
         key = static_cast<float>(variant == 0 ? random.normal() : static_cast<double>(random.integer(-2, 2)));
-        if (variant == 2 && random.chance(0.1)) key = static_cast<float>(random.pick<double>({kNan, -kNan, kInfinity, 1e-40}));
+        if (variant == 2 && random.chance(0.1))
+          key = static_cast<float>(random.pick<double>({kNan, -kNan, kInfinity, 1e-40}));
       }
       for (size_t i = 0; i < want.size(); ++i) want[i] = static_cast<int32_t>(i);
       auto key_of = [&](int32_t i) { return keys[static_cast<size_t>(i)]; };

@@ -10,7 +10,7 @@
 using namespace sluice_test;
 
 TEST_P(Kernel, NameIsIsaDtypeAndTile) {
-  const char* dtype = kernel->dtype == SL_F32 ? "f32" : kernel->dtype == SL_BF16 ? "bf16" : "f16";
+  const char *dtype = kernel->dtype == SL_F32 ? "f32" : kernel->dtype == SL_BF16 ? "bf16" : "f16";
   std::string prefix = std::string(sl_isa_name(kernel->isa)) + "_" + dtype + "_";
   EXPECT_EQ(kernel->name, prefix + std::to_string(kernel->row_tile) + "x" + std::to_string(kernel->panel));
   EXPECT_EQ(SL_ATTENTION_STRIDE % kernel->panel, 0);
@@ -20,7 +20,7 @@ TEST_P(Kernel, NameIsIsaDtypeAndTile) {
 
 TEST_P(Kernel, PackRows) {
   Random random(1);
-  for (const TileSize& size : tile_sizes(kernel)) {
+  for (const TileSize &size : tile_sizes(kernel)) {
     for (double factor : {1., -1., 0.}) {
       Tensor source = random_tokens(random, kernel->dtype, 50, size.channels);
       sl_token_rows tokens = rows_of(source);
@@ -41,7 +41,7 @@ TEST_P(Kernel, PackRows) {
 
 TEST_P(Kernel, PackColumns) {
   Random random(2);
-  for (const TileSize& size : tile_sizes(kernel)) {
+  for (const TileSize &size : tile_sizes(kernel)) {
     Tensor source = random_tokens(random, kernel->dtype, 50, size.channels);
     sl_token_rows tokens = rows_of(source);
     Integers index(random_index(random, size.width, 50));
@@ -60,7 +60,7 @@ TEST_P(Kernel, PackColumns) {
 
 TEST_P(Kernel, PackDepths) {
   Random random(3);
-  for (const TileSize& size : tile_sizes(kernel)) {
+  for (const TileSize &size : tile_sizes(kernel)) {
     Tensor source = random_tokens(random, kernel->dtype, 50, size.channels);
     sl_token_rows tokens = rows_of(source);
     Integers index(random_index(random, size.width, 50));
@@ -80,11 +80,11 @@ TEST_P(Kernel, PackDepths) {
 
 TEST_P(Kernel, MultiplyNt) {
   Random random(4);
-  for (const TileSize& size : tile_sizes(kernel)) {
+  for (const TileSize &size : tile_sizes(kernel)) {
     int64_t padded = round_rows(size.rows), depth = sl_round_up(size.channels, step);
     int64_t left_stride = sl_round_up(size.channels, SL_ATTENTION_STRIDE);
     int64_t score_stride = sl_round_up(size.width, SL_ATTENTION_STRIDE), columns_wide = sl_round_up(size.width, panel);
-    for (const auto& steps : staircases(random, size.rows, padded, size.width)) {
+    for (const auto &steps : staircases(random, size.rows, padded, size.width)) {
       Integers lengths(steps);
       Array left(element, padded * left_stride), columns(element, depth * columns_wide);
       for (int64_t r = 0; r < size.rows; ++r) {
@@ -118,12 +118,12 @@ TEST_P(Kernel, MultiplyNt) {
 
 TEST_P(Kernel, MultiplyNn) {
   Random random(5);
-  for (const TileSize& size : tile_sizes(kernel)) {
+  for (const TileSize &size : tile_sizes(kernel)) {
     int64_t padded = round_rows(size.rows), width = sl_round_up(size.channels, panel);
     int64_t left_stride = sl_round_up(size.width, SL_ATTENTION_STRIDE);
     int64_t out_stride = sl_round_up(width, SL_ATTENTION_STRIDE);
     int64_t capacity = sl_round_up(size.width, step) + 2 * step;
-    for (const auto& steps : staircases(random, size.rows, padded, size.width)) {
+    for (const auto &steps : staircases(random, size.rows, padded, size.width)) {
       Integers lengths(steps);
       // Beyond what the group reads, both operands are NaN.
       Array left(element, padded * left_stride, kNan), depths(element, capacity * width, kNan);
@@ -158,15 +158,15 @@ TEST_P(Kernel, MultiplyNn) {
 TEST_P(Kernel, MultiplyTn) {
   if (!kernel->multiply_tn) GTEST_SKIP() << "forward only";
   Random random(6);
-  for (const TileSize& size : tile_sizes(kernel)) {
+  for (const TileSize &size : tile_sizes(kernel)) {
     int64_t padded = round_rows(size.rows), width = sl_round_up(size.channels, panel);
     int64_t left_stride = sl_round_up(size.width, SL_ATTENTION_STRIDE);
     int64_t out_stride = sl_round_up(width, SL_ATTENTION_STRIDE);
     int64_t capacity = sl_round_up(padded, step) + 2 * step;
-    for (const auto& steps : staircases(random, size.rows, padded, size.width)) {
+    for (const auto &steps : staircases(random, size.rows, padded, size.width)) {
       Integers lengths(steps);
       Array left(element, padded * left_stride, kNan), depths(element, capacity * width, kNan);
-      Array out(SL_F32, size.width * out_stride, 0.5); // no row more than there are keys
+      Array out(SL_F32, size.width * out_stride, 0.5);  // no row more than there are keys
       for (int64_t r = 0; r < padded; ++r) {
         for (int64_t j = 0; j < group_width(lengths, r, panel); ++j) {
           left.set(r * left_stride + j, j < lengths[r] ? random.normal() : 0);
@@ -194,12 +194,12 @@ TEST_P(Kernel, MultiplyTn) {
 
 TEST_P(Kernel, MaskTile) {
   Random random(7);
-  for (const TileSize& size : tile_sizes(kernel)) {
+  for (const TileSize &size : tile_sizes(kernel)) {
     int64_t padded = round_rows(size.rows), stride = sl_round_up(size.width, SL_ATTENTION_STRIDE);
-    for (const auto& steps : staircases(random, size.rows, padded, size.width)) {
+    for (const auto &steps : staircases(random, size.rows, padded, size.width)) {
       Integers lengths(steps);
       std::vector<int32_t> places(static_cast<size_t>(sl_round_up(size.width, panel))), low, high;
-      for (int32_t& place : places) place = static_cast<int32_t>(random.integer(0, 2 * size.width));
+      for (int32_t &place : places) place = static_cast<int32_t>(random.integer(0, 2 * size.width));
       for (int64_t r = 0; r < padded; ++r) {
         low.push_back(static_cast<int32_t>(random.integer(-5, size.width)));
         high.push_back(random.chance(0.1) ? -1 : static_cast<int32_t>(random.integer(0, 2 * size.width)));
@@ -226,7 +226,7 @@ namespace {
 
 // Operands of the two softmax micro-ops for one staircase. Beyond its length a row's scores are NaN.
 struct SoftmaxOperands {
-  SoftmaxOperands(Random& random, const std::vector<int32_t>& steps, int64_t row_count, int64_t width, int64_t panel,
+  SoftmaxOperands(Random &random, const std::vector<int32_t> &steps, int64_t row_count, int64_t width, int64_t panel,
                   bool extreme)
       : rows(row_count),
         padded(static_cast<int64_t>(steps.size())),
@@ -262,7 +262,7 @@ struct SoftmaxOperands {
 // How far exp2(difference of two rounded products of this size) may be off, relative to the result.
 double exp2_tolerance(double size) { return 4e-6 + size * 0x1p-22; }
 
-std::vector<double> copy_of(const Array& array) {
+std::vector<double> copy_of(const Array &array) {
   std::vector<double> copy(static_cast<size_t>(array.count()));
   for (int64_t i = 0; i < array.count(); ++i) copy[static_cast<size_t>(i)] = array.get(i);
   return copy;
@@ -272,10 +272,10 @@ std::vector<double> copy_of(const Array& array) {
 
 TEST_P(Kernel, SoftmaxTile) {
   Random random(8);
-  for (const TileSize& size : tile_sizes(kernel)) {
+  for (const TileSize &size : tile_sizes(kernel)) {
     for (int variant = 0; variant < 8; ++variant) {
       bool gated = variant & 1, extreme = variant & 2, in_place = (variant & 4) && element == SL_F32;
-      for (const auto& steps : staircases(random, size.rows, round_rows(size.rows), size.width)) {
+      for (const auto &steps : staircases(random, size.rows, round_rows(size.rows), size.width)) {
         SoftmaxOperands in(random, steps, size.rows, size.width, panel, extreme);
         int64_t out_width = sl_round_up(size.channels, panel), stride = in.stride;
         int64_t out_stride = sl_round_up(out_width, SL_ATTENTION_STRIDE);
@@ -288,10 +288,20 @@ TEST_P(Kernel, SoftmaxTile) {
         const double scale = static_cast<float>(random.uniform(0.05, 2));
         std::vector<double> score = copy_of(in.scores), maximum_before = copy_of(maximum), sum_before = copy_of(sum);
         std::vector<double> out_before = copy_of(out);
-        Array& weights = in_place ? in.scores : separate;
-        sl_softmax_tile tile = {in.rows, in.lengths.data(), in.scores.floats(), stride, weights.data(), stride,
-                                static_cast<float>(scale), gated ? in.exp_minus_a.floats() : nullptr,
-                                in.exp_minus_b.floats(), maximum.floats(), sum.floats(), out.floats(), out_stride,
+        Array &weights = in_place ? in.scores : separate;
+        sl_softmax_tile tile = {in.rows,
+                                in.lengths.data(),
+                                in.scores.floats(),
+                                stride,
+                                weights.data(),
+                                stride,
+                                static_cast<float>(scale),
+                                gated ? in.exp_minus_a.floats() : nullptr,
+                                in.exp_minus_b.floats(),
+                                maximum.floats(),
+                                sum.floats(),
+                                out.floats(),
+                                out_stride,
                                 out_width};
         kernel->softmax_tile(&tile);
         for (int64_t r = 0; r < in.rows; ++r) {
@@ -318,7 +328,7 @@ TEST_P(Kernel, SoftmaxTile) {
           for (int64_t c = 0; c < out_stride; ++c) {
             double before = out_before[static_cast<size_t>(r * out_stride + c)];
             double want = c < out_width && in.lengths[r] > 0 ? before * shrink : before;
-            if (top == -kInfinity) want = out.get(r * out_stride + c); // a row that saw nothing: out is not read
+            if (top == -kInfinity) want = out.get(r * out_stride + c);  // a row that saw nothing: out is not read
             double near = std::fabs(want) * exp2_tolerance(std::fabs(shift)) + 1e-37;
             ASSERT_NEAR(out.get(r * out_stride + c), want, near) << c;
           }
@@ -339,9 +349,20 @@ TEST_P(Kernel, SoftmaxTileShowsNan) {
     operands.scores.set(place, kNan);
     Array weights(element, operands.padded * operands.stride), maximum(SL_F32, operands.padded, -kInfinity);
     Array sum(SL_F32, operands.padded), out(SL_F32, operands.padded * SL_ATTENTION_STRIDE);
-    sl_softmax_tile tile = {2, operands.lengths.data(), operands.scores.floats(), operands.stride, weights.data(),
-                            operands.stride, 1, nullptr, operands.exp_minus_b.floats(), maximum.floats(),
-                            sum.floats(), out.floats(), SL_ATTENTION_STRIDE, panel};
+    sl_softmax_tile tile = {2,
+                            operands.lengths.data(),
+                            operands.scores.floats(),
+                            operands.stride,
+                            weights.data(),
+                            operands.stride,
+                            1,
+                            nullptr,
+                            operands.exp_minus_b.floats(),
+                            maximum.floats(),
+                            sum.floats(),
+                            out.floats(),
+                            SL_ATTENTION_STRIDE,
+                            panel};
     kernel->softmax_tile(&tile);
     EXPECT_TRUE(std::isnan(sum.get(0))) << place;
     EXPECT_TRUE(std::isfinite(sum.get(1))) << place;
@@ -351,10 +372,10 @@ TEST_P(Kernel, SoftmaxTileShowsNan) {
 TEST_P(Kernel, SoftmaxGradientTile) {
   if (!kernel->softmax_gradient_tile) GTEST_SKIP() << "forward only";
   Random random(10);
-  for (const TileSize& size : tile_sizes(kernel)) {
+  for (const TileSize &size : tile_sizes(kernel)) {
     for (int variant = 0; variant < 8; ++variant) {
       bool gated = variant & 1, extreme = variant & 2, in_place = (variant & 4) && element == SL_F32;
-      for (const auto& steps : staircases(random, size.rows, round_rows(size.rows), size.width)) {
+      for (const auto &steps : staircases(random, size.rows, round_rows(size.rows), size.width)) {
         SoftmaxOperands in(random, steps, size.rows, size.width, panel, extreme);
         int64_t stride = in.stride;
         const double scale = static_cast<float>(random.uniform(0.05, 2));
@@ -368,12 +389,23 @@ TEST_P(Kernel, SoftmaxGradientTile) {
           mean.set(r, random.normal());
         }
         std::vector<double> score = copy_of(in.scores), dout_value = copy_of(in.dout_values);
-        Array& weights = in_place ? in.scores : weights_apart;
-        Array& gradient = in_place ? in.dout_values : gradient_apart;
-        sl_softmax_gradient_tile tile = {in.rows, in.lengths.data(), in.scores.floats(), in.dout_values.floats(),
-                                         stride, weights.data(), gradient.data(), stride, static_cast<float>(scale),
-                                         gated ? in.exp_minus_a.floats() : nullptr, in.exp_minus_b.floats(),
-                                         lse.floats(), mean.floats(), da.floats(), db.floats()};
+        Array &weights = in_place ? in.scores : weights_apart;
+        Array &gradient = in_place ? in.dout_values : gradient_apart;
+        sl_softmax_gradient_tile tile = {in.rows,
+                                         in.lengths.data(),
+                                         in.scores.floats(),
+                                         in.dout_values.floats(),
+                                         stride,
+                                         weights.data(),
+                                         gradient.data(),
+                                         stride,
+                                         static_cast<float>(scale),
+                                         gated ? in.exp_minus_a.floats() : nullptr,
+                                         in.exp_minus_b.floats(),
+                                         lse.floats(),
+                                         mean.floats(),
+                                         da.floats(),
+                                         db.floats()};
         kernel->softmax_gradient_tile(&tile);
         std::vector<double> want_db(static_cast<size_t>(size.width), 0.25), error_db(want_db);
         for (int64_t r = 0; r < in.rows; ++r) {
@@ -388,7 +420,8 @@ TEST_P(Kernel, SoftmaxGradientTile) {
             double size_ds = p * (std::fabs(gate * e) + std::fabs(mean.get(r))), relative = near / (p > 0 ? p : 1);
             ASSERT_NEAR(weights.get(r * stride + j), p * gate, near * gate + p * gate * rounding + 1e-37) << j;
             ASSERT_NEAR(gradient.get(r * stride + j), p * (gate * e - mean.get(r)),
-                        size_ds * (relative + rounding) + 1e-37) << j;
+                        size_ds * (relative + rounding) + 1e-37)
+                << j;
             want_da += dz, error_da += std::fabs(dz) * (1 + relative * 1e6);
             want_db[static_cast<size_t>(j)] += dz;
             error_db[static_cast<size_t>(j)] += std::fabs(dz) * (1 + relative * 1e6);
@@ -412,7 +445,7 @@ TEST_P(Kernel, SoftmaxGradientTile) {
 
 TEST_P(Kernel, StoreRows) {
   Random random(11);
-  for (const TileSize& size : tile_sizes(kernel)) {
+  for (const TileSize &size : tile_sizes(kernel)) {
     int64_t stride = sl_round_up(size.channels, SL_ATTENTION_STRIDE);
     Tensor target(kernel->dtype, {1, 1, size.rows + 3, size.channels}, Layout::kPadded);
     std::vector<int32_t> order(static_cast<size_t>(size.rows + 3));
@@ -425,8 +458,8 @@ TEST_P(Kernel, StoreRows) {
     for (int64_t r = 0; r < size.rows; ++r) factors.set(r, random.uniform(0.1, 2));
     out.set(0, kInfinity);
     out.set(1, kNan);
-    kernel->store_rows(target.data(), target.view4().token_stride, size.channels, index.data(), size.rows,
-                       out.floats(), stride, factors.floats());
+    kernel->store_rows(target.data(), target.view4().token_stride, size.channels, index.data(), size.rows, out.floats(),
+                       stride, factors.floats());
     for (int64_t r = 0; r < size.rows; ++r) {
       for (int64_t c = 0; c < size.channels; ++c) {
         double want = 0;
@@ -436,7 +469,7 @@ TEST_P(Kernel, StoreRows) {
         ASSERT_TRUE(std::isnan(rounded) ? std::isnan(got) : got == rounded) << got << " for " << rounded;
       }
     }
-    const unsigned char* bytes = static_cast<const unsigned char*>(target.data());
+    const unsigned char *bytes = static_cast<const unsigned char *>(target.data());
     for (int64_t t = 0; t < 3; ++t) {  // tokens that are not in the index stay
       size_t start = static_cast<size_t>(target.index(0, 0, t)) * sl_dtype_size(kernel->dtype);
       EXPECT_EQ(bytes[start], GuardedBuffer::kCanary);
@@ -447,7 +480,7 @@ TEST_P(Kernel, StoreRows) {
 
 TEST_P(Kernel, DotRowsAndAddRows) {
   Random random(12);
-  for (const TileSize& size : tile_sizes(kernel)) {
+  for (const TileSize &size : tile_sizes(kernel)) {
     Tensor source = random_tokens(random, kernel->dtype, 50, size.channels);
     sl_token_rows tokens = rows_of(source);
     Integers index(random_index(random, size.width, 50));
@@ -479,12 +512,12 @@ TEST_P(Kernel, DotRowsAndAddRows) {
 
 TEST(KernelList, BestTierFirstAndAScalarTableForEveryDtype) {
   for (sl_dtype dtype : {SL_F32, SL_BF16, SL_F16}) {
-    const sl_attention_kernel* scalar = sl_attention_find_kernel(dtype, SL_ISA_SCALAR);
+    const sl_attention_kernel *scalar = sl_attention_find_kernel(dtype, SL_ISA_SCALAR);
     ASSERT_NE(scalar, nullptr);
     EXPECT_EQ(scalar->isa, SL_ISA_SCALAR);
     int isa = SL_ISA_AVX512BF16;
     for (int i = 0; sl_attention_list_kernels(i); ++i) {
-      const sl_attention_kernel* kernel = sl_attention_list_kernels(i);
+      const sl_attention_kernel *kernel = sl_attention_list_kernels(i);
       if (kernel->dtype != dtype) continue;
       EXPECT_LE(kernel->isa, isa) << kernel->name;
       isa = kernel->isa;
@@ -495,9 +528,11 @@ TEST(KernelList, BestTierFirstAndAScalarTableForEveryDtype) {
   EXPECT_EQ(sl_attention_list_kernels(-1), nullptr);
 }
 
-INSTANTIATE_TEST_SUITE_P(Attention, Kernel, testing::Range(0, [] {
-                           int count = 0;
-                           while (sl_attention_list_kernels(count)) ++count;
-                           return count;
-                         }()),
-                         [](const auto& table) { return std::string(sl_attention_list_kernels(table.param)->name); });
+INSTANTIATE_TEST_SUITE_P(Attention, Kernel,
+                         testing::Range(0,
+                                        [] {
+                                          int count = 0;
+                                          while (sl_attention_list_kernels(count)) ++count;
+                                          return count;
+                                        }()),
+                         [](const auto &table) { return std::string(sl_attention_list_kernels(table.param)->name); });

@@ -11,26 +11,26 @@ namespace {
 
 const double kLog3 = std::log(3.0);
 
-void fill(Tensor& tensor, const std::vector<double>& values) {
+void fill(Tensor &tensor, const std::vector<double> &values) {
   size_t next = 0;
   tensor.fill([&] { return values.at(next++); });
   ASSERT_EQ(next, values.size());
 }
 
-void run_forward(AttentionProblem& problem) {
+void run_forward(AttentionProblem &problem) {
   sl_gated_attention_args args = problem.args();
   ASSERT_EQ(sl_gated_attention_reference(&args), SL_OK) << sl_last_error();
   ASSERT_EQ(problem.damage(), "");
 }
 
-void run_both(AttentionProblem& problem) {
+void run_both(AttentionProblem &problem) {
   run_forward(problem);
   sl_gated_attention_args args = problem.args();
   ASSERT_EQ(sl_gated_attention_backward_reference(&args), SL_OK) << sl_last_error();
   ASSERT_EQ(problem.damage(), "");
 }
 
-void expect_values(const char* name, const Tensor& tensor, const std::vector<double>& want, double tolerance = 1e-12) {
+void expect_values(const char *name, const Tensor &tensor, const std::vector<double> &want, double tolerance = 1e-12) {
   std::vector<double> got = tensor.values();
   ASSERT_EQ(got.size(), want.size());
   for (size_t i = 0; i < want.size(); ++i) {
@@ -111,17 +111,19 @@ TEST(ReferenceByHand, KeptPairsWithoutCausality) {
   AttentionProblem near = pair_viewer(shape);
   run_forward(near);
   const double n = 0.2, f = 0.1;  // near pairs are ungated
-  expect_values("out", near.out, {n, n, n, n, f,    //
-                                  n, f, n, n, n,    //
-                                  n, f, f, n, n});
+  expect_values("out", near.out,
+                {n, n, n, n, f,  //
+                 n, f, n, n, n,  //
+                 n, f, f, n, n});
 
   shape.logit_tau = 1;  // the gate drops all it may
   AttentionProblem cut = pair_viewer(shape);
   run_forward(cut);
   const double t = 1. / 3, q = 1. / 4;
-  expect_values("out", cut.out, {q, q, q, q, 0,    //
-                                 q, 0, q, q, q,    //
-                                 t, 0, 0, t, t});
+  expect_values("out", cut.out,
+                {q, q, q, q, 0,  //
+                 q, 0, q, q, q,  //
+                 t, 0, 0, t, t});
 }
 
 TEST(ReferenceByHand, KeptPairsUnderCausality) {
@@ -254,7 +256,7 @@ TEST(ReferenceByHand, GroupedQueryHeadsReadTheirKeyHeadAndAddUp) {
   std::vector<double> dk(2 * 4 * 8, 0.0), db(2 * 4, 0.0);
   for (int64_t head = 0; head < 4; ++head) {
     AttentionProblem one(single, 1);
-    auto take = [&](Tensor& to, const Tensor& from, int64_t from_head) {
+    auto take = [&](Tensor &to, const Tensor &from, int64_t from_head) {
       to.for_each([&](int64_t, int64_t, int64_t t, int64_t c) { to.set(0, 0, t, c, from.get(0, from_head, t, c)); });
     };
     take(one.q, problem.q, head), take(one.a, problem.a, head), take(one.dout, problem.dout, head);
@@ -277,7 +279,7 @@ TEST(ReferenceByHand, GroupedQueryHeadsReadTheirKeyHeadAndAddUp) {
 namespace {
 
 // The change of sum(dout * out) when one element of an input moves, over the size of the move.
-double finite_difference(AttentionProblem& problem, Tensor& input, int64_t i, int64_t h, int64_t t, int64_t c) {
+double finite_difference(AttentionProblem &problem, Tensor &input, int64_t i, int64_t h, int64_t t, int64_t c) {
   const double step = 1e-5, before = input.get(i, h, t, c);
   double loss[2] = {0, 0};
   for (int side = 0; side < 2; ++side) {
@@ -290,19 +292,19 @@ double finite_difference(AttentionProblem& problem, Tensor& input, int64_t i, in
   return (loss[1] - loss[0]) / (2 * step);
 }
 
-void expect_gradients(const AttentionShape& shape, uint64_t seed, double gate_deviation = 2) {
+void expect_gradients(const AttentionShape &shape, uint64_t seed, double gate_deviation = 2) {
   SCOPED_TRACE(shape.text());
   AttentionProblem problem(shape, seed, gate_deviation);
   run_both(problem);
   struct Pair {
-    const char* name;
+    const char *name;
     Tensor *input, *gradient;
   } pairs[] = {{"q", &problem.q, &problem.dq},
                {"k", &problem.k, &problem.dk},
                {"v", &problem.v, &problem.dv},
                {"a", &problem.a, &problem.da},
                {"b", &problem.b, &problem.db}};
-  for (const Pair& pair : pairs) {
+  for (const Pair &pair : pairs) {
     pair.gradient->for_each([&](int64_t i, int64_t h, int64_t t, int64_t c) {
       double want = finite_difference(problem, *pair.input, i, h, t, c), got = pair.gradient->get(i, h, t, c);
       EXPECT_NEAR(got, want, 1e-7 * (1 + std::fabs(want)))

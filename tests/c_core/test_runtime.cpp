@@ -36,7 +36,7 @@ TEST(Cpu, TiersThatNobodyHasTimedSaySo) {
 
 TEST(Cpu, AnUnknownTierIsNamedInTheError) {
   sl_isa parsed;
-  for (const char* name : {"", "AVX2", "avx2 ", "sse"}) {
+  for (const char *name : {"", "AVX2", "avx2 ", "sse"}) {
     EXPECT_EQ(sl_isa_parse(name, &parsed), SL_INVALID_ARGUMENT);
     EXPECT_NE(std::string(sl_last_error()).find("isa is '" + std::string(name) + "', expected one of scalar, avx2"),
               std::string::npos)
@@ -57,7 +57,7 @@ TEST(Cpu, TheCapLowersButNeverRaises) {
 }
 
 TEST(Cpu, AMisspeltEnvironmentVariableIsReported) {
-  const char* before = getenv("SLUICE_ISA");
+  const char *before = getenv("SLUICE_ISA");
   std::string saved = before ? before : "";
   setenv("SLUICE_ISA", "avx1024", 1);
   ASSERT_NE(sl_cpu_cap_problem(), nullptr);
@@ -77,26 +77,25 @@ namespace {
 struct Visits {
   std::vector<std::atomic<int>> tasks, busy;
   std::atomic<bool> worker_shared{false}, worker_wrong{false};
-  Visits(int64_t count, int64_t workers)
-      : tasks(static_cast<size_t>(count)), busy(static_cast<size_t>(workers)) {}
+  Visits(int64_t count, int64_t workers) : tasks(static_cast<size_t>(count)), busy(static_cast<size_t>(workers)) {}
 };
 
-void visit(void* context, int64_t worker, int64_t task) {
-  Visits* visits = static_cast<Visits*>(context);
+void visit(void *context, int64_t worker, int64_t task) {
+  Visits *visits = static_cast<Visits *>(context);
   if (worker < 0 || worker >= static_cast<int64_t>(visits->busy.size())) {
     visits->worker_wrong = true;
     return;
   }
-  std::atomic<int>& busy = visits->busy[static_cast<size_t>(worker)];
+  std::atomic<int> &busy = visits->busy[static_cast<size_t>(worker)];
   if (busy.fetch_add(1) != 0) visits->worker_shared = true;
   visits->tasks[static_cast<size_t>(task)].fetch_add(1);
   busy.fetch_sub(1);
 }
 
-void expect_every_task_once(const sl_executor* executor, int64_t count) {
+void expect_every_task_once(const sl_executor *executor, int64_t count) {
   Visits visits(count, sl_executor_workers(executor));
   sl_run_tasks(executor, count, visit, &visits);
-  for (auto& times : visits.tasks) ASSERT_EQ(times.load(), 1);
+  for (auto &times : visits.tasks) ASSERT_EQ(times.load(), 1);
   EXPECT_FALSE(visits.worker_shared);
   EXPECT_FALSE(visits.worker_wrong);
 }
@@ -117,17 +116,17 @@ TEST(Executor, EveryTaskRunsOnceOnAWorkerOfItsOwn) {
 TEST(Executor, NothingRunsForACountBelowOne) {
   Visits visits(1, 1);
   sl_run_tasks(nullptr, -3, visit, &visits);
-  sl_serial_executor()->parallel_for(nullptr, -3, [](void*, int64_t, int64_t) { FAIL(); }, nullptr);
+  sl_serial_executor()->parallel_for(nullptr, -3, [](void *, int64_t, int64_t) { FAIL(); }, nullptr);
   EXPECT_EQ(visits.tasks[0].load(), 0);
 }
 
 TEST(Arena, PiecesAreAlignedDisjointAndInside) {
   alignas(64) char memory[1024];
   sl_arena arena = sl_arena_make(memory, sizeof memory);
-  char* first = static_cast<char*>(sl_arena_take(&arena, 3, 7));
-  char* second = static_cast<char*>(sl_arena_take(&arena, 100, 1));
-  char* nothing = static_cast<char*>(sl_arena_take(&arena, 0, 8));
-  char* third = static_cast<char*>(sl_arena_take(&arena, 1, 1));
+  char *first = static_cast<char *>(sl_arena_take(&arena, 3, 7));
+  char *second = static_cast<char *>(sl_arena_take(&arena, 100, 1));
+  char *nothing = static_cast<char *>(sl_arena_take(&arena, 0, 8));
+  char *third = static_cast<char *>(sl_arena_take(&arena, 1, 1));
   EXPECT_EQ(first, memory);
   EXPECT_EQ(second, memory + 64);
   EXPECT_EQ(nothing, memory + 192);

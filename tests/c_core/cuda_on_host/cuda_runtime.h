@@ -32,38 +32,38 @@ struct dim3 {
 };
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
-using cudaStream_t = struct FakeStream*;
+using cudaStream_t = struct FakeStream *;
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
 };
 
-inline dim3 threadIdx, blockIdx, blockDim, gridDim; // set before a coroutine goes on
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;  // set before a coroutine goes on
 
 namespace cuda_on_host {
 
-inline cudaError_t next_error = cudaSuccess; // what the next launch returns, once
-inline bool reverse_order = false;           // run the threads last to first: a missing barrier changes the result
+inline cudaError_t next_error = cudaSuccess;  // what the next launch returns, once
+inline bool reverse_order = false;            // run the threads last to first: a missing barrier changes the result
 inline cudaStream_t last_stream = nullptr;
 
 class Block {
  public:
   explicit Block(unsigned threads) : threads_(threads), warps_(threads / 32) {
-    for (Thread& thread : threads_) prepare(thread);
+    for (Thread &thread : threads_) prepare(thread);
   }
 
   // Runs body as one block; the coroutines are used again for the next.
-  void run(unsigned index, const std::function<void()>& body) {
+  void run(unsigned index, const std::function<void()> &body) {
     current = this;
     body_ = &body;
     blockIdx.x = index;
-    for (Thread& thread : threads_) thread.finished = false;
+    for (Thread &thread : threads_) thread.finished = false;
     for (size_t unfinished = threads_.size(); unfinished > 0;) {
       size_t before = progress_;
       for (size_t i = 0; i < threads_.size(); ++i) {
         running_ = reverse_order ? threads_.size() - 1 - i : i;
-        Thread& thread = threads_[running_];
+        Thread &thread = threads_[running_];
         if (thread.finished) continue;
         threadIdx.x = static_cast<unsigned>(running_);
         resume(thread);
@@ -77,10 +77,10 @@ class Block {
   // Returns when every thread of the caller's warp has come here, with what each of them brought. What it returns is
   // overwritten at the warp's next meeting but one, which starts only when all have read this one.
   template <typename T>
-  const uint64_t* meet(T value) {
+  const uint64_t *meet(T value) {
     static_assert(sizeof(T) <= sizeof(uint64_t));
-    Warp& warp = warps_[running_ / 32];
-    uint64_t* slots = warp.slots[warp.generation % 2];
+    Warp &warp = warps_[running_ / 32];
+    uint64_t *slots = warp.slots[warp.generation % 2];
     std::memcpy(&slots[running_ % 32], &value, sizeof value);
     wait(warp);
     return slots;
@@ -92,7 +92,7 @@ class Block {
   }
   unsigned lane() const { return static_cast<unsigned>(running_ % 32); }
 
-  static inline Block* current = nullptr;
+  static inline Block *current = nullptr;
 
  private:
   static constexpr size_t kStackBytes = 64 * 1024;
@@ -107,7 +107,7 @@ class Block {
     unsigned arrived = 0, generation = 0;
   };
 
-  [[gnu::noinline]] static void prepare(Thread& thread) {
+  [[gnu::noinline]] static void prepare(Thread &thread) {
     thread.stack.reset(new char[kStackBytes]);
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.get();
@@ -116,7 +116,7 @@ class Block {
   }
 
   static void start() {
-    Block* block = current;
+    Block *block = current;
     block->enter_stack(nullptr);
     for (;;) {
       (*block->body_)();
@@ -128,8 +128,8 @@ class Block {
 
   // A context is for the first entry only: switching by it costs a system call, a long jump does not. Not inlined: no
   // local variable of a caller is to live across the jump.
-  [[gnu::noinline]] void resume(Thread& thread) {
-    void* mark = nullptr;
+  [[gnu::noinline]] void resume(Thread &thread) {
+    void *mark = nullptr;
     leave_stack(&mark, thread.stack.get(), kStackBytes);
     if (_setjmp(scheduler_) == 0) {
       if (!std::exchange(thread.started, true)) setcontext(&thread.context);
@@ -139,14 +139,14 @@ class Block {
   }
 
   [[gnu::noinline]] void suspend() {
-    Thread& thread = threads_[running_];
-    void* mark = nullptr;
+    Thread &thread = threads_[running_];
+    void *mark = nullptr;
     leave_stack(&mark, scheduler_stack_, scheduler_stack_bytes_);
     if (_setjmp(thread.jump) == 0) _longjmp(scheduler_, 1);
     enter_stack(mark);
   }
 
-  void wait(Warp& warp) {
+  void wait(Warp &warp) {
     unsigned generation = warp.generation;
     ++progress_;
     if (++warp.arrived == 32) {
@@ -158,23 +158,23 @@ class Block {
 
   // AddressSanitizer wants to know which stack is in use. A coroutine comes from the scheduler's, and learns its bounds.
 #if defined(__SANITIZE_ADDRESS__)
-  void leave_stack(void** mark, const void* next, size_t bytes) { __sanitizer_start_switch_fiber(mark, next, bytes); }
-  void enter_stack(void* mark) {
-    const void* from = nullptr;
+  void leave_stack(void **mark, const void *next, size_t bytes) { __sanitizer_start_switch_fiber(mark, next, bytes); }
+  void enter_stack(void *mark) {
+    const void *from = nullptr;
     size_t bytes = 0;
     __sanitizer_finish_switch_fiber(mark, &from, &bytes);
     if (!scheduler_stack_) scheduler_stack_ = from, scheduler_stack_bytes_ = bytes;
   }
 #else
-  void leave_stack(void**, const void*, size_t) {}
-  void enter_stack(void*) {}
+  void leave_stack(void **, const void *, size_t) {}
+  void enter_stack(void *) {}
 #endif
 
-  const std::function<void()>* body_ = nullptr;
+  const std::function<void()> *body_ = nullptr;
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
   jmp_buf scheduler_;
-  const void* scheduler_stack_ = nullptr;
+  const void *scheduler_stack_ = nullptr;
   size_t scheduler_stack_bytes_ = 0, running_ = 0, progress_ = 0;
 };
 
@@ -189,12 +189,12 @@ T __shfl_sync(unsigned, T value, int source) {
 
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
-  auto* block = cuda_on_host::Block::current;
+  auto *block = cuda_on_host::Block::current;
   return block->exchange(value, (block->lane() ^ static_cast<unsigned>(mask)) % 32);
 }
 
 inline unsigned __ballot_sync(unsigned, bool vote) {
-  const uint64_t* all = cuda_on_host::Block::current->meet(uint64_t{vote});
+  const uint64_t *all = cuda_on_host::Block::current->meet(uint64_t{vote});
   unsigned votes = 0;
   for (int lane = 0; lane < 32; ++lane) votes |= static_cast<unsigned>(all[lane]) << lane;
   return votes;
@@ -206,20 +206,20 @@ inline float __fadd_rn(float left, float right) { return left + right; }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 template <typename... Parameters, typename... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
-                               Arguments&&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(Parameters...),
+                               Arguments &&...arguments) {
   cuda_on_host::last_stream = config->stream;
   if (auto error = std::exchange(cuda_on_host::next_error, cudaSuccess); error != cudaSuccess) return error;
   gridDim = config->gridDim, blockDim = config->blockDim;
   std::function<void()> body = [&] { kernel(arguments...); };
-  static std::map<unsigned, cuda_on_host::Block> blocks; // by their number of threads
-  cuda_on_host::Block& block = blocks.try_emplace(blockDim.x, blockDim.x).first->second;
+  static std::map<unsigned, cuda_on_host::Block> blocks;  // by their number of threads
+  cuda_on_host::Block &block = blocks.try_emplace(blockDim.x, blockDim.x).first->second;
   for (unsigned index = 0; index < gridDim.x; ++index) block.run(index, body);
   return cudaSuccess;
 }
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorName(cudaError_t) { return "cudaErrorInvalidConfiguration"; }
-inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration argument"; }
+inline const char *cudaGetErrorName(cudaError_t) { return "cudaErrorInvalidConfiguration"; }
+inline const char *cudaGetErrorString(cudaError_t) { return "invalid configuration argument"; }
 
 #endif
