@@ -14,7 +14,7 @@ static inline __m256i sl_avx2_first_lanes(int64_t count) {
 
 /* 2^x for x <= 127: relative error below 1.7e-7; 0 for x < -126.5 and for -inf; NaN stays NaN.
  * Adding 1.5 * 2^23 + 127 rounds x to an integer n and leaves n + 127 in the low bits, which shifted are the float 2^n;
- * n = -127 gives 0. The rest, in [-.5, .5], goes through a minimax polynomial. The clamp keeps its NaN operand (2nd). */
+ * n = -127 gives 0. The rest, in [-.5, .5], goes through a minimax polynomial. The clamp keeps NaN. */
 static inline __m256 sl_avx2_exp2(__m256 x) {
   const __m256 magic = _mm256_set1_ps(12582912.0f + 127.0f);
   x = _mm256_max_ps(_mm256_set1_ps(-127.0f), x);

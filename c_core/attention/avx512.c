@@ -1,5 +1,5 @@
 /* AVX-512 overlay (F, BW, DQ, VL): what depends on the dtype (packing, storing, the unpacked products), and the three
- * tables. Half-precision values are widened to float as they are packed, which is exact; one 12 x 32 kernel serves all. */
+ * tables. Half-precision values are widened to float as they are packed, which is exact; one 12 x 32 kernel for all. */
 #include "attention/avx512.h"
 
 #include <stddef.h>

@@ -15,7 +15,7 @@ SL_INLINE __mmask16 sl_avx512_first_lanes(int64_t count) {
 
 /* 2^x for x <= 127: relative error below 1.7e-7; 0 for x < -126.5 and for -inf; NaN stays NaN.
  * Adding 1.5 * 2^23 + 127 rounds x to an integer n and leaves n + 127 in the low bits, which shifted are the float 2^n;
- * n = -127 gives 0. The rest, in [-.5, .5], goes through a minimax polynomial. The clamp keeps its NaN operand (2nd). */
+ * n = -127 gives 0. The rest, in [-.5, .5], goes through a minimax polynomial. The clamp keeps NaN. */
 SL_INLINE __m512 sl_avx512_exp2(__m512 x) {
   const __m512 magic = _mm512_set1_ps(12582912.0f + 127.0f);
   x = _mm512_max_ps(_mm512_set1_ps(-127.0f), x);

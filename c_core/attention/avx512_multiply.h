@@ -1,7 +1,7 @@
 /* The products of the AVX-512 overlays, written once for both kinds of elements. A tier includes this file after it has
  * defined
  *   WORD                               elements in a 32-bit word: 1 (float) or 2 (bfloat16)
- *   multiply_add(sum, left, right)     sum + left * right, in each 32-bit lane; with 2 elements the sum of both products
+ *   multiply_add(sum, left, right)     sum + left * right, in each 32-bit lane; with 2 elements the sum of both
  * Operands are then rows of words, and everything below counts in words. */
 #ifndef SL_ATTENTION_AVX512_MULTIPLY_H
 #define SL_ATTENTION_AVX512_MULTIPLY_H

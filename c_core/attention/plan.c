@@ -5,14 +5,14 @@
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* Keys that are sorted together, in tiles. Long chunks keep rounding to whole panels cheap and prefixes smooth; short ones
- * leave less to the border of a query chunk, where sorted order and position have to be looked at together. */
+/* Keys that are sorted together, in tiles. Long chunks keep rounding to whole panels cheap and prefixes smooth; short
+ * ones leave less to the border of a query chunk, where sorted order and position have to be looked at together. */
 static int64_t choose_chunk_tiles(const sl_gated_attention_args *args) {
   return args->n_k < 1536 ? 4 : args->n_k < 6144 ? 8 : 16;
 }
 
-/* Queries of one task, in tiles: chunks of keys and of queries that end together leave no rest; but there should be tasks
- * enough for many threads. Must not depend on their number: the order of additions follows from it. */
+/* Queries of one task, in tiles: chunks of keys and of queries that end together leave no rest; but there should be
+ * tasks enough for many threads. Must not depend on their number: the order of additions follows from it. */
 static int64_t choose_query_tiles(const sl_gated_attention_args *args, int64_t tile) {
   int64_t tiles = args->n_k < 1536 ? 4 : 8;
   while (tiles > 2 && args->batch * args->heads_q * (args->n_q / (tiles * tile) + 1) < 32) tiles /= 2;

@@ -79,7 +79,7 @@ static bool count_positions(sl_staircase *staircase, const sl_query_rows *rows, 
   return lengthened;
 }
 
-/* The lengths of the block [start, start + plan->block) for the first `count` rows, those that reach beyond its start. */
+/* The lengths of the block [start, start + plan->block) for the first `count` rows, which reach beyond its start. */
 static void cut_lengths(sl_staircase *staircase, int64_t start, int64_t count) {
   const sl_attention_plan *plan = staircase->plan;
   int64_t padded = sl_round_up(count, plan->kernel->row_tile);

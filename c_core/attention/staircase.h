@@ -31,8 +31,8 @@ void sl_staircase_take(sl_staircase *staircase, sl_arena *arena, const sl_attent
 typedef void (*sl_block_function)(void *context, const sl_staircase *staircase, const sl_key_chunk *chunk,
                                   int64_t start, int64_t count, bool gated, bool masked);
 
-/* Calls function for every block of the chunk in which some row has keys of the region, in order. A chunk that is sorted
- * is cut by the rows' threshold, which needs rows in order of falling a. At most a tile of rows. */
+/* Calls function for every block of the chunk in which some row has keys of the region, in order. A chunk that is
+ * sorted is cut by the rows' threshold, which needs rows in order of falling a. At most a tile of rows. */
 void sl_staircase_walk(sl_staircase *staircase, const sl_query_rows *rows, const sl_key_chunk *chunk,
                        sl_key_region region, sl_block_function function, void *context);
 

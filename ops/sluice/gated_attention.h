@@ -35,7 +35,7 @@
  *         out [B, Hq, Nq, Dv]  lse [B, Hq, Nq].  Hq is a multiple of Hkv; query head h reads key head h / (Hq / Hkv).
  *         1 <= D, Dv <= 256. B, Nq may be 0 (empty results); Nk may be 0 (all rows empty).
  * DTYPES  q, k, v, out, dout, dq, dk, dv: one of float32, bfloat16, float16, float64. a, b, logit_tau, lse, da, db:
- *         float32, with float64 inputs float64. Half-precision inputs are multiplied exactly and accumulated in float32.
+ *         float32, with float64 inputs float64. Half-precision inputs are multiplied exactly and summed in float32.
  * STRIDES any; only the last dimension of q, k, v, out and dout and their gradients must be contiguous (stride 1).
  * ERRORS  SL_INVALID_ARGUMENT, SL_OUT_OF_RANGE, SL_OUT_OF_MEMORY (workspace_size too small), SL_UNSUPPORTED (dtype).
  * DETERMINISM  the same inputs give the same bits, whatever the number of threads.

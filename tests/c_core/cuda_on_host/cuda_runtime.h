@@ -156,7 +156,7 @@ class Block {
     while (warp.generation == generation) suspend();
   }
 
-  // AddressSanitizer wants to know which stack is in use. A coroutine comes from the scheduler's, and learns its bounds.
+  // AddressSanitizer wants to know which stack is in use. A coroutine comes from the scheduler's and learns its bounds.
 #if defined(__SANITIZE_ADDRESS__)
   void leave_stack(void **mark, const void *next, size_t bytes) { __sanitizer_start_switch_fiber(mark, next, bytes); }
   void enter_stack(void *mark) {
