@@ -24,8 +24,8 @@ typedef struct sl_query_rows {
 void sl_query_rows_take(sl_query_rows *rows, sl_arena *arena, const sl_attention_plan *plan, int64_t count);
 
 /* Loads the queries [begin, end) of one head (at most SL_ATTENTION_MAX_CHUNK). sorted, where pairs are dropped: in
- * tiles of plan->tile neighbours, each by falling a (NaN first); else from the last to the first. Their state is empty, or
- * holds their own key alone (self_apart). */
+ * tiles of plan->tile neighbours, each by falling a (NaN first); else from the last to the first. Their state is empty,
+ * or holds their own key alone (self_apart). */
 void sl_query_rows_load(sl_query_rows *rows, const sl_attention_plan *plan, int64_t batch, int64_t head, int64_t begin,
                         int64_t end, bool sorted);
 
