@@ -1,6 +1,6 @@
 /* The backward: keys are sorted and packed once per key head, in chunks; tasks take chunks of queries through them and
- * add to the sums of the keys in turns, so that the order of every sum is fixed; then the sums are stored. Key heads go in
- * waves, which bounds the memory. */
+ * add to the sums of the keys in turns, so that the order of every sum is fixed; then the sums are stored. Key heads go
+ * in waves, which bounds the memory. */
 #include "attention/backward.h"
 
 #include <string.h>
@@ -32,7 +32,6 @@ sl_attention_plan sl_attention_make_backward_plan(const sl_gated_attention_args 
   sl_attention_plan plan = sl_attention_make_plan(args, kernel);
   plan.chunk = args->n_k <= 512 ? 128 : args->n_k <= 1024 ? 256 : 512;
   plan.block = 64;
-  plan.tile = sl_round_up(24, kernel->row_tile);
   plan.far_tile = sl_round_up(192, kernel->row_tile);
   plan.query_chunk = args->n_q <= 1024 ? plan.far_tile : 2 * plan.far_tile;
   plan.piece = plan.chunk < 128 ? plan.chunk : 128;
@@ -102,8 +101,8 @@ static void open_head(void *context, int64_t worker, int64_t task) {
   atomic_init(&head->flawed, false);
 }
 
-/* Sorts and packs one chunk, and clears its sums. A sorted chunk that no query meets whole is left in order of position:
- * those who want a part of it pack that part themselves. */
+/* Sorts and packs one chunk, and clears its sums. A sorted chunk that no query meets whole is left in order of position
+ * and unpacked: those who want a part of it pack that part themselves. */
 static void open_chunk(void *context, int64_t worker, int64_t task) {
   (void)worker;
   backward_pass *pass = context;

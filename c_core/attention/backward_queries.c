@@ -1,7 +1,6 @@
-/* One task of the backward: a chunk of queries against the keys that they keep. Scores are computed anew, block by block;
- * from them, lse and D come the weights and the score gradients, which three products turn into dq, dk and dv. */
+/* One task of the backward: a chunk of queries against the keys that they keep. Scores are computed anew, block by
+ * block; from them, lse and D come weights and score gradients, which three products turn into dq, dk and dv. */
 #include <math.h>
-#include <string.h>
 
 #include "attention/backward.h"
 
@@ -145,7 +144,7 @@ static void order_neighbours(sl_backward_worker *worker, const sl_attention_plan
   }
 }
 
-/* Far keys with rows sorted over the whole query chunk; then, with rows that are neighbours, what lies at the border. */
+/* Far keys with rows sorted over the whole query chunk; then, with rows that are neighbours, what lies around them. */
 static void run_sorted(sl_backward_worker *worker, const sl_attention_plan *plan, sl_key_head *head, int64_t task,
                        const sl_key_ranges *ranges) {
   sl_gradient_queries *queries = &worker->queries;

@@ -1,5 +1,5 @@
-/* The key side of the backward: packed chunks of one key head, the sums of their gradients in packed order, and the turns
- * in which tasks add to them. */
+/* The key side of the backward: packed chunks of one key head, the sums of their gradients in packed order, and the
+ * turns in which tasks add to them. */
 #ifndef SL_ATTENTION_KEY_GRADIENTS_H
 #define SL_ATTENTION_KEY_GRADIENTS_H
 

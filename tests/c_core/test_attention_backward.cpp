@@ -99,7 +99,7 @@ AttentionShape random_shape(Random& random, sl_dtype dtype) {
 TEST_P(Backward, RandomShapes) {
   Random random(static_cast<uint64_t>(GetParam()) + 1);
   ThreadExecutor threads(3);
-  for (int round = 0; round < 60; ++round) {
+  for (int round = 0; round < 40; ++round) {
     AttentionProblem problem(random_shape(random, kernel->dtype), static_cast<uint64_t>(round));
     expect_reference(problem, round % 2 ? threads.get() : nullptr);
     if (HasFailure()) break;
@@ -107,7 +107,7 @@ TEST_P(Backward, RandomShapes) {
 }
 
 TEST_P(Backward, SeveralChunks) {
-  shape.n_q = shape.n_k = 700, shape.head_dim = 12, shape.head_dim_v = 9;
+  shape.n_q = shape.n_k = 450, shape.head_dim = 12, shape.head_dim_v = 9;
   ThreadExecutor threads(2);
   for (bool causal : {true, false}) {
     for (auto [window, sinks] : {std::pair{0, 0}, std::pair{32, 4}}) {
@@ -191,7 +191,7 @@ TEST_P(Backward, LargeScores) {
 }
 
 TEST_P(Backward, TheSameBitsWhateverTheThreads) {
-  shape.n_q = shape.n_k = 500, shape.batch = 1, shape.heads_q = 2, shape.heads_kv = 1, shape.head_dim = 24;
+  shape.n_q = shape.n_k = 400, shape.batch = 1, shape.heads_q = 2, shape.heads_kv = 1, shape.head_dim = 24;
   shape.window = 8, shape.sinks = 2;
   for (bool causal : {true, false}) {
     for (double logit_tau : {-1e9, 0.}) {
@@ -222,7 +222,7 @@ TEST_P(Backward, NanAndInfinityStandWhereTheFormulaPutsThem) {
                                               &AttentionProblem::a, &AttentionProblem::b, &AttentionProblem::dout};
   for (auto input : inputs) {
     for (double bad : {std::nan(""), std::numeric_limits<double>::infinity()}) {
-      for (int64_t token : {0, 41, 79}) {
+      for (int64_t token : {0, 41}) {
         AttentionProblem problem(shape, 12);
         (problem.*input).set(0, 0, token, 0, bad);
         SCOPED_TRACE("input " + std::to_string(&input - inputs) + " " + std::to_string(bad) + " at " +
