@@ -211,6 +211,15 @@ class Session:
             raise RuntimeError("low_memory=True hides gradients, so there is nothing to publish")
         self._show_all()
 
+    def reset(self) -> None:
+        """Drops the gradients of the window so far, as after a micro-batch that failed; a new window begins."""
+        for slot in self.slots.values():
+            slot.parameter.grad = None
+            slot.start_window()
+        self._pending.clear()
+        self._start_window()
+        self.parallel.plan(self.window)
+
     def prepare_step(self) -> bool:
         """Whether the call of step() that is about to be made acts; if so, gradients can be seen from now on."""
         if self.options.low_memory:
@@ -245,7 +254,8 @@ class Session:
         self.parallel.plan(self.window)
 
     def _act(self, args, kwargs):
-        if self.window.kind == "last" and self.window.backwards < self.window.every and not self._warned:
+        hidden = any(slot.shown is None for slot in self._pending_slots()) and not self.options.low_memory
+        if hidden and self.window.kind == "last" and not self._warned:
             self._warned = True
             warnings.warn(
                 f"step() came {self._progress()}, and gradients can be seen only from now on; "
@@ -358,6 +368,9 @@ class Session:
         """
         if state.get("version") != 1:
             raise ValueError(f"the version of the state is {state.get('version')!r}, expected 1")
+        lacking = {"window", "weights", "counters", "parameters"} - state.keys()
+        if lacking:
+            raise ValueError(f"the state lacks {', '.join(map(repr, sorted(lacking)))}")
         by_name = {slot.name: slot for slot in self.slots.values()}
         differing = sorted(by_name.keys() ^ state["parameters"].keys())
         if differing:
@@ -367,6 +380,8 @@ class Session:
         for name, slot in by_name.items():
             try:
                 slot.load_state_dict(state["parameters"][name], self._before_gradient)
+            except KeyError as error:
+                raise ValueError(f"the state of parameter {name} lacks {error}") from error
             except ValueError as error:
                 raise ValueError(f"parameter {name}: {error}") from error
         self._weights.load_state_dict(state["weights"])
