@@ -16,6 +16,7 @@ _OVERRIDES = (
     ("--width", int, "width of the model"),
     ("--heads", int, "attention heads"),
     ("--learning-rate", float, "peak learning rate"),
+    ("--gate-learning-rate", float, "peak learning rate of the gates"),
     ("--target-density", float, "share of the pairs to keep, in (0, 1]"),
     ("--local-window", int, "nearest keys that are kept whatever the gate says"),
     ("--seed", int, "decides the weights, the batches and the noise"),

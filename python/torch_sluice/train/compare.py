@@ -67,12 +67,12 @@ def compare(run: Run, progress=lambda text: None) -> dict:
 
 
 def closing_step(history: History, target_density: float) -> int | None:
-    """The first step from which on the density stays within reach of the target; None if it never does."""
-    limit = target_density * _CLOSED_WITHIN
-    first = len(history.density)
-    while first > 0 and history.density[first - 1] <= limit:
+    """The first step from which on the smoothed density stays within reach of the target; None if it never does."""
+    densities, limit = smooth(history.density), target_density * _CLOSED_WITHIN
+    first = len(densities)
+    while first > 0 and densities[first - 1] <= limit:
         first -= 1
-    return first if first < len(history.density) else None
+    return first if first < len(densities) else None
 
 
 def smooth(values: list[float]) -> list[float]:

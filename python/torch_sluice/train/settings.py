@@ -22,6 +22,7 @@ class Settings:
     heads: int
     feedforward: int
     learning_rate: float
+    gate_learning_rate: float
     warmup: int
     target_density: float
     local_window: int  # keys at this distance or nearer are kept whatever the gate says
@@ -65,8 +66,9 @@ class Settings:
             raise TrainError(f"--width is {self.width}, expected an even multiple of --heads = {self.heads}")
         if not 0 < self.target_density <= 1:
             raise TrainError(f"--target-density is {self.target_density}, expected a number in (0, 1]")
-        if not 0 < self.learning_rate < float("inf"):
-            raise TrainError(f"--learning-rate is {self.learning_rate}, expected a positive number")
+        for name in ("learning_rate", "gate_learning_rate"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise TrainError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected a positive number")
         for name in ("local_window", "seed"):
             if getattr(self, name) < 0:
                 raise TrainError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 0")
@@ -100,6 +102,7 @@ PRESETS = {
         heads=4,
         feedforward=384,
         learning_rate=3e-3,
+        gate_learning_rate=3e-3,
         warmup=20,
         target_density=0.25,
         local_window=64,
@@ -120,6 +123,7 @@ PRESETS = {
         heads=6,
         feedforward=512,
         learning_rate=3e-3,
+        gate_learning_rate=3e-3,
         warmup=50,
         target_density=0.25,
         local_window=64,

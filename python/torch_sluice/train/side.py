@@ -38,6 +38,8 @@ class Side:
         self.model = build_model(settings)
         self._random_state = torch.Generator().manual_seed(settings.seed).get_state()
         self.prepare()
+        for group in self.optimizer.param_groups:
+            group["rate_factor"] = group["lr"] / settings.learning_rate
 
     def prepare(self) -> None:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -49,7 +51,7 @@ class Side:
         """One optimizer step over the micro-batches, int64 [size, context + 1] each; its figures go to the history."""
         rate = self._rate(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group.setdefault("rate_factor", 1.0)
+            group["lr"] = rate * group["rate_factor"]
         with self.own_random_numbers():
             start = time.perf_counter()
             loss = self.run_micro_batches(batches)
@@ -61,16 +63,24 @@ class Side:
             self.monitor.record(seconds, self.settings.tokens_per_step, loss=loss, density=self.density)
 
     def run_micro_batches(self, batches: list[torch.Tensor]) -> float:
-        """Ordinary accumulation: gradients add up in ``.grad``. Returns the mean loss."""
+        """An ordinary loop with gradient accumulation, the same for every side. Returns the mean loss."""
         total = 0.0
         for batch in batches:
             loss = self.loss_of(batch)
-            (loss / len(batches)).backward()
+            (self.add_penalty(loss) / len(batches)).backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.after_step()
         return total / len(batches)
+
+    def add_penalty(self, loss: torch.Tensor) -> torch.Tensor:
+        """What is trained on, for the loss of a micro-batch."""
+        return loss
+
+    def after_step(self) -> None:
+        """Called after each optimizer step."""
 
     def loss_of(self, batch: torch.Tensor) -> torch.Tensor:
         logits = predict(self.model, batch[:, :-1])

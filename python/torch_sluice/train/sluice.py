@@ -5,12 +5,11 @@ import contextlib
 
 import torch
 
+from torch_sluice.accumulate import accumulate
 from torch_sluice.attention import DensityController, Gate, parameter_groups
 from torch_sluice.swap import swap_attention
 from torch_sluice.train.settings import Settings, window_density
 from torch_sluice.train.side import Side
-
-GATE_RATE = 10.0  # the gates' learning rate / the model's
 
 
 class SluiceSide(Side):
@@ -29,47 +28,42 @@ class SluiceSide(Side):
         )
         self.optimizer = torch.optim.AdamW(
             parameter_groups(
-                self.model, settings.learning_rate, settings.weight_decay, gate_lr=GATE_RATE * settings.learning_rate
+                self.model, settings.learning_rate, settings.weight_decay, gate_lr=settings.gate_learning_rate
             ),
             settings.learning_rate,
             betas=(0.9, 0.98),
         )
         self.controller = DensityController(self.model, settings.target_density, settings.steps)
-        self.open_accumulators()
-
-    def open_accumulators(self) -> None:
         self._context = contextlib.ExitStack()
-        self.accumulators = None
-        try:
-            from torch_sluice import accumulate
-        except ImportError:
-            return
-        self.accumulators = self._context.enter_context(
-            accumulate(self.model, self.optimizer, every=self.settings.micro_batches)
+        self.session = self._context.enter_context(
+            accumulate(self.model, self.optimizer, every=settings.micro_batches, step_calls="last", seed=settings.seed)
         )
 
-    def run_micro_batches(self, batches: list[torch.Tensor]) -> float:
-        total = 0.0
-        for batch in batches:
-            loss = self.loss_of(batch)
-            (self.controller.loss(loss) / len(batches)).backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+    def add_penalty(self, loss: torch.Tensor) -> torch.Tensor:
+        return self.controller.loss(loss)
+
+    def after_step(self) -> None:
         self.controller.step()
-        return total / len(batches)
 
     @property
     def density(self) -> float:
         return self.controller.density
 
+    @property
+    def half_share(self) -> float:
+        return self.session.stats().fp16_share
+
     def state_dict(self) -> dict:
-        return {**super().state_dict(), "controller": self.controller.state_dict()}
+        return {
+            **super().state_dict(),
+            "controller": self.controller.state_dict(),
+            "accumulators": self.session.state_dict(),
+        }
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
         self.controller.load_state_dict(state["controller"])
+        self.session.load_state_dict(state["accumulators"])
 
     def close(self) -> None:
         self._context.close()
