@@ -43,6 +43,6 @@ void sl_key_head_pass_on(sl_key_head *head, int64_t task, int chunks);
 void sl_key_head_add(sl_key_head *head, const sl_attention_plan *plan, const sl_gradient_chunk *part);
 
 /* Writes dk, dv and db of one chunk. */
-void sl_key_head_store(sl_key_head *head, const sl_attention_plan *plan, int64_t chunk);
+void sl_key_head_store(sl_key_head *head, const sl_attention_plan *plan, int64_t number);
 
 #endif
