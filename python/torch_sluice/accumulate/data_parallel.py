@@ -10,8 +10,8 @@ class DataParallel:
 
     DDP copies ``parameter.grad`` into its buckets right after our hook has run, so a sum that is shown in the hook is
     what it averages over ranks: once a window, if it synchronises only in the window's last micro-batch. In a loop that
-    calls step() after each micro-batch the session sees to that; other loops say ``with model.no_sync()`` themselves,
-    and if they don't, sums are averaged after each micro-batch, which is as right and slower.
+    calls step() after each micro-batch the session sees to that, once it knows that it is such a loop; other loops say
+    ``with model.no_sync()`` themselves. Where DDP averages more often, so do the sums, which is as right and slower.
     """
 
     def __init__(self, model: nn.Module):
@@ -32,7 +32,7 @@ class DataParallel:
         self._average = None
         if not self.modules:
             return
-        if window.kind == "last":
+        if window.kind != "each":
             self.restore()
             return
         self._planned = True

@@ -149,7 +149,13 @@ class Session:
             finished = self.window.backwards >= self.window.every
         if finished:
             self._show_all()
-        self.parallel.plan(self.window)
+        elif self.parallel.reduces_now:  # what was shown for DDP alone; its own callback, queued by now, comes first
+            torch.autograd.Variable._execution_engine.queue_callback(self._hide_all)
+
+    def _hide_all(self) -> None:
+        for slot in self.slots.values():
+            if slot.shown is not None and not slot.dropped:
+                slot.hide()
 
     def _show(self, slot: Slot) -> None:
         if not self.options.low_memory:
