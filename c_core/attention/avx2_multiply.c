@@ -5,13 +5,14 @@
 enum { ROWS = SL_AVX2_ROWS, PANEL = SL_AVX2_PANEL };
 
 /* sum += left (6 rows) . right ([depth][16]): the loop in which all the time goes. Per step 12 multiply-adds, 2 loads
- * and 6 broadcasts: the two multiply-add pipes are the limit. The sums stay in registers because every index below is
- * a constant once the loops over r are unrolled. */
-#define MULTIPLY(sum, left, left_stride, right, depth)               \
+ * and 6 broadcasts: the two multiply-add pipes are the limit, and asking for what lies `ahead` is free (2 % faster).
+ * The sums stay in registers because every index below is a constant once the loops over r are unrolled. */
+#define MULTIPLY(sum, left, left_stride, right, depth, ahead)        \
   do {                                                               \
     const float *a_ = (left), *b_ = (right);                         \
     for (int64_t d_ = 0; d_ < (depth); ++d_, ++a_, b_ += PANEL) {    \
       __m256 b0_ = _mm256_load_ps(b_), b1_ = _mm256_load_ps(b_ + 8); \
+      _mm_prefetch((const char *)(b_ + (ahead)), _MM_HINT_T0);       \
       _Pragma("GCC unroll 6") for (int r = 0; r < ROWS; ++r) {       \
         __m256 x_ = _mm256_broadcast_ss(a_ + r * (left_stride));     \
         sum[r][0] = _mm256_fmadd_ps(x_, b0_, sum[r][0]);             \
@@ -48,7 +49,7 @@ void sl_avx2_multiply_nt(int64_t rows, const int32_t *lengths, const void *left,
       }
       __m256 sum[ROWS][2];
       _Pragma("GCC unroll 6") for (int r = 0; r < ROWS; ++r) sum[r][0] = sum[r][1] = _mm256_setzero_ps();
-      MULTIPLY(sum, a, left_stride, right, depth);
+      MULTIPLY(sum, a, left_stride, right, depth, PANEL * depth);
       _Pragma("GCC unroll 6") for (int r = 0; r < ROWS; ++r) {
         _mm256_store_ps(target + r * score_stride, sum[r][0]);
         _mm256_store_ps(target + r * score_stride + 8, sum[r][1]);
@@ -68,7 +69,7 @@ void sl_avx2_multiply_nn(int64_t rows, const int32_t *lengths, const void *left,
         sum[r][0] = _mm256_load_ps(target + r * out_stride);
         sum[r][1] = _mm256_load_ps(target + r * out_stride + 8);
       }
-      MULTIPLY(sum, (const float *)left + first * left_stride, left_stride, right, lengths[first]);
+      MULTIPLY(sum, (const float *)left + first * left_stride, left_stride, right, lengths[first], PANEL * capacity);
       _Pragma("GCC unroll 6") for (int r = 0; r < ROWS; ++r) {
         _mm256_store_ps(target + r * out_stride, sum[r][0]);
         _mm256_store_ps(target + r * out_stride + 8, sum[r][1]);

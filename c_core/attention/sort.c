@@ -4,7 +4,7 @@
 #include "attention/chunk.h"
 #include "runtime/number.h"
 
-enum { RADIX_BITS = 8, RADIX = 1 << RADIX_BITS, PASSES = 32 / RADIX_BITS, SMALL = 64 };
+enum { RADIX_BITS = 8, RADIX = 1 << RADIX_BITS, PASSES = 32 / RADIX_BITS, SMALL = 96 };
 
 /* The unsigned number whose rising order is NaN first, then falling floats (+0 before -0). */
 static inline uint32_t falling_code(float key) {
