@@ -78,29 +78,4 @@ static void multiply_nn(int64_t rows, const int32_t *lengths, const void *left, 
   }
 }
 
-/* out (count <= KEYS rows of 32 channels) += left^T . right over depth rows: the same register tile, with keys as its
- * rows. The keys of one row of left are neighbours, so nothing needs to be transposed. */
-#define MULTIPLY_TN(KEYS, count, left, left_stride, right, depth, out, out_stride)                    \
-  do {                                                                                                \
-    const float *a_ = (left), *b_ = (right);                                                          \
-    __m512 sum_[KEYS][2];                                                                             \
-    _Pragma("GCC unroll 12") for (int i = 0; i < KEYS; ++i) {                                         \
-      sum_[i][0] = i < (count) ? _mm512_load_ps((out) + i * (out_stride)) : _mm512_setzero_ps();      \
-      sum_[i][1] = i < (count) ? _mm512_load_ps((out) + i * (out_stride) + 16) : _mm512_setzero_ps(); \
-    }                                                                                                 \
-    for (int64_t d_ = 0; d_ < (depth); ++d_, a_ += (left_stride), b_ += PANEL) {                      \
-      __m512 b0_ = _mm512_load_ps(b_), b1_ = _mm512_load_ps(b_ + 16);                                 \
-      _Pragma("GCC unroll 12") for (int i = 0; i < KEYS; ++i) {                                       \
-        __m512 x_ = _mm512_set1_ps(a_[i]);                                                            \
-        sum_[i][0] = multiply_add(sum_[i][0], x_, b0_);                                               \
-        sum_[i][1] = multiply_add(sum_[i][1], x_, b1_);                                               \
-      }                                                                                               \
-    }                                                                                                 \
-    _Pragma("GCC unroll 12") for (int i = 0; i < KEYS; ++i) {                                         \
-      if (i >= (count)) break;                                                                        \
-      _mm512_store_ps((out) + i * (out_stride), sum_[i][0]);                                          \
-      _mm512_store_ps((out) + i * (out_stride) + 16, sum_[i][1]);                                     \
-    }                                                                                                 \
-  } while (0)
-
 #endif

@@ -1,5 +1,5 @@
-/* Online softmax with the gate, and its gradient, of the AVX-512 overlays, written once for both kinds of elements. A
- * tier includes this file after it has defined
+/* Online softmax with the gate, of the AVX-512 overlays, written once for both kinds of elements. A tier includes this
+ * file after it has defined
  *   ELEMENT_SIZE                           bytes of an element
  *   store_elements(weights, j, values)     16 floats to the elements j to j + 15 of a row, rounded to them
  * Lanes past a row's length are zeroed by a mask, not by a product, so that whatever stands in the scores there does no
@@ -78,54 +78,6 @@ static void softmax_tile(const sl_softmax_tile *tile) {
       float shift = raise_maximum(tile, r);
       tile->sum[r] += tile->exp_minus_a ? row_weights(tile, r, weights, width, shift, true)
                                         : row_weights(tile, r, weights, width, shift, false);
-    }
-  }
-}
-
-/* The gradient of one row of length > 0. The gate's 1 - g is odds * g. */
-SL_INLINE void row_gradient(const sl_softmax_gradient_tile *tile, int64_t r, void *weights, void *score_gradient,
-                            bool gated) {
-  const float *scores = tile->scores + r * tile->score_stride;
-  const float *dout_values = tile->dout_values + r * tile->score_stride;
-  __m512 scale = _mm512_set1_ps(tile->scale_log2e), lse = _mm512_set1_ps(tile->lse_log2[r]);
-  __m512 mean = _mm512_set1_ps(tile->mean[r]), da = _mm512_setzero_ps();
-  __m512 exp_minus_a = _mm512_set1_ps(gated ? tile->exp_minus_a[r] : 0);
-  int64_t length = tile->lengths[r];
-  for (int64_t j = 0; j < length; j += 16) {
-    __mmask16 lanes = sl_avx512_first_lanes(length - j);
-    __m512 score = _mm512_maskz_loadu_ps(lanes, scores + j), e = _mm512_maskz_loadu_ps(lanes, dout_values + j);
-    __m512 weight = _mm512_maskz_mov_ps(lanes, sl_avx512_exp2(_mm512_fmsub_ps(score, scale, lse)));
-    __m512 from_mean = _mm512_mul_ps(weight, mean);
-    if (gated) {
-      __m512 odds = _mm512_mul_ps(exp_minus_a, _mm512_load_ps(tile->exp_minus_b + j));
-      __m512 gate = sl_avx512_reciprocal(_mm512_add_ps(odds, _mm512_set1_ps(1.0f)));
-      weight = _mm512_maskz_mul_ps(lanes, weight, gate);
-      __m512 dz = _mm512_maskz_mul_ps(lanes, _mm512_mul_ps(weight, e), _mm512_mul_ps(odds, gate));
-      da = _mm512_add_ps(da, dz);
-      _mm512_storeu_ps(tile->db + j, _mm512_add_ps(_mm512_loadu_ps(tile->db + j), dz));
-    }
-    store_elements(weights, j, weight);
-    store_elements(score_gradient, j, _mm512_maskz_mov_ps(lanes, _mm512_fmsub_ps(weight, e, from_mean)));
-  }
-  if (gated) tile->da[r] += sl_avx512_add_lanes(da);
-}
-
-static void softmax_gradient_tile(const sl_softmax_gradient_tile *tile) {
-  for (int64_t first = 0; first < tile->rows && tile->lengths[first] > 0; first += SL_AVX512_ROWS) {
-    int64_t width = sl_round_up(tile->lengths[first], SL_AVX512_PANEL);
-    for (int64_t r = first; r < first + SL_AVX512_ROWS; ++r) {
-      void *weights = row_of(tile->weights, tile->weight_stride, r);
-      void *score_gradient = row_of(tile->score_gradient, tile->weight_stride, r);
-      int64_t length = tile->lengths[r];
-      if (length > 0 && tile->lse_log2[r] == -INFINITY) length = 0;
-      if (length > 0 && tile->exp_minus_a)
-        row_gradient(tile, r, weights, score_gradient, true);
-      else if (length > 0)
-        row_gradient(tile, r, weights, score_gradient, false);
-      for (int64_t j = sl_round_up(length, 16); j < width; j += 16) {
-        store_elements(weights, j, _mm512_setzero_ps());
-        store_elements(score_gradient, j, _mm512_setzero_ps());
-      }
     }
   }
 }

@@ -1,4 +1,4 @@
-/* AVX-512 overlay: the micro-ops on tiles of float elements, and the position mask. */
+/* AVX-512 overlay: products and softmax of the forward with float elements, and the position mask. */
 #include "runtime/simd.h"
 
 #define WORD 1
@@ -19,33 +19,7 @@ void sl_avx512_multiply_nn(int64_t rows, const int32_t *lengths, const void *lef
   multiply_nn(rows, lengths, left, left_stride, depths, capacity, width, out, out_stride);
 }
 
-/* A panel of 32 keys is cut into 12 + 12 + 8, so that no group of keys reaches into the next panel, where left is not
- * known to be 0 for the rows that end in this one. */
-void sl_avx512_multiply_tn(int64_t rows, const int32_t *lengths, const void *left, int64_t left_stride,
-                           const void *depths, int64_t capacity, int64_t width, float *out, int64_t out_stride) {
-  if (rows <= 0) return;
-  int64_t keys = lengths[0];
-  for (int64_t column = 0; column < width; column += PANEL) {
-    const float *right = (const float *)depths + column * capacity;
-    int64_t depth = rows;
-    for (int64_t panel = 0; panel < keys; panel += PANEL) {
-      for (int64_t key = panel; key < panel + PANEL && key < keys; key += 12) {
-        while (lengths[depth - 1] <= key) --depth;
-        const float *a = (const float *)left + key;
-        float *target = out + key * out_stride + column;
-        int64_t count = keys - key;
-        if (key < panel + 24)
-          MULTIPLY_TN(12, count, a, left_stride, right, depth, target, out_stride);
-        else
-          MULTIPLY_TN(8, count, a, left_stride, right, depth, target, out_stride);
-      }
-    }
-  }
-}
-
 void sl_avx512_softmax_tile(const sl_softmax_tile *tile) { softmax_tile(tile); }
-
-void sl_avx512_softmax_gradient_tile(const sl_softmax_gradient_tile *tile) { softmax_gradient_tile(tile); }
 
 void sl_avx512_mask_tile(int64_t rows, const int32_t *lengths, float *scores, int64_t score_stride,
                          const int32_t *positions, const int32_t *lowest, const int32_t *highest) {

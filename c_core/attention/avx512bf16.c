@@ -1,8 +1,7 @@
-/* AVX-512-BF16 overlay: bfloat16 operands stay bfloat16, and every product is taken in pairs by dpbf16, which adds into
- * float. P and dS are rounded to bfloat16 before they are multiplied, in the forward and in the backward alike; sums,
- * maxima, the gate and da, db are float. dpbf16 takes subnormal numbers for 0. */
-#include <stddef.h>
-#include <string.h>
+/* AVX-512-BF16 overlay of the forward: bfloat16 operands stay bfloat16, and every product is taken in pairs by dpbf16,
+ * which adds into float and takes subnormal numbers for 0. Weights are rounded to bfloat16 before they meet v; maxima,
+ * sums and the gate are float. The backward has no table here: dS rounded to bfloat16 costs dq half a percent of its
+ * size, so it runs on avx512_bf16, which widens. */
 
 #include "runtime/simd.h"
 
@@ -83,41 +82,6 @@ static void pack_depths(void *packed, int64_t capacity, const sl_token_rows *sou
   }
 }
 
-/* Pairs are two rows here, and a row's keys are neighbours: up to 12 keys of two rows each are woven into words first,
- * 64 rows at a time, which all channels then use. */
-enum { SLICE = 64, KEYS_STRIDE = 16 };
-
-static void weave_rows(float *words, const bf16 *left, int64_t left_stride, int64_t rows, int64_t keys) {
-  for (int64_t r = 0; r < rows; r += 2, left += 2 * left_stride, words += KEYS_STRIDE) {
-    __m256i second = r + 1 < rows ? load_half(left + left_stride, keys) : _mm256_setzero_si256();
-    _mm512_store_si512((void *)words, pair_up(load_half(left, keys), second));
-  }
-}
-
-static void multiply_tn(int64_t rows, const int32_t *lengths, const void *left, int64_t left_stride, const void *depths,
-                        int64_t capacity, int64_t width, float *out, int64_t out_stride) {
-  _Alignas(64) float words[SLICE / 2 * KEYS_STRIDE];
-  if (rows <= 0) return;
-  int64_t keys = lengths[0], depth = rows;
-  for (int64_t key = 0; key < keys; key += key % PANEL == 24 ? 8 : 12) {
-    int64_t in_panel = key % PANEL == 24 ? 8 : 12, count = keys - key;
-    while (lengths[depth - 1] <= key) --depth;
-    for (int64_t slice = 0; slice < depth; slice += SLICE) {
-      int64_t slice_rows = depth - slice < SLICE ? depth - slice : SLICE;
-      weave_rows(words, (const bf16 *)left + slice * left_stride + key, left_stride, slice_rows, in_panel);
-      for (int64_t column = 0; column < width; column += PANEL) {
-        const float *right = (const float *)depths + (column * capacity + slice * PANEL) / 2;
-        float *target = out + key * out_stride + column;
-        int64_t pairs = (slice_rows + 1) / 2;
-        if (in_panel == 12)
-          MULTIPLY_TN(12, count, words, KEYS_STRIDE, right, pairs, target, out_stride);
-        else
-          MULTIPLY_TN(8, count, words, KEYS_STRIDE, right, pairs, target, out_stride);
-      }
-    }
-  }
-}
-
 const sl_attention_kernel sl_attention_avx512bf16_bf16_12x32 = {
     .name = "avx512bf16_bf16_12x32",
     .isa = SL_ISA_AVX512BF16,
@@ -131,10 +95,8 @@ const sl_attention_kernel sl_attention_avx512bf16_bf16_12x32 = {
     .pack_depths = pack_depths,
     .multiply_nt = multiply_nt,
     .multiply_nn = multiply_nn,
-    .multiply_tn = multiply_tn,
     .mask_tile = sl_avx512_mask_tile,
     .softmax_tile = softmax_tile,
-    .softmax_gradient_tile = softmax_gradient_tile,
     .store_rows = sl_avx512_store_rows_bf16,
     .dot_rows = sl_avx512_dot_rows_bf16,
     .add_rows = sl_avx512_add_rows_bf16,

@@ -11,6 +11,13 @@ static const sl_attention_kernel *choose_kernel(sl_dtype dtype) {
   return sl_attention_find_kernel(dtype, sl_cpu_isa());
 }
 
+/* The same for the backward: the best tier whose table has it. */
+static const sl_attention_kernel *choose_backward_kernel(sl_dtype dtype) {
+  const sl_attention_kernel *kernel = choose_kernel(dtype);
+  while (kernel && !kernel->softmax_gradient_tile) kernel = sl_attention_find_kernel(dtype, (sl_isa)(kernel->isa - 1));
+  return kernel;
+}
+
 sl_status sl_gated_attention_workspace_size(const sl_gated_attention_args *args, size_t *bytes) {
   SL_REQUIRE(bytes, SL_INVALID_ARGUMENT, "bytes is NULL");
   SL_CHECK(sl_gated_attention_validate(args, SL_NO_TENSORS));
@@ -35,7 +42,7 @@ sl_status sl_gated_attention_backward_workspace_size(const sl_gated_attention_ar
   SL_REQUIRE(bytes, SL_INVALID_ARGUMENT, "bytes is NULL");
   SL_CHECK(sl_gated_attention_validate(args, SL_NO_TENSORS));
   *bytes = 0;
-  const sl_attention_kernel *kernel = choose_kernel(args->dtype);
+  const sl_attention_kernel *kernel = choose_backward_kernel(args->dtype);
   if (!kernel) return SL_OK;
   sl_attention_plan plan = sl_attention_make_backward_plan(args, kernel);
   return sl_attention_backward_workspace(&plan, bytes);
@@ -43,7 +50,7 @@ sl_status sl_gated_attention_backward_workspace_size(const sl_gated_attention_ar
 
 sl_status sl_gated_attention_backward(const sl_gated_attention_args *args) {
   SL_CHECK(sl_gated_attention_validate(args, SL_BACKWARD_TENSORS));
-  const sl_attention_kernel *kernel = choose_kernel(args->dtype);
+  const sl_attention_kernel *kernel = choose_backward_kernel(args->dtype);
   if (!kernel) return sl_gated_attention_backward_reference(args);
   sl_attention_plan plan = sl_attention_make_backward_plan(args, kernel);
   return sl_attention_run_backward(&plan);

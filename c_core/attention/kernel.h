@@ -100,8 +100,9 @@ typedef struct sl_attention_kernel {
    * left[r][j] * depths[j][0..width). width is a multiple of panel. */
   void (*multiply_nn)(int64_t rows, const int32_t *lengths, const void *left, int64_t left_stride, const void *depths,
                       int64_t capacity, int64_t width, float *out, int64_t out_stride);
-  /* out[j][0..width) += sum over r < rows with lengths[r] > j of left[r][j] * depths[r][0..width), j < lengths[0].
-   * The backward's key gradients; left must be 0 where lengths[r] <= j < round_up(lengths[r], panel). */
+  /* This and softmax_gradient_tile are the backward's, and both NULL where a tier leaves it to the next one below.
+   * out[j][0..width) += sum over r < rows with lengths[r] > j of left[r][j] * depths[r][0..width), j < lengths[0].
+   * left must be 0 where lengths[r] <= j < round_up(lengths[r], panel). */
   void (*multiply_tn)(int64_t rows, const int32_t *lengths, const void *left, int64_t left_stride, const void *depths,
                       int64_t capacity, int64_t width, float *out, int64_t out_stride);
 
