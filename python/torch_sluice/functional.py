@@ -40,9 +40,28 @@ def _logit_tau_of(tau: float | Tensor, q: Tensor, dtype: torch.dtype) -> Tensor 
 
 
 def _gates_of(name: str, logits: Tensor, dtype: torch.dtype) -> Tensor:
+    if logits.dtype == dtype:
+        return logits
     if not logits.is_floating_point():
         raise ValueError(f"{name} is {logits.dtype}, expected floating-point gate logits")
     return logits.to(dtype)
+
+
+def _run(arguments: tuple) -> tuple[Tensor, Tensor]:
+    try:
+        q, k, v, a, b = arguments[:5]
+        if torch.is_grad_enabled() and (
+            q.requires_grad or k.requires_grad or v.requires_grad or a.requires_grad or b.requires_grad
+        ):
+            return _operator(*arguments)
+        # Nothing to differentiate: go past the autograd kernel, which is Python and costs some microseconds.
+        with torch._C._AutoDispatchBelowAutograd():
+            return _operator(*arguments)
+    except RuntimeError as error:
+        # From torch 2.15 on, a std::invalid_argument of the operator library arrives as a RuntimeError.
+        if type(error) is RuntimeError and ", expected " in str(error):
+            raise ValueError(str(error)) from None
+        raise
 
 
 def gated_attention(
@@ -124,13 +143,5 @@ def gated_attention(
     if scale is None:
         scale = 1 / math.sqrt(max(q.shape[3], 1))
     arguments = (q, k, v, a, b, logit_tau, key_range, causal, window, sinks, scale)
-    if torch.compiler.is_compiling() or (
-        torch.is_grad_enabled()
-        and (q.requires_grad or k.requires_grad or v.requires_grad or a.requires_grad or b.requires_grad)
-    ):
-        out, lse = _operator(*arguments)
-    else:
-        # Nothing to differentiate: go past the autograd kernel, which is Python and costs some microseconds.
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = _operator(*arguments)
+    out, lse = _operator(*arguments) if torch.compiler.is_compiling() else _run(arguments)
     return (out, lse) if return_lse else out
