@@ -67,7 +67,7 @@ static void attend_to_self(sl_query_rows *rows, const sl_attention_plan *plan, i
     float b = sl_attention_clamp_logit(*sl_attention_at3(&args->b, rows->batch, rows->head_kv, key));
     float gate = 1 / (1 + rows->exp_minus_a[r] * expf(-b));
     rows->maximum[r] = score;
-    rows->sum[r] = 1 + (score - score); /* 1, or NaN where the score is not finite */
+    rows->sum[r] = isfinite(score) ? 1 : NAN;
     plan->kernel->add_rows(rows->out + r * plan->row_stride_v, &gate, &v, &key, 1);
   }
 }
