@@ -14,11 +14,14 @@ has_python_headers() { "$python" -c 'import os, sysconfig; assert os.path.isfile
 need cmake at_least_cmake_3_25
 need g++ command -v c++
 need python3 command -v "$python"
-need python3-venv "$python" -c 'import ensurepip'
+# Another Python than Debian's has to bring these itself.
+[[ $(command -v "$python") == /usr/bin/* ]] && debian_python=1 || debian_python=0
+if ((debian_python)); then need python3-venv "$python" -c 'import ensurepip'; fi
 if [[ $purpose == test ]]; then
   need libgtest-dev test -e /usr/include/gtest/gtest.h
   need pkg-config command -v pkg-config
-  need python3-dev has_python_headers # torch.compile builds against Python.h
+  # torch.compile builds against Python.h.
+  if ((debian_python)); then need python3-dev has_python_headers; fi
 fi
 ((${#missing[@]})) || exit 0
 
