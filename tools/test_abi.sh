@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 abi=build/abi
 mkdir -p "$abi"
+export CMAKE_GENERATOR="${CMAKE_GENERATOR:-Unix Makefiles}" # as in the Makefile, which shares build/wheel
 rm -f "$abi"/*.whl
 .venv/bin/python -m pip -qq wheel --no-deps --no-build-isolation --config-settings=build-dir=build/wheel -w "$abi" .
 wheel=$(echo "$abi"/*.whl)
