@@ -4,6 +4,7 @@
 
 #include <string.h>
 
+#include "attention/key_ranges.h"
 #include "attention/staircase.h"
 #include "runtime/executor.h"
 #include "runtime/status.h"
@@ -12,9 +13,8 @@ enum { WAVE_BYTES = 16 << 20, TASKS_PER_WORKER = 8 };
 
 /* What one worker holds. */
 typedef struct forward_worker {
-  sl_query_rows rows, far_rows; /* of the query chunk in tiles of neighbours; of one tile sorted over all of it */
-  sl_key_chunk segment;         /* keys that only this query chunk needs, piece by piece */
-  sl_key_chunk past, after;     /* keys between the last whole chunk and the query chunk, and behind it */
+  sl_query_rows rows, other; /* the query chunk, in two of the orders in which it meets keys */
+  sl_key_chunk segment;      /* keys that are packed for this query chunk alone */
   sl_staircase staircase;
   int32_t *order;
 } forward_worker;
@@ -38,11 +38,8 @@ static void take_worker(forward_worker *worker, sl_arena *arena, const sl_attent
   const sl_gated_attention_args *args = plan->args;
   int64_t rows = smaller(plan->query_chunk, args->n_q), keys = smaller(plan->chunk, args->n_k);
   sl_query_rows_take(&worker->rows, arena, plan, rows);
-  sl_query_rows_take(&worker->far_rows, arena, plan, rows);
+  sl_query_rows_take(&worker->other, arena, plan, rows);
   sl_key_chunk_take(&worker->segment, arena, plan, keys, SL_K_COLUMNS | SL_V_DEPTHS);
-  sl_key_chunk_take(&worker->past, arena, plan, keys, SL_K_COLUMNS | SL_V_DEPTHS);
-  bool after = !args->causal && args->window > 0;
-  sl_key_chunk_take(&worker->after, arena, plan, after ? keys : 0, SL_K_COLUMNS | SL_V_DEPTHS);
   sl_staircase_take(&worker->staircase, arena, plan);
   worker->order = sl_arena_take(arena, rows, sizeof(int32_t));
 }
@@ -84,94 +81,76 @@ sl_status sl_attention_tiled_workspace(const sl_attention_plan *plan, size_t *by
   return SL_OK;
 }
 
-/* Where the positions of a query chunk [begin, end) lie, and the distance from which on a key is far. */
-typedef struct task_range {
-  int64_t batch, head, head_kv, begin, end;
-  int64_t first, last; /* positions of the first and the last query */
-  int64_t past, after; /* far before a row is position - past and less; far behind it, position + after and more */
-  sl_key_bounds bounds;
-  bool sorted;
-} task_range;
+/* One chunk against all rows of the query chunk, `tile` at a time, while it is in the inner cache. */
+static void attend_chunk(forward_worker *worker, const sl_attention_plan *plan, const sl_query_rows *rows,
+                         const sl_key_chunk *chunk, sl_key_region region, int64_t tile) {
+  for (int64_t row = 0; row < rows->count; row += tile) {
+    sl_query_rows part = sl_query_rows_part(rows, plan, row, tile);
+    sl_staircase_attend(&worker->staircase, &part, chunk, region);
+  }
+}
 
-static task_range make_range(const forward_pass *pass, int64_t head, int64_t group_head, int64_t query_chunk) {
-  const sl_attention_plan *plan = pass->plan;
+/* The same for keys that are packed for this query chunk alone, `piece` at a time. */
+static void attend_segments(forward_worker *worker, const sl_attention_plan *plan, const sl_query_rows *rows,
+                            sl_key_range keys, bool sorted, sl_key_region region, int64_t piece, int64_t tile) {
+  for (int64_t begin = keys.begin; begin < keys.end; begin += piece) {
+    sl_key_chunk_fill(&worker->segment, plan, rows->batch, rows->head_kv, begin, smaller(begin + piece, keys.end),
+                      sorted);
+    attend_chunk(worker, plan, rows, &worker->segment, region, tile);
+  }
+}
+
+/* The same rows with their state in another order: each `tile` by falling a. */
+static void reorder_rows(forward_worker *worker, const sl_attention_plan *plan, sl_query_rows *target,
+                         const sl_query_rows *source, int64_t tile) {
+  for (int64_t first = 0; first < source->count; first += tile) {
+    int64_t count = smaller(tile, source->count - first);
+    sl_sort_falling(source->a + first, count, worker->order + first);
+    for (int64_t i = 0; i < count; ++i) worker->order[first + i] += (int32_t)first;
+  }
+  sl_query_rows_gather(target, plan, source, worker->order, source->count);
+}
+
+/* Every key is kept: rows and keys in order of position. */
+static void run_unsorted(forward_worker *worker, const sl_attention_plan *plan, const sl_key_chunk *chunks,
+                         const sl_key_ranges *ranges) {
   const sl_gated_attention_args *args = plan->args;
-  task_range range = {.batch = head / args->heads_kv, .head_kv = head % args->heads_kv};
-  range.head = range.head_kv * plan->group + group_head;
-  range.begin = query_chunk * plan->query_chunk;
-  range.end = smaller(range.begin + plan->query_chunk, args->n_q);
-  range.first = range.begin + args->n_k - args->n_q;
-  range.last = range.end - 1 + args->n_k - args->n_q;
-  range.sorted = sl_attention_drops_pairs(plan, range.batch, range.head_kv);
-  range.bounds = sl_attention_key_bounds(args, range.batch);
-  int64_t window = smaller(args->window, args->n_k + args->n_q);
-  range.after = window;
-  range.past = args->causal && range.sorted ? larger(window, 1) : window;
-  return range;
+  sl_query_rows *rows = &worker->rows;
+  bool all = !args->causal && args->window == 0;
+  sl_key_range sinks = {ranges->bounds.begin, ranges->bounds.sinks};
+  attend_segments(worker, plan, rows, sinks, false, SL_REGION_SINKS, plan->chunk, plan->tile);
+  for (int64_t i = 0; i < ranges->chunks; ++i) {
+    if (args->causal && chunks[i].begin > ranges->last) break;
+    attend_chunk(worker, plan, rows, chunks + i, all ? SL_REGION_ALL : SL_REGION_PAST, plan->far_tile);
+    if (args->window > 0) attend_chunk(worker, plan, rows, chunks + i, SL_REGION_NEAR, plan->near_tile);
+    if (!args->causal && !all) attend_chunk(worker, plan, rows, chunks + i, SL_REGION_AFTER, plan->far_tile);
+  }
+  sl_query_rows_store(rows, plan);
 }
 
-/* Keys [begin, end) of the region, a piece at a time, against all rows of the query chunk. */
-static void attend_segments(const forward_pass *pass, forward_worker *worker, const task_range *range, int64_t begin,
-                            int64_t end, bool sorted, sl_key_region region) {
-  const sl_attention_plan *plan = pass->plan;
-  int64_t piece = sorted ? plan->piece : plan->chunk;
-  for (; begin < end; begin += piece) {
-    sl_key_chunk_fill(&worker->segment, plan, range->batch, range->head_kv, begin, smaller(begin + piece, end), sorted);
-    for (int64_t row = 0; row < worker->rows.count; row += plan->tile) {
-      sl_query_rows tile = sl_query_rows_part(&worker->rows, plan, row, plan->tile);
-      sl_staircase_attend(&worker->staircase, &tile, &worker->segment, region);
-    }
+/* Near keys with rows in order of position, then the border between near and far with rows sorted among neighbours, then
+ * far keys with rows sorted over the whole query chunk. */
+static void run_sorted(forward_worker *worker, const sl_attention_plan *plan, const sl_key_chunk *chunks,
+                       const sl_key_ranges *ranges) {
+  sl_query_rows *rows = &worker->rows, *other = &worker->other;
+  sl_key_range sinks = {ranges->bounds.begin, ranges->bounds.sinks};
+  attend_segments(worker, plan, rows, sinks, false, SL_REGION_SINKS, plan->chunk, plan->tile);
+  if (plan->args->window > 0) {
+    attend_segments(worker, plan, rows, ranges->near, false, SL_REGION_NEAR, plan->chunk, plan->near_tile);
+    reorder_rows(worker, plan, other, rows, plan->tile);
+    rows = &worker->other;
+    other = &worker->rows;
   }
-}
-
-/* One chunk against all rows of the query chunk, while it is in the inner cache. */
-static void attend_far(const forward_pass *pass, forward_worker *worker, const sl_query_rows *rows,
-                       const sl_key_chunk *chunk, sl_key_region region) {
-  for (int64_t row = 0; row < rows->count; row += pass->plan->far_tile) {
-    sl_query_rows tile = sl_query_rows_part(rows, pass->plan, row, pass->plan->far_tile);
-    sl_staircase_attend(&worker->staircase, &tile, chunk, region);
+  attend_segments(worker, plan, rows, ranges->border_past, true, SL_REGION_PAST, plan->piece, plan->tile);
+  attend_segments(worker, plan, rows, ranges->border_after, true, SL_REGION_AFTER, plan->piece, plan->tile);
+  reorder_rows(worker, plan, other, rows, rows->count);
+  attend_segments(worker, plan, other, ranges->past, true, SL_REGION_ALL, plan->chunk, plan->far_tile);
+  attend_segments(worker, plan, other, ranges->after, true, SL_REGION_ALL, plan->chunk, plan->far_tile);
+  for (int64_t i = 0; i < ranges->chunks; ++i) {
+    if (i >= ranges->past_whole && i < ranges->after_whole) continue;
+    attend_chunk(worker, plan, other, chunks + i, SL_REGION_ALL, plan->far_tile);
   }
-}
-
-/* Chunks in order of position, straight through. */
-static void attend_unsorted(const forward_pass *pass, forward_worker *worker, const sl_key_chunk *chunks, int64_t count,
-                            const task_range *range) {
-  const sl_attention_plan *plan = pass->plan;
-  const sl_gated_attention_args *args = plan->args;
-  bool all = !args->causal && range->after == 0;
-  for (int64_t i = 0; i < count; ++i) {
-    attend_far(pass, worker, &worker->rows, chunks + i, all ? SL_REGION_ALL : SL_REGION_PAST);
-    if (args->window > 0) attend_far(pass, worker, &worker->rows, chunks + i, SL_REGION_NEAR);
-    if (!args->causal && !all) attend_far(pass, worker, &worker->rows, chunks + i, SL_REGION_AFTER);
-  }
-  sl_query_rows_store(&worker->rows, plan);
-}
-
-/* Whole sorted chunks, and what is left of them at the query chunk's borders, against rows sorted over all of it. */
-static void attend_sorted(const forward_pass *pass, forward_worker *worker, const sl_key_chunk *chunks, int64_t count,
-                          const task_range *range) {
-  const sl_attention_plan *plan = pass->plan;
-  const sl_gated_attention_args *args = plan->args;
-  int64_t base = range->bounds.sinks, end = range->bounds.end;
-  bool all = !args->causal && range->after == 0;
-  int64_t past_end = all ? end : smaller(larger(range->first - range->past + 1, base), end);
-  int64_t past_whole = past_end == end ? count : (past_end - base) / plan->chunk;
-  int64_t past_begin = smaller(base + past_whole * plan->chunk, past_end);
-  int64_t after_begin = args->causal || all ? end : smaller(larger(range->last + range->after, base), end);
-  int64_t after_whole = count_parts(after_begin - base, plan->chunk);
-  int64_t after_end = smaller(base + after_whole * plan->chunk, end);
-  sl_key_chunk_fill(&worker->past, plan, range->batch, range->head_kv, past_begin, past_end, true);
-  if (after_begin < after_end) {
-    sl_key_chunk_fill(&worker->after, plan, range->batch, range->head_kv, after_begin, after_end, true);
-  }
-  sl_sort_falling(worker->rows.a, worker->rows.count, worker->order);
-  sl_query_rows_gather(&worker->far_rows, plan, &worker->rows, worker->order, worker->rows.count);
-  attend_far(pass, worker, &worker->far_rows, &worker->past, SL_REGION_ALL);
-  if (after_begin < after_end) attend_far(pass, worker, &worker->far_rows, &worker->after, SL_REGION_ALL);
-  for (int64_t i = 0; i < count; ++i) {
-    if (i < past_whole || i >= after_whole) attend_far(pass, worker, &worker->far_rows, chunks + i, SL_REGION_ALL);
-  }
-  sl_query_rows_store(&worker->far_rows, plan);
+  sl_query_rows_store(other, plan);
 }
 
 static void run_queries(void *context, int64_t worker_number, int64_t task) {
@@ -180,53 +159,38 @@ static void run_queries(void *context, int64_t worker_number, int64_t task) {
   const sl_gated_attention_args *args = plan->args;
   int64_t heads = smaller(pass->wave, pass->heads - pass->first);
   int64_t tasks_per_chunk = heads * plan->group;
-  int64_t head = task % tasks_per_chunk / plan->group;
+  int64_t number = task % tasks_per_chunk / plan->group;
+  int64_t batch = (pass->first + number) / args->heads_kv, head_kv = (pass->first + number) % args->heads_kv;
   /* The last queries have the most keys: they go first. */
-  task_range range =
-      make_range(pass, pass->first + head, task % plan->group, pass->query_chunks - 1 - task / tasks_per_chunk);
-  const sl_key_chunk *chunks = pass->key_chunks + head * pass->chunks;
-  int64_t count = count_parts(range.bounds.end - range.bounds.sinks, plan->chunk);
+  int64_t begin = (pass->query_chunks - 1 - task / tasks_per_chunk) * plan->query_chunk;
+  int64_t end = smaller(begin + plan->query_chunk, args->n_q);
+  sl_key_ranges ranges = sl_attention_key_ranges(plan, batch, head_kv, begin, end);
 
   forward_worker worker;
   sl_arena arena = sl_arena_make(pass->worker_memory + (size_t)worker_number * pass->worker_bytes, pass->worker_bytes);
   take_worker(&worker, &arena, plan);
-  sl_query_rows_load(&worker.rows, plan, range.batch, range.head, range.begin, range.end, range.sorted);
-  attend_segments(pass, &worker, &range, range.bounds.begin, range.bounds.sinks, false, SL_REGION_SINKS);
-  if (!range.sorted) {
-    attend_unsorted(pass, &worker, chunks, count, &range);
-    return;
-  }
-  int64_t base = range.bounds.sinks, end = range.bounds.end;
-  if (args->window > 0) {
-    int64_t near_end = args->causal ? range.last + 1 : range.last + range.after;
-    attend_segments(pass, &worker, &range, larger(range.first - range.after + 1, base), smaller(near_end, end), false,
-                    SL_REGION_NEAR);
-  }
-  if (range.past > 0) {
-    attend_segments(pass, &worker, &range, larger(range.first - range.past + 1, base),
-                    smaller(range.last - range.past + 1, end), true, SL_REGION_PAST);
-  }
-  if (!args->causal && range.after > 0) {
-    attend_segments(pass, &worker, &range, larger(range.first + range.after, base),
-                    smaller(range.last + range.after, end), true, SL_REGION_AFTER);
-  }
-  attend_sorted(pass, &worker, chunks, count, &range);
+  sl_query_rows_load(&worker.rows, plan, batch, head_kv * plan->group + task % plan->group, begin, end,
+                     ranges.sorted && args->window == 0);
+  (ranges.sorted ? run_sorted : run_unsorted)(&worker, plan, pass->key_chunks + number * pass->chunks, &ranges);
 }
 
 static void pack_keys(void *context, int64_t worker, int64_t task) {
   (void)worker;
   const forward_pass *pass = context;
   const sl_attention_plan *plan = pass->plan;
-  int64_t head = task / pass->chunks, number = task % pass->chunks;
-  task_range range = make_range(pass, pass->first + head, 0, pass->query_chunks - 1);
-  int64_t begin = range.bounds.sinks + number * plan->chunk, end = smaller(begin + plan->chunk, range.bounds.end);
+  const sl_gated_attention_args *args = plan->args;
+  int64_t head = pass->first + task / pass->chunks, number = task % pass->chunks;
+  int64_t batch = head / args->heads_kv, head_kv = head % args->heads_kv;
+  int64_t last = (pass->query_chunks - 1) * plan->query_chunk;
+  sl_key_ranges ranges = sl_attention_key_ranges(plan, batch, head_kv, last, args->n_q);
+  int64_t begin = ranges.base + number * plan->chunk, end = smaller(begin + plan->chunk, ranges.end);
   if (begin >= end) return;
-  /* A sorted chunk that reaches beyond the past of the last queries is never wanted whole. */
-  if (plan->args->causal && range.sorted && end - 1 > range.first - range.past) return;
+  /* A sorted chunk that is not whole for the last queries is not whole for any. */
+  if (args->causal && ranges.sorted && number >= ranges.past_whole) return;
   sl_key_chunk *chunk = pass->key_chunks + task;
   sl_arena arena = sl_arena_make(pass->chunk_memory + (size_t)task * pass->chunk_bytes, pass->chunk_bytes);
-  sl_key_chunk_take(chunk, &arena, plan, smaller(plan->chunk, plan->args->n_k), SL_K_COLUMNS | SL_V_DEPTHS);
-  sl_key_chunk_fill(chunk, plan, range.batch, range.head_kv, begin, end, range.sorted);
+  sl_key_chunk_take(chunk, &arena, plan, smaller(plan->chunk, args->n_k), SL_K_COLUMNS | SL_V_DEPTHS);
+  sl_key_chunk_fill(chunk, plan, batch, head_kv, begin, end, ranges.sorted);
 }
 
 sl_status sl_attention_run_tiled(const sl_attention_plan *plan) {

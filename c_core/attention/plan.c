@@ -31,6 +31,7 @@ sl_attention_plan sl_attention_make_plan(const sl_gated_attention_args *args, co
   plan.block = 128;
   plan.tile = sl_round_up(48, kernel->row_tile);
   plan.far_tile = 2 * plan.tile;
+  plan.near_tile = sl_round_up(24, kernel->row_tile);
   plan.piece = 2 * plan.tile;
   plan.chunk = plan.tile * choose_chunk_tiles(args);
   plan.query_chunk = plan.tile * choose_query_tiles(args, plan.tile);

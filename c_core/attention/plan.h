@@ -21,6 +21,7 @@ typedef struct sl_attention_plan {
   int64_t query_chunk;              /* queries of one task */
   int64_t tile;                     /* queries that are worked on together: a multiple of row_tile */
   int64_t far_tile;                 /* the same where queries were sorted over the whole query chunk */
+  int64_t near_tile;                /* the same for a window: the fewer rows, the fewer keys around them */
   int64_t piece;                    /* keys that are sorted together where a query chunk's own keys begin */
   float factor, scale_log2e;        /* scale * log2(e) = factor * scale_log2e, with factor -1, 0 or 1 */
 } sl_attention_plan;

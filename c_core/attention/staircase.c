@@ -141,7 +141,7 @@ void sl_staircase_walk(sl_staircase *staircase, const sl_query_rows *rows, const
     sl_key_chunk_find_prefixes(chunk, rows->a, rows->count, rows->logit_tau, staircase->lengths);
   } else {
     lengthened = count_positions(staircase, rows, chunk, region);
-    start = larger(limits.lowest_least - chunk->begin, 0) / plan->block * plan->block;
+    start = larger(limits.lowest_least - chunk->begin, 0) / SL_ATTENTION_STRIDE * SL_ATTENTION_STRIDE;
   }
   int64_t count = rows->count;
   for (; start < staircase->lengths[0]; start += plan->block) {
