@@ -215,7 +215,7 @@ class DensityController(_Controller):
     """
 
     def __init__(
-        self, model, target_density, steps, *, gain=0.2, ramp=0.5, straight_through=0.0, rows=0.0625, noise=0.0,
+        self, model, target_density, steps, *, gain=0.2, ramp=0.5, straight_through=0.0, rows=0.03125, noise=0.0,
         hard=0.1,
     ):  # fmt: skip
         _check_share("target_density", target_density, open_low=True)
@@ -265,7 +265,7 @@ class QualityController(_Controller):
     """
 
     def __init__(
-        self, model, ceiling, steps, *, gain=0.05, smoothing=0.9, straight_through=0.0, rows=0.0625, noise=0.0, hard=0.1
+        self, model, ceiling, steps, *, gain=0.05, smoothing=0.9, straight_through=0.0, rows=0.03125, noise=0.0, hard=0.1
     ):
         if not 0.0 < ceiling < math.inf:
             raise ValueError(f"ceiling is {ceiling}, expected a positive, finite loss")
