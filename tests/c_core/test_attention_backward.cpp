@@ -23,13 +23,13 @@ class Backward : public testing::TestWithParam<int> {
     shape.dtype = kernel->dtype;
   }
 
-  const sl_attention_kernel* kernel = nullptr;
+  const sl_attention_kernel *kernel = nullptr;
   std::optional<IsaCap> cap;
   AttentionShape shape;
 };
 
 struct Gradient {
-  const char* name;
+  const char *name;
   Tensor AttentionProblem::*tensor;
 };
 const Gradient kGradients[] = {{"dq", &AttentionProblem::dq},
@@ -38,13 +38,13 @@ const Gradient kGradients[] = {{"dq", &AttentionProblem::dq},
                                {"da", &AttentionProblem::da},
                                {"db", &AttentionProblem::db}};
 
-std::vector<std::vector<double>> gradients_of(const AttentionProblem& problem) {
+std::vector<std::vector<double>> gradients_of(const AttentionProblem &problem) {
   std::vector<std::vector<double>> all;
-  for (const Gradient& gradient : kGradients) all.push_back((problem.*gradient.tensor).values());
+  for (const Gradient &gradient : kGradients) all.push_back((problem.*gradient.tensor).values());
   return all;
 }
 
-std::vector<std::vector<double>> reference_gradients(AttentionProblem& problem) {
+std::vector<std::vector<double>> reference_gradients(AttentionProblem &problem) {
   sl_gated_attention_args args = problem.args();
   EXPECT_EQ(sl_gated_attention_reference(&args), SL_OK) << sl_last_error();
   EXPECT_EQ(sl_gated_attention_backward_reference(&args), SL_OK) << sl_last_error();
@@ -52,7 +52,7 @@ std::vector<std::vector<double>> reference_gradients(AttentionProblem& problem) 
 }
 
 // The kernel's gradients from the reference's out and lse agree with the reference's, and nothing else was written.
-void expect_reference(AttentionProblem& problem, const sl_executor* executor = nullptr) {
+void expect_reference(AttentionProblem &problem, const sl_executor *executor = nullptr) {
   SCOPED_TRACE(problem.shape().text());
   auto want = reference_gradients(problem);
   problem.clear_gradients();
@@ -68,7 +68,7 @@ void expect_reference(AttentionProblem& problem, const sl_executor* executor = n
   }
 }
 
-AttentionShape random_shape(Random& random, sl_dtype dtype) {
+AttentionShape random_shape(Random &random, sl_dtype dtype) {
   AttentionShape shape;
   shape.dtype = dtype;
   shape.batch = random.integer(1, 2);
@@ -248,9 +248,11 @@ TEST_P(Backward, AWorkspaceThatIsTooSmallIsRefusedByItsSize) {
   EXPECT_EQ(problem.damage(), "");
 }
 
-INSTANTIATE_TEST_SUITE_P(Attention, Backward, testing::Range(0, [] {
-                           int count = 0;
-                           while (sl_attention_list_kernels(count)) ++count;
-                           return count;
-                         }()),
-                         [](const auto& table) { return std::string(sl_attention_list_kernels(table.param)->name); });
+INSTANTIATE_TEST_SUITE_P(Attention, Backward,
+                         testing::Range(0,
+                                        [] {
+                                          int count = 0;
+                                          while (sl_attention_list_kernels(count)) ++count;
+                                          return count;
+                                        }()),
+                         [](const auto &table) { return std::string(sl_attention_list_kernels(table.param)->name); });
