@@ -128,8 +128,8 @@ static void run_unsorted(forward_worker *worker, const sl_attention_plan *plan, 
   sl_query_rows_store(rows, plan);
 }
 
-/* Near keys with rows in order of position, then the border between near and far with rows sorted among neighbours, then
- * far keys with rows sorted over the whole query chunk. */
+/* Near keys with rows in order of position, then the border between near and far with rows sorted among neighbours,
+ * then far keys with rows sorted over the whole query chunk. */
 static void run_sorted(forward_worker *worker, const sl_attention_plan *plan, const sl_key_chunk *chunks,
                        const sl_key_ranges *ranges) {
   sl_query_rows *rows = &worker->rows, *other = &worker->other;

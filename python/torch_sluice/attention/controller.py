@@ -265,7 +265,17 @@ class QualityController(_Controller):
     """
 
     def __init__(
-        self, model, ceiling, steps, *, gain=0.05, smoothing=0.9, straight_through=0.0, rows=0.03125, noise=0.0, hard=0.1
+        self,
+        model,
+        ceiling,
+        steps,
+        *,
+        gain=0.05,
+        smoothing=0.9,
+        straight_through=0.0,
+        rows=0.03125,
+        noise=0.0,
+        hard=0.1,
     ):
         if not 0.0 < ceiling < math.inf:
             raise ValueError(f"ceiling is {ceiling}, expected a positive, finite loss")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch_sluice.attention import attend
 from torch_sluice.functional import gated_attention
 from torch_sluice.swap.dense import dense_gated_attention
-from torch_sluice.swap.masks import read_mask
+from torch_sluice.swap.masks import as_bool_mask, count_visible_keys, read_mask
 
 # Two logits of 20 make a gate of sigmoid(40), which is exactly 1 in float32.
 _OPEN_LOGIT = 20.0
@@ -63,9 +63,30 @@ def attend_gated(
     causal: bool = False,
     scale: float | None = None,
     dropout: float = 0.0,
-) -> Tensor:
-    """Attention of a layer with a gate; logits (a [B, Hq, Nq], b [B, heads of the gate, Nk])."""
+    need_weights: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of a layer with a gate; logits (a [B, Hq, Nq], b [B, heads of the gate, Nk]).
+
+    Returns (out [B, Hq, Nq, Dv], softmax * gate [B, Hq, Nq, Nk] if need_weights).
+    """
     a, b = logits
+    _check_gated(a, b, q, k, dropout)
+    if b.shape[1] != k.shape[1]:
+        b = b.repeat_interleave(k.shape[1] // b.shape[1], 1)
+    near = dict(window=options.window, sinks=options.sinks, scale=scale)
+    key_range = None
+    if mask is not None:
+        pattern = read_mask(mask, q.shape[0], q.shape[2], k.shape[2], causal)
+        if pattern is None:
+            return _attend_densely(gate, a, b, q, k, v, mask, causal, near)
+        causal, key_range, n_k = pattern
+        k, v, b = k[:, :, :n_k], v[:, :, :n_k], b[:, :, :n_k]
+    near |= dict(causal=causal, key_range=key_range)
+    out = attend(gate, None, q, k, v, logits=(a, b), **near)
+    return out, dense_gated_attention(q, k, v, a, b, tau=gate.tau, **near)[1] if need_weights else None
+
+
+def _check_gated(a: Tensor, b: Tensor, q: Tensor, k: Tensor, dropout: float) -> None:
     if dropout > 0:
         raise ValueError(
             f"the attention dropout is {dropout}, expected 0: which pairs a gated layer drops is its gate's to choose. "
@@ -77,26 +98,23 @@ def attend_gated(
             f"{b.shape[-1]}, expected the same numbers: cross attention, and caches of past keys that are not those of "
             "transformers, work with open gates only"
         )
-    if b.shape[1] != k.shape[1]:
-        b = b.repeat_interleave(k.shape[1] // b.shape[1], 1)
-    key_range = None
-    if mask is not None:
-        pattern = read_mask(mask, q.shape[0], q.shape[2], k.shape[2], causal)
-        if pattern is None:
-            warnings.warn(
-                "this attention mask is not the causal or full one with padding on the left or right: gated attention "
-                "is computed densely, which is exact, slow, and teaches the gate nothing about the pairs it drops",
-                stacklevel=2,
-            )
-            # The mask says all about who sees whom; causal only adds that a token keeps itself.
-            out, _ = dense_gated_attention(
-                q, k, v, a, b, mask=mask, tau=gate.tau, window=max(options.window, int(causal)), sinks=options.sinks,
-                scale=scale,
-            )  # fmt: skip
-            return out
-        causal, key_range, n_k = pattern
-        k, v, b = k[:, :, :n_k], v[:, :, :n_k], b[:, :, :n_k]
-    return attend(
-        gate, None, q, k, v, causal=causal, window=options.window, sinks=options.sinks, scale=scale,
-        key_range=key_range, logits=(a, b),
-    )  # fmt: skip
+    if a.shape[1] != q.shape[1] or k.shape[1] % b.shape[1]:
+        raise ValueError(
+            f"the layer has {q.shape[1]} query and {k.shape[1]} key heads, and its gate {a.shape[1]} and {b.shape[1]}, "
+            "expected the same, or key heads that are a multiple: pass example= to swap_attention"
+        )
+
+
+def _attend_densely(gate, a, b, q, k, v, mask, causal, near) -> tuple[Tensor, Tensor]:
+    """For masks that the operator does not take. The mask says who sees whom; a causal layer's token keeps itself."""
+    warnings.warn(
+        "this attention mask is not the causal or full one with padding on the left or right: gated attention is "
+        "computed densely, which is exact, slow, and teaches the gate nothing about the pairs it drops",
+        stacklevel=3,
+    )
+    allowed = as_bool_mask(mask)
+    if causal and allowed is not None and not torch.compiler.is_compiling():
+        # The last query is at the last key: what a cache holds behind it is not there yet.
+        n_k = max(count_visible_keys(allowed, k.shape[2]), q.shape[2])
+        k, v, b, mask = k[:, :, :n_k], v[:, :, :n_k], b[:, :, :n_k], mask[..., :n_k]
+    return dense_gated_attention(q, k, v, a, b, mask=mask, keep_self=causal, tau=gate.tau, **near)
