@@ -1,5 +1,6 @@
 """The main job from end to end: text, training, comparison, report."""
 
+import contextlib
 import json
 import os
 import tempfile
@@ -40,7 +41,11 @@ def resume_run(folder: Path, threads: int | None) -> Run:
         raise TrainError(f"the checkpoint in '{folder}' lacks {error}; train anew") from error
     _make_folder(folder)
     run = Run(settings, corpus, folder, state["data"])
-    run.load_state_dict(state)
+    try:
+        run.load_state_dict(state)
+    except BaseException:
+        run.close()
+        raise
     return run
 
 
@@ -50,6 +55,15 @@ def execute_run(run: Run, console: Console, json_path: Path | None, tensorboard:
     Raises:
         Interrupted: the user asked to stop; everything needed to resume has been saved.
     """
+    with contextlib.closing(run):
+        result = _train_and_compare(run, console, json_path, tensorboard)
+    write_json(run.folder / "results.json", result)
+    if json_path is not None:
+        write_json(json_path, result)
+    return result
+
+
+def _train_and_compare(run: Run, console: Console, json_path: Path | None, tensorboard: bool) -> dict:
     if json_path is not None:
         _check_writable(json_path)
     threads = set_threads(run.settings)
@@ -71,12 +85,7 @@ def execute_run(run: Run, console: Console, json_path: Path | None, tensorboard:
     with TrainProgress(run, console) as progress:
         run.train(progress.update)
     with console.status("comparing") as status:
-        result = compare(run, lambda text: status.update(text))
-    run.close()
-    write_json(run.folder / "results.json", result)
-    if json_path is not None:
-        write_json(json_path, result)
-    return result
+        return compare(run, lambda text: status.update(text))
 
 
 def write_report(result: dict, folder: Path) -> Path:
