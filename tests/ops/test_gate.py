@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import torch_sluice
 from torch_sluice import gated_attention
 from torch_sluice.attention import Gate, attend
 
@@ -148,3 +149,16 @@ def test_unknown_phase_is_named():
     gate.phase = "soft"
     with pytest.raises(ValueError, match=r"gate\.phase is 'soft', expected one of"):
         attend(gate, *random_layer())
+
+
+def test_a_gate_that_is_taught_can_be_traced():
+    torch.manual_seed(0)
+    layer = torch_sluice.GatedAttention(16, 2, causal=True, window=2)
+    gate, x = layer.gate, torch.randn(1, 16, 16)
+    gate.phase, gate.rows, gate.record = "straight_through", 1.0, []
+    layer(x).square().sum().backward()
+    expected = gate.query_weight.grad.clone()
+    gate.zero_grad()
+    torch.compile(layer, backend="aot_eager", fullgraph=True)(x).square().sum().backward()
+    torch.testing.assert_close(gate.query_weight.grad, expected)
+    assert len(gate.record) == 2
