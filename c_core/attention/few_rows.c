@@ -7,7 +7,7 @@
 #include "attention/rows.h"
 #include "runtime/executor.h"
 
-enum { FEW = 8, KEYS = 512 };
+enum { FEW = 5, KEYS = 512 };
 
 bool sl_attention_is_few_rows(const sl_gated_attention_args *args) { return args->n_q < FEW || args->n_k == 0; }
 

@@ -22,7 +22,7 @@ typedef struct forward_worker {
 typedef struct forward_pass {
   const sl_attention_plan *plan;
   int64_t heads, wave; /* key heads over all the batch; of them at the same time */
-  int64_t chunks;      /* of one key head */
+  int64_t chunks;      /* of one key head; 0: a single query chunk uses them, so each is packed when its turn comes */
   int64_t query_chunks;
   size_t chunk_bytes, worker_bytes;
   char *chunk_memory, *worker_memory;
@@ -51,8 +51,8 @@ static void lay_out(forward_pass *pass, sl_arena *arena, const sl_attention_plan
   memset(pass, 0, sizeof *pass);
   pass->plan = plan;
   pass->heads = args->batch * args->heads_kv;
-  pass->chunks = count_parts(args->n_k, plan->chunk);
   pass->query_chunks = count_parts(args->n_q, plan->query_chunk);
+  pass->chunks = pass->query_chunks > 1 ? count_parts(args->n_k, plan->chunk) : 0;
   sl_arena measure = sl_arena_make(NULL, 0);
   sl_key_chunk chunk;
   sl_key_chunk_take(&chunk, &measure, plan, smaller(plan->chunk, args->n_k), SL_K_COLUMNS | SL_V_DEPTHS);
@@ -111,27 +111,40 @@ static void reorder_rows(forward_worker *worker, const sl_attention_plan *plan, 
   sl_query_rows_gather(target, plan, source, worker->order, source->count);
 }
 
+/* Chunk i of the key head of rows: one of those packed for all, or packed now. */
+static const sl_key_chunk *get_chunk(const forward_pass *pass, forward_worker *worker, const sl_query_rows *rows,
+                                     const sl_key_ranges *ranges, int64_t i) {
+  const sl_attention_plan *plan = pass->plan;
+  int64_t head = rows->batch * plan->args->heads_kv + rows->head_kv;
+  if (pass->chunks) return pass->key_chunks + (head - pass->first) * pass->chunks + i;
+  int64_t begin = ranges->base + i * plan->chunk;
+  sl_key_chunk_fill(&worker->segment, plan, rows->batch, rows->head_kv, begin,
+                    smaller(begin + plan->chunk, ranges->end), ranges->sorted);
+  return &worker->segment;
+}
+
 /* Every key is kept: rows and keys in order of position. */
-static void run_unsorted(forward_worker *worker, const sl_attention_plan *plan, const sl_key_chunk *chunks,
-                         const sl_key_ranges *ranges) {
+static void run_unsorted(const forward_pass *pass, forward_worker *worker, const sl_key_ranges *ranges) {
+  const sl_attention_plan *plan = pass->plan;
   const sl_gated_attention_args *args = plan->args;
   sl_query_rows *rows = &worker->rows;
   bool all = !args->causal && args->window == 0;
   sl_key_range sinks = {ranges->bounds.begin, ranges->bounds.sinks};
   attend_segments(worker, plan, rows, sinks, false, SL_REGION_SINKS, plan->chunk, plan->tile);
   for (int64_t i = 0; i < ranges->chunks; ++i) {
-    if (args->causal && chunks[i].begin > ranges->last) break;
-    attend_chunk(worker, plan, rows, chunks + i, all ? SL_REGION_ALL : SL_REGION_PAST, plan->far_tile);
-    if (args->window > 0) attend_chunk(worker, plan, rows, chunks + i, SL_REGION_NEAR, plan->near_tile);
-    if (!args->causal && !all) attend_chunk(worker, plan, rows, chunks + i, SL_REGION_AFTER, plan->far_tile);
+    if (args->causal && ranges->base + i * plan->chunk > ranges->last) break;
+    const sl_key_chunk *chunk = get_chunk(pass, worker, rows, ranges, i);
+    attend_chunk(worker, plan, rows, chunk, all ? SL_REGION_ALL : SL_REGION_PAST, plan->far_tile);
+    if (args->window > 0) attend_chunk(worker, plan, rows, chunk, SL_REGION_NEAR, plan->near_tile);
+    if (!args->causal && !all) attend_chunk(worker, plan, rows, chunk, SL_REGION_AFTER, plan->far_tile);
   }
   sl_query_rows_store(rows, plan);
 }
 
 /* Near keys with rows in order of position, then the border between near and far with rows sorted among neighbours,
  * then far keys with rows sorted over the whole query chunk. */
-static void run_sorted(forward_worker *worker, const sl_attention_plan *plan, const sl_key_chunk *chunks,
-                       const sl_key_ranges *ranges) {
+static void run_sorted(const forward_pass *pass, forward_worker *worker, const sl_key_ranges *ranges) {
+  const sl_attention_plan *plan = pass->plan;
   sl_query_rows *rows = &worker->rows, *other = &worker->other;
   sl_key_range sinks = {ranges->bounds.begin, ranges->bounds.sinks};
   attend_segments(worker, plan, rows, sinks, false, SL_REGION_SINKS, plan->chunk, plan->tile);
@@ -148,7 +161,7 @@ static void run_sorted(forward_worker *worker, const sl_attention_plan *plan, co
   attend_segments(worker, plan, other, ranges->after, true, SL_REGION_ALL, plan->chunk, plan->far_tile);
   for (int64_t i = 0; i < ranges->chunks; ++i) {
     if (i >= ranges->past_whole && i < ranges->after_whole) continue;
-    attend_chunk(worker, plan, other, chunks + i, SL_REGION_ALL, plan->far_tile);
+    attend_chunk(worker, plan, other, get_chunk(pass, worker, other, ranges, i), SL_REGION_ALL, plan->far_tile);
   }
   sl_query_rows_store(other, plan);
 }
@@ -171,7 +184,7 @@ static void run_queries(void *context, int64_t worker_number, int64_t task) {
   take_worker(&worker, &arena, plan);
   sl_query_rows_load(&worker.rows, plan, batch, head_kv * plan->group + task % plan->group, begin, end,
                      ranges.sorted && args->window == 0);
-  (ranges.sorted ? run_sorted : run_unsorted)(&worker, plan, pass->key_chunks + number * pass->chunks, &ranges);
+  (ranges.sorted ? run_sorted : run_unsorted)(pass, &worker, &ranges);
 }
 
 static void pack_keys(void *context, int64_t worker, int64_t task) {
