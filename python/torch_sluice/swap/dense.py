@@ -16,6 +16,7 @@ def dense_gated_attention(
     *,
     mask: Tensor | None = None,
     causal: bool = False,
+    keep_self: bool = False,
     tau: float = 0.0,
     window: int = 0,
     sinks: int = 0,
@@ -26,6 +27,8 @@ def dense_gated_attention(
 
     Args:
         mask: broadcasts to [B, Hq, Nq, Nk]; bool, True where a pair may be looked at, or a float bias on the scores.
+        keep_self: a query keeps the key at its own place whatever the gate says, as ``causal`` implies; for causal
+            layers whose mask says the rest.
         The others: as in :func:`torch_sluice.gated_attention`.
 
     Returns:
@@ -43,8 +46,10 @@ def dense_gated_attention(
     distance = torch.arange(n_k - n_q, n_k, device=q.device).unsqueeze(-1) - keys
     near = (distance.abs() < window) | (keys < sinks)
     kept = near | ~(z < _logit(tau))
+    if causal or keep_self:
+        kept = kept | (distance == 0)
     if causal:
-        kept = (kept | (distance == 0)) & (distance >= 0)
+        kept = kept & (distance >= 0)
     if key_range is not None:
         begin, end = key_range.view(-1, 1, 1, 2).unbind(-1)
         kept = kept & (keys >= begin.unsqueeze(-1)) & (keys < end.unsqueeze(-1))

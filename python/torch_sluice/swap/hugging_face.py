@@ -53,7 +53,7 @@ def sluice_attention(
             raise ValueError("position_bias is given, expected None: a gated layer takes no bias on its scores")
         a, b = logits
         b = (b.b if isinstance(b, GatedCache) else b)[:, :, :n_k]
-        out = attend_gated(
+        out, _ = attend_gated(
             module.sluice_gate, (a, b), module.sluice_options, query, key, value, mask=mask, causal=is_causal,
             scale=scaling, dropout=dropout,
         )  # fmt: skip
@@ -112,14 +112,18 @@ def is_cross_attention(name: str, module: nn.Module) -> bool:
 
 def make_gate(module: nn.Module, **arguments) -> Gate:
     config = module.config
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    heads = getattr(module, "num_heads", None) or config.num_attention_heads
+    kv_heads = heads // getattr(module, "num_key_value_groups", 1)
     return Gate(config.hidden_size, heads, kv_heads, **arguments)
 
 
 def _compute_logits(module, args, kwargs):
     """Forward pre-hook of a gated layer: its input is the gate's; the layer's cache is made to keep b."""
-    hidden_states = args[0] if args else kwargs["hidden_states"]
+    hidden_states = args[0] if args else kwargs.get("hidden_states")
+    if hidden_states is None:
+        raise ValueError(
+            f"{type(module).__name__} was called without hidden_states, expected them first or by name: the gate reads them"
+        )
     module.__dict__.pop("_sluice_logits", None)
     a, b = module.sluice_gate(hidden_states)
     for name in _CACHE_NAMES:

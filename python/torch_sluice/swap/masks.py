@@ -15,9 +15,11 @@ class MaskPattern(NamedTuple):
 
 
 def as_bool_mask(mask: Tensor) -> Tensor | None:
-    """True where a pair may be looked at; None if mask is a bias that says more than that."""
+    """True where a pair may be looked at; None if mask is a bias that says more than that, or that learns."""
     if mask.dtype == torch.bool:
         return mask
+    if mask.requires_grad:
+        return None
     keep = mask == 0
     # Masks are filled with -inf or with the most negative number of the dtype.
     if not torch.compiler.is_compiling() and not (keep | (mask <= torch.finfo(mask.dtype).min)).all():
@@ -41,13 +43,18 @@ def _expected(key_range: Tensor, causal: bool, n_q: int, n_k: int) -> Tensor:
     return expected
 
 
+def count_visible_keys(mask: Tensor, n_k: int) -> int:
+    """Keys up to the last one that any query may look at."""
+    return int((mask.any(dim=(0, 1, 2)) * torch.arange(1, n_k + 1, device=mask.device)).max()) if n_k else 0
+
+
 def _read(mask: Tensor, n_q: int, n_k: int, causal: bool) -> MaskPattern | None:
     mask = as_bool_mask(mask)
     if mask is None or not mask.numel():
         return None
     if mask.shape[2] != n_q:
         mask = mask.expand(-1, -1, n_q, -1)
-    seen = int((mask.any(dim=(0, 1, 2)) * torch.arange(1, n_k + 1, device=mask.device)).max())
+    seen = count_visible_keys(mask, n_k)
     for is_causal, last in ((True, n_k), (True, seen), (False, n_k)):
         # One query alone is under the causal mask or not without a difference in the mask: the module knows.
         if n_q == 1 and is_causal != causal:
@@ -70,6 +77,8 @@ def read_mask(mask: Tensor, batch: int, n_q: int, n_k: int, causal: bool) -> Mas
     """
     if torch.compiler.is_compiling():
         allowed = as_bool_mask(mask)
+        if allowed is None:
+            return None
         key_range = _range_of_last_row(allowed, n_k)
         matches = (allowed == _expected(key_range, causal, n_q, n_k)).all()
         torch._assert_async(

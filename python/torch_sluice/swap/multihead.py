@@ -6,7 +6,6 @@ from torch.nn import functional as F
 
 from torch_sluice.attention import Gate
 from torch_sluice.swap.call import GateOptions, attend_gated, attend_open
-from torch_sluice.swap.dense import dense_gated_attention
 from torch_sluice.swap.masks import as_bool_mask
 
 
@@ -87,16 +86,15 @@ class SluiceMultiheadAttention(nn.MultiheadAttention):
                     old_way["key_padding_mask"] = None if key_padding_mask is None else key_padding_mask.squeeze(0)
                 return super().forward(*arguments, **old_way)
         else:
-            logits = gate(query, key)
-            options = self.sluice_options
-            out = attend_gated(gate, logits, options, q, k, v, mask=mask, causal=causal, dropout=dropout)
+            out, weights = attend_gated(
+                gate, gate(query, key), self.sluice_options, q, k, v, mask=mask, causal=causal, dropout=dropout,
+                need_weights=need_weights,
+            )  # fmt: skip
             if need_weights:
-                _, weights = dense_gated_attention(
-                    q, k, v, *logits, mask=mask, causal=causal, tau=gate.tau, window=options.window,
-                    sinks=options.sinks,
-                )  # fmt: skip
                 weights = weights.mean(dim=1) if average_attn_weights else weights
                 weights = weights if batched else weights.squeeze(0)
+            else:
+                weights = None
         out = self.out_proj(out.transpose(1, 2).flatten(-2))
         if not batched:
             out = out.squeeze(0)

@@ -91,10 +91,13 @@ class _Interceptor(TorchFunctionMode):
                 f"{type(self.module).__name__}.forward got no floating-point tensor [batch, tokens, dim], expected the "
                 "layer's input: the gate reads it"
             )
-        return attend_gated(
+        if mask is not None and is_causal:
+            raise ValueError("is_causal is True and attn_mask is given, expected one of them")
+        out, _ = attend_gated(
             gate, gate(self.x), self.module.sluice_options, q, k, v, mask=mask, causal=causal, scale=scale,
             dropout=dropout_p,
         )  # fmt: skip
+        return out
 
 
 class InterceptedForward:
