@@ -122,7 +122,8 @@ def _compute_logits(module, args, kwargs):
     hidden_states = args[0] if args else kwargs.get("hidden_states")
     if hidden_states is None:
         raise ValueError(
-            f"{type(module).__name__} was called without hidden_states, expected them first or by name: the gate reads them"
+            f"{type(module).__name__} was called without hidden_states, expected them first or by name: the gate "
+            "reads them"
         )
     module.__dict__.pop("_sluice_logits", None)
     a, b = module.sluice_gate(hidden_states)
