@@ -41,7 +41,7 @@ def compare(run: Run, progress=lambda text: None) -> dict:
     result = {
         "density": sluice["density"],
         "pairs_skipped": 1 - sluice["density"],
-        "speedup": dense["seconds_per_step"] / sluice["seconds_per_step"],
+        "speedup": paired_speedup(dense["history"]["seconds"][first:], sluice["history"]["seconds"][first:]),
         "speedup_whole_run": dense["seconds_total"] / sluice["seconds_total"],
         "accuracy_kept": sluice["heldout_accuracy"] / dense["heldout_accuracy"] if dense["heldout_accuracy"] else 0.0,
         "gate_closed_at_step": closed,
@@ -73,6 +73,11 @@ def closing_step(history: History, target_density: float) -> int | None:
     while first > 0 and densities[first - 1] <= limit:
         first -= 1
     return first if first < len(densities) else None
+
+
+def paired_speedup(dense: list[float], sluice: list[float]) -> float:
+    """Median over the steps of dense's time / Sluice's. The two took turns, so what slows the machine slows a pair."""
+    return statistics.median(theirs / ours for theirs, ours in zip(dense, sluice, strict=True))
 
 
 def smooth(values: list[float]) -> list[float]:

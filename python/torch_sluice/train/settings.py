@@ -93,7 +93,7 @@ PRESETS = {
     # What the product is for: a context at which attention is most of the work, and minutes on two cores.
     "demo": Settings(
         preset="demo",
-        steps=220,
+        steps=200,
         context=2048,
         micro_batches=2,
         micro_size=1,
@@ -104,7 +104,7 @@ PRESETS = {
         learning_rate=3e-3,
         gate_learning_rate=3e-3,
         warmup=20,
-        target_density=0.25,
+        target_density=0.2,
         local_window=64,
         sinks=4,
         evaluate_every=20,
@@ -114,7 +114,7 @@ PRESETS = {
     # An hour on two cores.
     "long": Settings(
         preset="long",
-        steps=700,
+        steps=380,
         context=4096,
         micro_batches=2,
         micro_size=1,
@@ -124,11 +124,11 @@ PRESETS = {
         feedforward=512,
         learning_rate=3e-3,
         gate_learning_rate=3e-3,
-        warmup=50,
-        target_density=0.25,
+        warmup=40,
+        target_density=0.2,
         local_window=64,
         sinks=4,
-        evaluate_every=50,
+        evaluate_every=38,
         heldout_windows=48,
         quick_windows=6,
     ),
