@@ -57,7 +57,7 @@ static void lay_out(backward_pass *pass, sl_arena *arena, const sl_attention_pla
   memset(pass, 0, sizeof *pass);
   pass->plan = plan;
   pass->heads = args->batch * args->heads_kv;
-  pass->chunks = count_parts(args->n_k, plan->chunk) + 1; /* the sinks end a chunk before its time */
+  pass->chunks = count_parts(args->n_k, plan->chunk) + 2; /* two end before their time: at the sinks, at the grid */
   pass->tasks = plan->group * count_parts(args->n_q, plan->query_chunk);
   sl_arena measure = sl_arena_make(NULL, 0);
   sl_key_head head;
@@ -94,9 +94,11 @@ static void open_head(void *context, int64_t worker, int64_t task) {
   take_head(head, &arena, pass);
   head->batch = (pass->first + task) / args->heads_kv;
   head->head_kv = (pass->first + task) % args->heads_kv;
-  head->bounds = sl_attention_key_bounds(args, head->batch);
+  sl_key_ranges ranges = sl_attention_key_ranges(plan, head->batch, head->head_kv, 0, args->n_q);
+  head->bounds = ranges.bounds;
+  head->grid = ranges.grid;
   head->sink_chunks = count_parts(head->bounds.sinks - head->bounds.begin, plan->chunk);
-  head->chunks = head->sink_chunks + count_parts(head->bounds.end - head->bounds.sinks, plan->chunk);
+  head->chunks = head->sink_chunks + ranges.chunks;
   for (int64_t i = 0; i < pass->tasks; ++i) atomic_init(head->turns + i, 0);
   atomic_init(&head->flawed, false);
 }
@@ -111,21 +113,21 @@ static void open_chunk(void *context, int64_t worker, int64_t task) {
   int64_t number = task % pass->chunks;
   if (number >= head->chunks) return;
   bool sinks = number < head->sink_chunks;
-  int64_t base = sinks ? head->bounds.begin : head->bounds.sinks;
-  int64_t begin = base + (sinks ? number : number - head->sink_chunks) * plan->chunk;
-  int64_t end = smaller(begin + plan->chunk, sinks ? head->bounds.sinks : head->bounds.end);
-  sl_gradient_chunk *chunk = head->chunk + number;
-  bool sorted = !sinks && sl_attention_drops_pairs(plan, head->batch, head->head_kv);
-  sl_key_chunk keys = chunk->keys;
-  if (sorted && plan->args->causal) {
-    int64_t n_q = plan->args->n_q, first = (n_q - 1) / plan->query_chunk * plan->query_chunk;
-    sl_key_ranges ranges = sl_attention_key_ranges(plan, head->batch, head->head_kv, first, n_q);
-    if (number - head->sink_chunks >= ranges.past_whole) {
-      sorted = false;
-      keys.k_columns = keys.v_columns = keys.k_depths = NULL;
-    }
+  int64_t n_q = plan->args->n_q, first = (n_q - 1) / plan->query_chunk * plan->query_chunk;
+  sl_key_ranges ranges = sl_attention_key_ranges(plan, head->batch, head->head_kv, first, n_q);
+  sl_key_range range = sl_key_ranges_chunk(&ranges, plan, number - head->sink_chunks);
+  if (sinks) {
+    range.begin = head->bounds.begin + number * plan->chunk;
+    range.end = smaller(range.begin + plan->chunk, head->bounds.sinks);
   }
-  sl_key_chunk_fill(&keys, plan, head->batch, head->head_kv, begin, end, sorted);
+  sl_gradient_chunk *chunk = head->chunk + number;
+  bool sorted = !sinks && ranges.sorted;
+  sl_key_chunk keys = chunk->keys;
+  if (sorted && plan->args->causal && number - head->sink_chunks >= ranges.past_whole) {
+    sorted = false;
+    keys.k_columns = keys.v_columns = keys.k_depths = NULL;
+  }
+  sl_key_chunk_fill(&keys, plan, head->batch, head->head_kv, range.begin, range.end, sorted);
   chunk->keys = keys;
   for (int64_t j = 0; j < keys.count; ++j) head->place[keys.index[j]] = (int32_t)j;
   sl_gradient_chunk_clear(chunk, plan);

@@ -144,7 +144,14 @@ static void order_neighbours(sl_backward_worker *worker, const sl_attention_plan
   }
 }
 
-/* Far keys with rows sorted over the whole query chunk; then, with rows that are neighbours, what lies around them. */
+/* From the last to the first, so that prefixes by position do not grow. */
+static void order_by_position(sl_backward_worker *worker) {
+  int64_t count = worker->queries.count;
+  for (int64_t i = 0; i < count; ++i) worker->order[i] = (int32_t)(count - 1 - i);
+}
+
+/* Far keys with rows sorted over the whole query chunk; near ones with rows in order of position; and those at the
+ * border, where gate and position both decide, with few neighbouring rows sorted together. */
 static void run_sorted(sl_backward_worker *worker, const sl_attention_plan *plan, sl_key_head *head, int64_t task,
                        const sl_key_ranges *ranges) {
   sl_gradient_queries *queries = &worker->queries;
@@ -164,12 +171,17 @@ static void run_sorted(sl_backward_worker *worker, const sl_attention_plan *plan
   add_segments(worker, plan, head, ranges->after, true, SL_REGION_ALL, plan->chunk, plan->far_tile);
   sl_gradient_rows_add_to(&worker->rows, plan, queries);
 
+  if (head->sink_chunks > 0 || ranges->near.begin < ranges->near.end) {
+    order_by_position(worker);
+    sl_gradient_rows_load(&worker->rows, plan, queries, worker->order, queries->count);
+    for (int64_t i = 0; i < head->sink_chunks; ++i) {
+      add_chunk(worker, plan, head->chunk + i, SL_REGION_SINKS, plan->far_tile);
+    }
+    add_segments(worker, plan, head, ranges->near, false, SL_REGION_NEAR, plan->chunk, plan->near_tile);
+    sl_gradient_rows_add_to(&worker->rows, plan, queries);
+  }
   order_neighbours(worker, plan);
   sl_gradient_rows_load(&worker->rows, plan, queries, worker->order, queries->count);
-  for (int64_t i = 0; i < head->sink_chunks; ++i) {
-    add_chunk(worker, plan, head->chunk + i, SL_REGION_SINKS, plan->tile);
-  }
-  add_segments(worker, plan, head, ranges->near, false, SL_REGION_NEAR, plan->chunk, plan->tile);
   add_segments(worker, plan, head, ranges->border_past, true, SL_REGION_PAST, plan->piece, plan->tile);
   add_segments(worker, plan, head, ranges->border_after, true, SL_REGION_AFTER, plan->piece, plan->tile);
   sl_gradient_rows_add_to(&worker->rows, plan, queries);
@@ -182,14 +194,13 @@ static void run_unsorted(sl_backward_worker *worker, const sl_attention_plan *pl
   const sl_gated_attention_args *args = plan->args;
   bool all = !args->causal && args->window == 0;
   sl_gradient_chunk *chunk = head->chunk + head->sink_chunks;
-  int64_t count = worker->queries.count;
-  for (int64_t i = 0; i < count; ++i) worker->order[i] = (int32_t)(count - 1 - i);
-  sl_gradient_rows_load(&worker->rows, plan, &worker->queries, worker->order, count);
+  order_by_position(worker);
+  sl_gradient_rows_load(&worker->rows, plan, &worker->queries, worker->order, worker->queries.count);
   for (int64_t i = 0; i < ranges->chunks; ++i) {
     if (args->causal && chunk[i].keys.begin > ranges->last) break;
     sl_key_head_wait(head, task, (int)i + 1);
     add_chunk(worker, plan, chunk + i, all ? SL_REGION_ALL : SL_REGION_PAST, plan->far_tile);
-    if (args->window > 0) add_chunk(worker, plan, chunk + i, SL_REGION_NEAR, plan->far_tile);
+    if (args->window > 0) add_chunk(worker, plan, chunk + i, SL_REGION_NEAR, plan->near_tile);
     if (!args->causal && !all) add_chunk(worker, plan, chunk + i, SL_REGION_AFTER, plan->far_tile);
     sl_key_head_pass_on(head, task, (int)i + 1);
   }

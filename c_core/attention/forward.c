@@ -52,7 +52,7 @@ static void lay_out(forward_pass *pass, sl_arena *arena, const sl_attention_plan
   pass->plan = plan;
   pass->heads = args->batch * args->heads_kv;
   pass->query_chunks = count_parts(args->n_q, plan->query_chunk);
-  pass->chunks = pass->query_chunks > 1 ? count_parts(args->n_k, plan->chunk) : 0;
+  pass->chunks = pass->query_chunks > 1 ? count_parts(args->n_k, plan->chunk) + 1 : 0;
   sl_arena measure = sl_arena_make(NULL, 0);
   sl_key_chunk chunk;
   sl_key_chunk_take(&chunk, &measure, plan, smaller(plan->chunk, args->n_k), SL_K_COLUMNS | SL_V_DEPTHS);
@@ -117,9 +117,8 @@ static const sl_key_chunk *get_chunk(const forward_pass *pass, forward_worker *w
   const sl_attention_plan *plan = pass->plan;
   int64_t head = rows->batch * plan->args->heads_kv + rows->head_kv;
   if (pass->chunks) return pass->key_chunks + (head - pass->first) * pass->chunks + i;
-  int64_t begin = ranges->base + i * plan->chunk;
-  sl_key_chunk_fill(&worker->segment, plan, rows->batch, rows->head_kv, begin,
-                    smaller(begin + plan->chunk, ranges->end), ranges->sorted);
+  sl_key_range keys = sl_key_ranges_chunk(ranges, plan, i);
+  sl_key_chunk_fill(&worker->segment, plan, rows->batch, rows->head_kv, keys.begin, keys.end, ranges->sorted);
   return &worker->segment;
 }
 
@@ -132,7 +131,7 @@ static void run_unsorted(const forward_pass *pass, forward_worker *worker, const
   sl_key_range sinks = {ranges->bounds.begin, ranges->bounds.sinks};
   attend_segments(worker, plan, rows, sinks, false, SL_REGION_SINKS, plan->chunk, plan->tile);
   for (int64_t i = 0; i < ranges->chunks; ++i) {
-    if (args->causal && ranges->base + i * plan->chunk > ranges->last) break;
+    if (args->causal && sl_key_ranges_chunk(ranges, plan, i).begin > ranges->last) break;
     const sl_key_chunk *chunk = get_chunk(pass, worker, rows, ranges, i);
     attend_chunk(worker, plan, rows, chunk, all ? SL_REGION_ALL : SL_REGION_PAST, plan->far_tile);
     if (args->window > 0) attend_chunk(worker, plan, rows, chunk, SL_REGION_NEAR, plan->near_tile);
@@ -196,14 +195,14 @@ static void pack_keys(void *context, int64_t worker, int64_t task) {
   int64_t batch = head / args->heads_kv, head_kv = head % args->heads_kv;
   int64_t last = (pass->query_chunks - 1) * plan->query_chunk;
   sl_key_ranges ranges = sl_attention_key_ranges(plan, batch, head_kv, last, args->n_q);
-  int64_t begin = ranges.base + number * plan->chunk, end = smaller(begin + plan->chunk, ranges.end);
-  if (begin >= end) return;
+  if (number >= ranges.chunks) return;
   /* A sorted chunk that is not whole for the last queries is not whole for any. */
   if (args->causal && ranges.sorted && number >= ranges.past_whole) return;
   sl_key_chunk *chunk = pass->key_chunks + task;
   sl_arena arena = sl_arena_make(pass->chunk_memory + (size_t)task * pass->chunk_bytes, pass->chunk_bytes);
   sl_key_chunk_take(chunk, &arena, plan, smaller(plan->chunk, args->n_k), SL_K_COLUMNS | SL_V_DEPTHS);
-  sl_key_chunk_fill(chunk, plan, batch, head_kv, begin, end, ranges.sorted);
+  sl_key_range keys = sl_key_ranges_chunk(&ranges, plan, number);
+  sl_key_chunk_fill(chunk, plan, batch, head_kv, keys.begin, keys.end, ranges.sorted);
 }
 
 sl_status sl_attention_run_tiled(const sl_attention_plan *plan) {

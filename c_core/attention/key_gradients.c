@@ -47,7 +47,7 @@ void sl_key_head_add(sl_key_head *head, const sl_attention_plan *plan, const sl_
   for (int64_t j = 0; j < part->keys.count; ++j) {
     int64_t token = part->keys.index[j];
     int64_t number = token < head->bounds.sinks ? (token - head->bounds.begin) / plan->chunk
-                                                : head->sink_chunks + (token - head->bounds.sinks) / plan->chunk;
+                                                : head->sink_chunks + (token - head->grid) / plan->chunk;
     sl_gradient_chunk *chunk = head->chunk + number;
     int64_t place = head->place[token];
     add_rows(chunk->dk + place * plan->row_stride, part->dk + j * plan->row_stride, plan->row_stride);

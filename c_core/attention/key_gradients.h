@@ -24,6 +24,7 @@ typedef struct sl_key_head {
   int64_t batch, head_kv;
   sl_key_bounds bounds;
   int64_t sink_chunks, chunks;
+  int64_t grid;             /* see sl_key_ranges */
   sl_gradient_chunk *chunk; /* [chunks], sinks included */
   int32_t *place;           /* [n_k] where in its chunk a token lies */
   atomic_int *turns;        /* [tasks of the head] how far each task has come */

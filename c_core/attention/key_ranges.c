@@ -10,6 +10,17 @@ static sl_key_range cut(const sl_key_ranges *ranges, int64_t begin, int64_t end)
   return range;
 }
 
+/* The largest place up to base that is a whole number of chunks away from where the first query's far keys end. */
+static int64_t place_grid(const sl_attention_plan *plan, int64_t base, int64_t far_end) {
+  int64_t over = (base - far_end) % plan->chunk;
+  return base - (over < 0 ? over + plan->chunk : over);
+}
+
+sl_key_range sl_key_ranges_chunk(const sl_key_ranges *ranges, const sl_attention_plan *plan, int64_t i) {
+  int64_t begin = ranges->grid + i * plan->chunk;
+  return cut(ranges, begin, begin + plan->chunk);
+}
+
 sl_key_ranges sl_attention_key_ranges(const sl_attention_plan *plan, int64_t batch, int64_t head_kv, int64_t begin,
                                       int64_t end) {
   const sl_gated_attention_args *args = plan->args;
@@ -18,26 +29,28 @@ sl_key_ranges sl_attention_key_ranges(const sl_attention_plan *plan, int64_t bat
   ranges.bounds = sl_attention_key_bounds(args, batch);
   ranges.base = ranges.bounds.sinks;
   ranges.end = ranges.bounds.end;
-  ranges.chunks = (ranges.end - ranges.base + plan->chunk - 1) / plan->chunk;
+  int64_t window = smaller(args->window, args->n_k + args->n_q), gap = larger(window, 1);
+  bool bordered = ranges.sorted && (args->causal || window > 0);
+  ranges.grid = bordered ? place_grid(plan, ranges.base, args->n_k - args->n_q - gap + 1) : ranges.base;
+  if (ranges.base < ranges.end) ranges.chunks = (ranges.end - ranges.grid + plan->chunk - 1) / plan->chunk;
   ranges.first = begin + args->n_k - args->n_q;
   ranges.last = end - 1 + args->n_k - args->n_q;
   ranges.after_whole = ranges.chunks;
   if (!ranges.sorted) return ranges;
-  if (!args->causal && args->window == 0) {
+  if (!bordered) {
     ranges.past_whole = ranges.chunks;
     return ranges;
   }
   /* Keys up to position - gap are far before a query, those from position + gap on far behind it. */
-  int64_t window = smaller(args->window, args->n_k + args->n_q), gap = larger(window, 1);
   int64_t far_end = smaller(larger(ranges.first - gap + 1, ranges.base), ranges.end);
-  ranges.past_whole = far_end == ranges.end ? ranges.chunks : (far_end - ranges.base) / plan->chunk;
-  ranges.past = cut(&ranges, ranges.base + ranges.past_whole * plan->chunk, far_end);
+  ranges.past_whole = far_end == ranges.end ? ranges.chunks : (far_end - ranges.grid) / plan->chunk;
+  ranges.past = cut(&ranges, ranges.grid + ranges.past_whole * plan->chunk, far_end);
   ranges.border_past = cut(&ranges, ranges.first - gap + 1, ranges.last - gap + 1);
   if (window > 0) ranges.near = cut(&ranges, ranges.first - window + 1, ranges.last + (args->causal ? 1 : window));
   if (!args->causal) {
     int64_t far_begin = smaller(larger(ranges.last + gap, ranges.base), ranges.end);
-    ranges.after_whole = (far_begin - ranges.base + plan->chunk - 1) / plan->chunk;
-    ranges.after = cut(&ranges, far_begin, ranges.base + ranges.after_whole * plan->chunk);
+    ranges.after_whole = (far_begin - ranges.grid + plan->chunk - 1) / plan->chunk;
+    ranges.after = cut(&ranges, far_begin, ranges.grid + ranges.after_whole * plan->chunk);
     ranges.border_after = cut(&ranges, ranges.first + gap, ranges.last + gap);
   }
   return ranges;
