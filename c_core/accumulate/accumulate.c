@@ -10,8 +10,8 @@
 #include "runtime/executor.h"
 #include "runtime/status.h"
 
-/* A task is so many blocks: 64 Ki elements, enough to make handing it out cheap, few enough to balance. */
-enum { TASK_BLOCKS = 64 };
+/* A task is so many blocks: 32 Ki elements, enough to make handing it out cheap, few enough to balance. */
+enum { TASK_BLOCKS = 32 };
 
 #define SL_ACCUMULATE_KERNEL(name) extern const sl_accumulate_kernel sl_accumulate_##name;
 #include "accumulate/kernels.def"

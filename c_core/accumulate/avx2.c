@@ -1,4 +1,6 @@
-/* The AVX2 tier (with F16C): sixteen lanes are two registers. */
+/* The AVX2 tier (with FMA and F16C): sixteen lanes are two registers. */
+#include <math.h>
+
 #include "accumulate/kernel.h"
 #include "runtime/simd.h"
 
@@ -80,6 +82,21 @@ LANE_FUNCTION floats16 subtract(floats16 x, floats16 y) {
 
 LANE_FUNCTION floats16 multiply(floats16 x, floats16 y) {
   return (floats16){_mm256_mul_ps(x.low, y.low), _mm256_mul_ps(x.high, y.high)};
+}
+
+#if defined(SL_EMULATED) /* SIMDe does not fuse where the processor cannot */
+LANE_FUNCTION __m256 multiply_add_half(__m256 x, __m256 y, __m256 sum) {
+  float a[8], b[8], c[8];
+  _mm256_storeu_ps(a, x), _mm256_storeu_ps(b, y), _mm256_storeu_ps(c, sum);
+  for (int i = 0; i < 8; ++i) c[i] = fmaf(a[i], b[i], c[i]);
+  return _mm256_loadu_ps(c);
+}
+#else
+#define multiply_add_half _mm256_fmadd_ps
+#endif
+
+LANE_FUNCTION floats16 multiply_add(floats16 x, floats16 y, floats16 sum) {
+  return (floats16){multiply_add_half(x.low, y.low, sum.low), multiply_add_half(x.high, y.high, sum.high)};
 }
 
 LANE_FUNCTION ints16 broadcast_int(uint32_t value) {

@@ -1,4 +1,6 @@
 /* The AVX-512 tier (F, BW, DQ, VL): sixteen lanes are one register. */
+#include <math.h>
+
 #include "accumulate/kernel.h"
 #include "runtime/simd.h"
 
@@ -48,6 +50,17 @@ LANE_FUNCTION floats16 add(floats16 x, floats16 y) { return _mm512_add_ps(x, y);
 LANE_FUNCTION floats16 subtract(floats16 x, floats16 y) { return _mm512_sub_ps(x, y); }
 
 LANE_FUNCTION floats16 multiply(floats16 x, floats16 y) { return _mm512_mul_ps(x, y); }
+
+#if defined(SL_EMULATED) /* SIMDe does not fuse where the processor cannot */
+LANE_FUNCTION floats16 multiply_add(floats16 x, floats16 y, floats16 sum) {
+  float a[16], b[16], c[16];
+  _mm512_storeu_ps(a, x), _mm512_storeu_ps(b, y), _mm512_storeu_ps(c, sum);
+  for (int i = 0; i < 16; ++i) c[i] = fmaf(a[i], b[i], c[i]);
+  return _mm512_loadu_ps(c);
+}
+#else
+LANE_FUNCTION floats16 multiply_add(floats16 x, floats16 y, floats16 sum) { return _mm512_fmadd_ps(x, y, sum); }
+#endif
 
 LANE_FUNCTION ints16 broadcast_int(uint32_t value) { return _mm512_set1_epi32((int)value); }
 

@@ -2,7 +2,7 @@
  * a vocabulary of sixteen lanes, whatever its registers are:
  *   floats16, ints16 (32 bits a lane)
  *   load_f32 load_bf16 load_f16 (pointer) -> floats16,  store_f32 store_bf16 store_f16 (pointer, floats16)
- *   add multiply subtract (floats16, floats16),  broadcast (float)
+ *   add multiply subtract (floats16, floats16),  multiply_add (x, y, sum) fused: x * y + sum,  broadcast (float)
  *   bits_of (floats16) -> ints16,  floats_of (ints16),  absolute_bits (floats16) -> ints16
  *   add_ints xor_ints multiply_ints and_ints (ints16, ints16),  shift_right (ints16, n),  broadcast_int (uint32_t),
  *   lane_numbers (),  sum_lanes (floats16) by halves
@@ -34,7 +34,7 @@ typedef struct measurement {
 SL_INLINE measurement measure_nothing(void) { return (measurement){broadcast(0), no_largest()}; }
 
 SL_INLINE void measure_values(measurement *m, floats16 values) {
-  m->squares = add(m->squares, multiply(values, values));
+  m->squares = multiply_add(values, values, m->squares);
   m->largest = keep_largest(m->largest, absolute_bits(values));
 }
 
@@ -79,16 +79,25 @@ SL_INLINE void take_measurement(sl_dtype dtype, const void *values, int64_t coun
   stats->grad_amax = (double)sl_float_from_bits(largest);
 }
 
-SL_INLINE floats16 add_product(floats16 gradient, floats16 scale, bool overwrite, floats16 old) {
-  floats16 product = multiply(gradient, scale);
-  return overwrite ? product : add(old, product);
+/* How far ahead of the loads memory is asked for, in bytes. The statistics hang on what is loaded, and while they wait
+ * no further loads are begun; asked for in advance, lines are there when the loads come. A float16 block is rounded
+ * without touching memory, so there the next block is asked for. Both distances are the best of those tried. */
+enum { PREFETCH_DISTANCE = 384, PREFETCH_DISTANCE_F16 = 3072 };
+
+SL_INLINE void prefetch(const void *address, int distance) {
+  __builtin_prefetch((const void *)((uintptr_t)address + (uintptr_t)distance));
 }
 
-/* How far ahead of the loads memory is asked for, in bytes: the hardware stops at the end of each page. */
-enum { PREFETCH_DISTANCE = 2048 };
-
-SL_INLINE void prefetch(const void *address) {
-  __builtin_prefetch((const void *)((uintptr_t)address + PREFETCH_DISTANCE));
+/* Sum of squares of a block's sums; infinity if one is not finite. */
+SL_INLINE double measure_sums(const float *sums, int64_t count, floats16 squares) {
+  float sumsq = sum_lanes(squares);
+  if (sl_trusted(sumsq)) return (double)sumsq;
+  uint32_t any = 0;
+  for (int64_t i = 0; i < count; ++i) any |= sl_float_bits(sums[i]) << 1;
+  if (!any) return 0;
+  double exact, amax, nonfinite;
+  sl_measure_values(SL_F32, sums, count, &exact, &amax, &nonfinite);
+  return nonfinite > 0 ? (double)INFINITY : exact;
 }
 
 SL_INLINE void accumulate_f32(const sl_accumulate_args *args, int64_t block, sl_accumulate_stats *stats,
@@ -97,28 +106,28 @@ SL_INLINE void accumulate_f32(const sl_accumulate_args *args, int64_t block, sl_
   const char *grad = sl_offset(args->grad, first, grad_dtype);
   float *sums = sl_offset(args->accumulator, first, SL_F32);
   floats16 scale = broadcast((float)args->grad_scale);
-  measurement of_grad = measure_nothing(), of_sums = measure_nothing();
+  measurement of_grad = measure_nothing();
+  floats16 squares = broadcast(0);
   for (; i + LANES <= count; i += LANES) {
     floats16 gradient = load(grad_dtype, sl_offset(grad, i, grad_dtype));
-    floats16 sum = add_product(gradient, scale, overwrite, overwrite ? gradient : load_f32(sums + i));
-    prefetch(sl_offset(grad, i, grad_dtype));
-    prefetch(sums + i);
+    floats16 sum = multiply(gradient, scale);
+    if (!overwrite) sum = add(load_f32(sums + i), sum);
+    prefetch(sl_offset(grad, i, grad_dtype), PREFETCH_DISTANCE);
+    prefetch(sums + i, PREFETCH_DISTANCE);
     store_f32(sums + i, sum);
     measure_values(&of_grad, gradient);
-    measure_values(&of_sums, sum);
+    squares = multiply_add(sum, sum, squares);
   }
   if (i < count) {
     floats16 gradient = load_some(grad_dtype, sl_offset(grad, i, grad_dtype), count - i);
-    floats16 old = overwrite ? gradient : load_some(SL_F32, sums + i, count - i);
-    floats16 sum = add_product(gradient, scale, overwrite, old);
+    floats16 sum = multiply(gradient, scale);
+    if (!overwrite) sum = add(load_some(SL_F32, sums + i, count - i), sum);
     store_some(SL_F32, sums + i, sum, count - i);
     measure_values(&of_grad, gradient);
-    measure_values(&of_sums, sum);
+    squares = multiply_add(sum, sum, squares);
   }
-  sl_accumulate_stats after = {0};
   take_measurement(grad_dtype, grad, count, &of_grad, stats);
-  take_measurement(SL_F32, sums, count, &of_sums, &after);
-  stats->sum_sumsq = after.grad_nonfinite > 0 ? (double)INFINITY : after.grad_sumsq;
+  stats->sum_sumsq = measure_sums(sums, count, squares);
 }
 
 static const uint32_t random_step = 0x9E3779B1u;
@@ -155,7 +164,7 @@ SL_INLINE floats16 round_lanes(floats16 x, bool stochastic, bool some_small, int
     r->underflow += __builtin_popcount(mask_bits(small) & ~mask_bits(lanes_below(magnitude, broadcast(0x1p-149f))));
   }
   floats16 error = subtract(rounded, x);
-  r->squares = add(r->squares, multiply(error, error));
+  r->squares = multiply_add(error, error, r->squares);
   return rounded;
 }
 
@@ -201,7 +210,8 @@ SL_INLINE bool is_small(uint32_t smallest, int exponent) {
   return smallest + 1 < bits && smallest != UINT32_MAX;
 }
 
-/* First the sums, into memory that stays in the first-level cache, then the exponent, then the rounding. */
+/* First the sums, into memory that stays in the first-level cache, then the exponent, then the rounding. Old sums times
+ * their scale are exact, so that they may be fused with the addition. */
 SL_INLINE void accumulate_f16(const sl_accumulate_args *args, int64_t block, sl_accumulate_stats *stats,
                               sl_dtype grad_dtype, bool overwrite) {
   _Alignas(64) float sums[SL_ACCUMULATE_BLOCK];
@@ -214,10 +224,10 @@ SL_INLINE void accumulate_f16(const sl_accumulate_args *args, int64_t block, sl_
   extremes smallest = no_smallest();
   for (; i + LANES <= count; i += LANES) {
     floats16 gradient = load(grad_dtype, sl_offset(grad, i, grad_dtype));
-    floats16 old = overwrite ? gradient : multiply(load_f16(stored + i), old_scale);
-    floats16 sum = add_product(gradient, scale, overwrite, old);
-    prefetch(sl_offset(grad, i, grad_dtype));
-    prefetch(stored + i);
+    floats16 sum = multiply(gradient, scale);
+    if (!overwrite) sum = multiply_add(load_f16(stored + i), old_scale, sum);
+    prefetch(sl_offset(grad, i, grad_dtype), PREFETCH_DISTANCE_F16);
+    prefetch(stored + i, PREFETCH_DISTANCE_F16);
     store_f32(sums + i, sum);
     measure_values(&of_grad, gradient);
     measure_values(&of_sums, sum);
@@ -225,8 +235,8 @@ SL_INLINE void accumulate_f16(const sl_accumulate_args *args, int64_t block, sl_
   }
   if (i < count) {
     floats16 gradient = load_some(grad_dtype, sl_offset(grad, i, grad_dtype), count - i);
-    floats16 old = overwrite ? gradient : multiply(load_some(SL_F16, stored + i, count - i), old_scale);
-    floats16 sum = add_product(gradient, scale, overwrite, old);
+    floats16 sum = multiply(gradient, scale);
+    if (!overwrite) sum = multiply_add(load_some(SL_F16, stored + i, count - i), old_scale, sum);
     store_f32(sums + i, sum);
     measure_values(&of_grad, gradient);
     measure_values(&of_sums, sum);
@@ -239,10 +249,8 @@ SL_INLINE void accumulate_f16(const sl_accumulate_args *args, int64_t block, sl_
     sl_accumulate_scalar.accumulate(args, block, stats);
     return;
   }
-  sl_accumulate_stats after = {0};
   take_measurement(grad_dtype, grad, count, &of_grad, stats);
-  take_measurement(SL_F32, sums, count, &of_sums, &after);
-  stats->sum_sumsq = after.grad_sumsq;
+  stats->sum_sumsq = measure_sums(sums, count, of_sums.squares);
   int exponent = sl_choose_exponent(largest);
   bool some_small = is_small(smallest_of(smallest), exponent);
   if (args->stochastic && some_small)

@@ -24,9 +24,10 @@ const sl_accumulate_kernel *sl_accumulate_list_kernels(int number);
 
 extern const sl_accumulate_kernel sl_accumulate_scalar;
 
-/* Sums of squares are kept in so many float lanes, element i of a block in lane i % 16, and added up by halves: every
- * tier can do so, and gets the same bits. Where that is not sl_trusted, because squares overflowed or vanished, or a
- * value was not finite, the block's sum is redone in lanes of doubles, over its finite values. */
+/* Sums of squares are kept in so many float lanes, element i of a block in lane i % 16, by fused multiply-adds, and
+ * added up by halves: every tier can do so, and gets the same bits. Where that is not sl_trusted, because squares
+ * overflowed or vanished, or a value was not finite, the block's sum is redone in lanes of doubles, over its finite
+ * values. */
 enum { SL_ACCUMULATE_LANES = 16 };
 static inline bool sl_trusted(float sum) { return sum >= 0x1p-80f && sum <= 0x1.fffffep127f; }
 

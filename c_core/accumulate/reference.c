@@ -48,7 +48,7 @@ void sl_measure_values(sl_dtype dtype, const void *values, int64_t count, double
       *nonfinite += 1;
       continue;
     }
-    lanes[i % SL_ACCUMULATE_LANES] += value * value;
+    lanes[i % SL_ACCUMULATE_LANES] = fmaf(value, value, lanes[i % SL_ACCUMULATE_LANES]);
     wide[i % SL_ACCUMULATE_LANES] += (double)value * (double)value;
     if (fabsf(value) > *amax) *amax = fabsf(value);
   }
@@ -85,7 +85,7 @@ static void round_block(const sl_accumulate_args *args, int64_t block, const flo
     store(SL_F16, args->accumulator, first + i, rounded);
     if (!isfinite(sums[i])) continue;
     float error = rounded - x;
-    lanes[i % SL_ACCUMULATE_LANES] += error * error;
+    lanes[i % SL_ACCUMULATE_LANES] = fmaf(error, error, lanes[i % SL_ACCUMULATE_LANES]);
     if (x != 0 && fabsf(x) < smallest_normal) stats->underflow += 1;
   }
   stats->error_sumsq = ldexp((double)add_lanes(lanes), 2 * exponent);
