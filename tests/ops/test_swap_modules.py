@@ -67,12 +67,13 @@ def test_multihead_open_gates_change_nothing(name, need_weights, batch_first):
 
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("window", [0, 2])
 @pytest.mark.filterwarnings("ignore:this attention mask is not")
-def test_multihead_gates_follow_the_formula(name, batch_first):
+def test_multihead_gates_follow_the_formula(name, batch_first, window):
     """Gates move what passes: out is (softmax over kept pairs * gate) v, and so are the weights that are returned."""
     torch.manual_seed(0)
     mha = nn.MultiheadAttention(DIM, HEADS, batch_first=batch_first, dropout=0.0)
-    swap_attention(mha, target_density=0.5, window=2, sinks=1)
+    swap_attention(mha, target_density=0.5, window=window, sinks=1)
     randomise_gates(mha)
     x = torch.randn(3, TOKENS, DIM)
     given = x if batch_first else x.transpose(0, 1)
@@ -85,7 +86,7 @@ def test_multihead_gates_follow_the_formula(name, batch_first):
     a, b = mha.sluice_gate(x)
     z = a[..., None] + b[..., None, :]
     i = torch.arange(TOKENS)
-    near = ((i[:, None] - i).abs() < 2) | (i < 1)
+    near = ((i[:, None] - i).abs() < max(window, 1)) | (i < 1)
     assert (weights[(z < 0).logical_and(~near)] == 0).all()
     assert (weights > 0).any()
 
@@ -232,6 +233,34 @@ def test_sdpa_gates_are_asked_and_learn():
     randomise_gates(model, 3.0)
     model.blocks[0].attn.sluice_options = model.blocks[0].attn.sluice_options._replace(window=1)
     assert not torch.allclose(model(IDS), plain)
+
+
+@pytest.mark.parametrize("target_density", [None, 0.5])
+@pytest.mark.filterwarnings("ignore:this attention mask is not")
+def test_a_bias_that_learns_gets_its_gradient(target_density):
+    """Though it is all zeros at first, as a mask that keeps everything is."""
+    model = swap_attention(GPT(), target_density=target_density)
+    bias = torch.zeros(TOKENS, TOKENS, requires_grad=True)
+    model(IDS, mask=bias).square().mean().backward()
+    assert bias.grad.abs().max() > 0
+
+
+def test_sdpa_causal_and_mask_at_once():
+    class Both(Attention):
+        def forward(self, x):
+            q = x.unsqueeze(1)
+            return F.scaled_dot_product_attention(q, q, q, attn_mask=~CAUSAL, is_causal=True).squeeze(1)
+
+    x = torch.randn(3, TOKENS, DIM)
+    try:
+        expected = Both()(x)
+    except RuntimeError:  # older versions of torch refuse it
+        with pytest.raises(RuntimeError):
+            swap_attention(Both())(x)
+    else:
+        assert torch.equal(swap_attention(Both())(x), expected)
+    with pytest.raises(ValueError, match="is_causal is True and attn_mask is given, expected one of them"):
+        swap_attention(Both(), target_density=0.5)(x)
 
 
 def test_sdpa_with_a_cache_of_its_own():

@@ -227,6 +227,13 @@ def test_any_mask_with_gates(mask):
     torch.testing.assert_close(model(IDS, attention_mask=per_head, position_ids=position_ids).logits[seen], expected)
 
 
+@pytest.mark.filterwarnings("ignore:this attention mask is not")
+def test_dense_formula_and_operator_agree_where_the_mask_does():
+    model = randomise_gates(swap_attention(make("llama"), target_density=0.5, window=0, sinks=0), 3.0)
+    right = model(IDS).logits
+    torch.testing.assert_close(model(IDS, attention_mask=HOLE).logits[:, :5], right[:, :5])  # the hole is behind them
+
+
 def test_sliding_window_model():
     torch.manual_seed(0)
     config = MistralConfig(**LAYERS, **SPECIAL, num_key_value_heads=2, intermediate_size=64, sliding_window=4)
