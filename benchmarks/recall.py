@@ -26,7 +26,7 @@ from benchmarks.recall_task import PAIRS, QUERIES, SYMBOLS, Model, density_of_wi
 from torch_sluice.attention import DensityController, parameter_groups
 
 SHORT = 256
-DENSE_RATE, RATE, GATE_RATE = 2e-3, 1e-3, 10e-3
+DENSE_RATE, RATE, GATE_RATE = 4e-3, 1e-3, 10e-3
 UNTRAINED_WINDOWS = (0.1, 0.2, 0.4, 0.6, 0.8)
 CHANCE = 1 / SYMBOLS
 
@@ -36,7 +36,7 @@ def batch_size(n):
     return max(4, 4096 // n)
 
 
-def train(model, n, steps, rate, seed, on_step, controller=None, sequences=None, enough=None):
+def train(model, n, steps, rate, seed, on_step, controller=None, enough=None):
     """Trains in place; ``enough``: stop once the running mean of the loss is below it. Returns the steps done."""
     generator = torch.Generator().manual_seed(seed)
     groups = parameter_groups(model, rate, 0.01, gate_lr=GATE_RATE)
@@ -44,7 +44,7 @@ def train(model, n, steps, rate, seed, on_step, controller=None, sequences=None,
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
     running = None
     for step in range(steps):
-        batch = draw(sequences or batch_size(n), n, generator)
+        batch = draw(batch_size(n), n, generator)
         loss = F.cross_entropy(model(batch).flatten(0, 1), batch.answer.flatten())
         value = loss.item()
         running = value if running is None else 0.95 * running + 0.05 * value
@@ -108,8 +108,7 @@ class Benchmark:
         torch.manual_seed(self.seed)
         model = Model()
         n, seed, steps = self.n, self.seed, self.dense_steps
-        short = dict(sequences=32, enough=0.02)
-        done = self._train(f"dense, n = {SHORT}", model, steps, SHORT, steps, DENSE_RATE, seed, **short)[0]
+        done = self._train(f"dense, n = {SHORT}", model, steps, SHORT, steps, DENSE_RATE, seed, enough=0.02)[0]
         if n != SHORT:
             done += self._train(f"dense, n = {n}", model, steps, n, steps, RATE, seed + 1, enough=0.02)[0]
         start = copy.deepcopy(model)
