@@ -7,7 +7,7 @@ Three tables:
   the seed's ``adaptive_precision`` (norm, branch, cast, add). Operands come from memory, not from the cache: each
   call takes the next of a pool of tensors. A row's ``ratio`` is seconds of ``add_`` / seconds of Sluice.
 - one window of a model, session and hooks included: the ordinary loop against ``torch_sluice.accumulate``.
-- the error of the sum after a window, by format: the reason for the scale and for stochastic rounding.
+- the error of the sum after a window, by format: the reason for the scale and for stochastic rounding. Not timed.
 """
 
 import itertools
@@ -162,7 +162,7 @@ def sum_up(format: str, grads) -> torch.Tensor:
 FORMATS = ("float32", "float16", "bfloat16", "scaled float16, nearest", "scaled float16, stochastic")
 
 
-def measure_errors(elements: int, norm: float, every: int) -> list[dict]:
+def measure_errors(elements: int, norm: float, every: int, machine: dict) -> list[dict]:
     """Sums of gradients that share a direction, as those of micro-batches do: half signal, half noise."""
     generator = torch.Generator().manual_seed(0)
 
@@ -179,27 +179,35 @@ def measure_errors(elements: int, norm: float, every: int) -> list[dict]:
             {
                 "operation": "error",
                 "format": format,
+                "dtype": "float32",
                 "elements": elements,
                 "norm": norm,
                 "every": every,
                 "relative_error": ((total - exact).norm() / exact.norm()).item(),
                 "flushed": ((total == 0) & (exact != 0)).double().mean().item(),
+                "seconds": None,
+                "peers": {},
+                "ratio": None,
+                **machine,
             }
         )
     return rows
 
 
-def parse_options():
+def parse_options(arguments=None):
     parser = harness.make_parser(__doc__.splitlines()[0], repeats=15)
     parser.add_argument("--elements", type=int, nargs="+", default=[1 << 16, 1 << 20, 1 << 22, 1 << 25])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="of gradients")
     parser.add_argument("--warm", action="store_true", help="operands stay in the cache if they fit")
     parser.add_argument("--every", type=int, default=8, help="micro-batches in a window")
-    options = parser.parse_args()
-    if min(options.elements) < 1 or options.every < 1:
-        parser.error("--elements and --every must be at least 1")
+    parser.add_argument("--width", type=int, default=1024, help="of the layers of the window's model")
+    parser.add_argument("--error-elements", type=int, default=31_000_000, help="of the sums whose error is shown")
+    options = parser.parse_args(arguments)
+    if min(*options.elements, options.every, options.width, options.error_elements) < 1:
+        parser.error("--elements, --every, --width and --error-elements must be at least 1")
     if options.quick:
         options.elements, options.dtype, options.repeats = [1 << 22], ["float32"], min(options.repeats, 5)
+        options.width, options.error_elements = min(options.width, 512), min(options.error_elements, 1 << 20)
     return options
 
 
@@ -248,8 +256,8 @@ def print_tables(calls, windows, errors) -> None:
     )
 
 
-def main() -> None:
-    options = parse_options()
+def main(arguments=None) -> None:
+    options = parse_options(arguments)
     machine = harness.describe_machine(options.threads)
     harness.print_machine(machine)
     steps = [("call", (n, dtype, options.warm)) for dtype in options.dtype for n in options.elements]
@@ -259,9 +267,9 @@ def main() -> None:
         if kind == "call":
             calls += measure_call(case, options, machine)
         elif kind == "window":
-            windows += Window(options.every, 512 if options.quick else 1024).measure(options, machine)
+            windows += Window(options.every, options.width).measure(options, machine)
         else:
-            errors += measure_errors(1 << 20 if options.quick else 31_000_000, case, options.every)
+            errors += measure_errors(options.error_elements, case, options.every, machine)
     print_tables(calls, windows, errors)
     harness.write_json(options.json, calls + windows + errors)
 

@@ -175,7 +175,7 @@ def measure(case: Case, options, flex: Flex, machine: dict) -> dict:
     }
 
 
-def parse_options():
+def parse_options(arguments=None):
     parser = harness.make_parser(__doc__.splitlines()[0])
     parser.add_argument("--n", type=int, nargs="+", default=[2048, 8192], help="tokens")
     parser.add_argument("--density", type=float, nargs="+", default=[1, 0.5, 0.25, 0.1], help="kept causal pairs")
@@ -193,7 +193,7 @@ def parse_options():
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out: compiling takes a minute")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     for density in options.density:
         if not 0 < density <= 1:
             parser.error(f"--density is {density}, expected a share above 0 and at most 1")
@@ -203,8 +203,8 @@ def parse_options():
     return options
 
 
-def main() -> None:
-    options = parse_options()
+def main(arguments=None) -> None:
+    options = parse_options(arguments)
     machine = harness.describe_machine(options.threads)
     harness.print_machine(machine)
     flex, rows = Flex(), []

@@ -4,6 +4,10 @@ A machine is never quiet, so nothing here believes a single time. In each round 
 other and in an order that turns; a ratio is the median over rounds of the ratio within a round, so that what slows a
 stretch of the run slows both sides of it. What takes milliseconds runs three times in a round and its best time counts:
 being interrupted by another process only ever adds, and by whole time slices.
+
+``--json`` writes a list of rows, one for each case. A row says what ran (``pass`` or ``operation``, ``dtype``, sizes),
+``seconds`` of Sluice, ``peers`` (name -> seconds, null: it did not run), ``ratio`` (a peer / Sluice: above 1, Sluice is
+faster), and where: ``threads``, ``isa``, ``processor``, ``torch``. A program says so where a row is not about time.
 """
 
 import argparse

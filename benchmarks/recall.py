@@ -7,21 +7,23 @@ there, each with as many steps on as many sequences: dense goes on; gates close 
 ``DensityController``; a sliding window of twice that density is trained in its place. The trained gates are measured as
 they are deployed: hard selection by the operator, kept pairs counted exactly. Windows of other densities are put on the
 dense model without training.
+
+What is compared here is accuracy, not time: a row's ``peers`` holds the accuracy of dense and ``ratio`` is that of the
+row over it. ``seconds``, a training step's, is for orientation: the kinds are trained one after the other.
 """
 
 import argparse
 import copy
-import json
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import nn
 
+from benchmarks import harness
 from benchmarks.recall_task import PAIRS, QUERIES, SYMBOLS, Model, density_of_window, draw, evaluate, window_of
 from torch_sluice.attention import DensityController, parameter_groups
 
@@ -66,10 +68,10 @@ def train(model, n, steps, rate, seed, on_step, controller=None, enough=None):
 class Benchmark:
     """Runs the kinds of attention one after the other and collects a row for each."""
 
-    def __init__(self, n, options, progress):
+    def __init__(self, n, options, machine, progress):
         self.n, self.targets, self.steps, self.dense_steps = n, options.target, options.steps, options.dense_steps
         self.sequences, self.seed, self.window = options.sequences, options.seed, options.window
-        self.progress, self.status = progress, ""
+        self.machine, self.progress, self.status = machine, progress, ""
         self.rows = []
 
     def _train(self, title, model, steps, *arguments, **options):
@@ -91,16 +93,20 @@ class Benchmark:
         dense = next((row["accuracy"] for row in self.rows if row["method"] == "dense"), accuracy)
         self.rows.append(
             {
-                "n": self.n,
+                "operation": "recall",
                 "method": method,
+                "dtype": "float32",
+                "causal": True,
+                "n": self.n,
                 "density": kept if density is None else density,
                 "accuracy": accuracy,
-                "of_dense": accuracy / dense,
+                "peers": {"dense": dense},
+                "ratio": accuracy / dense if dense else None,
                 "steps": steps,
-                "seconds_per_step": seconds / steps if steps else None,
+                "seconds": seconds / steps if steps else None,
                 "seed": self.seed,
-                "threads": torch.get_num_threads(),
                 **more,
+                **self.machine,
             }
         )
 
@@ -139,18 +145,17 @@ class Benchmark:
         self._add_row("gate", model, None, self.steps, seconds, target=target, window=self.window)
 
 
-def print_rows(console, rows):
+def print_rows(rows):
     table = Table(title=f"Recall, n = {rows[0]['n']}: {PAIRS} pairs, {QUERIES} queries, chance {CHANCE:.1%}")
-    for title in ("attention", "window", "target", "density", "answers right", "of dense", "s / step"):
+    for title in ("attention", "window", "target", "density", "answers right", "of dense", "step"):
         table.add_column(title, justify="left" if title == "attention" else "right")
     for row in rows:
-        seconds = row["seconds_per_step"]
         table.add_row(
             row["method"], str(row.get("window", "")), f"{row['target']:g}" if "target" in row else "",
-            f"{row['density']:.3f}", f"{row['accuracy']:.1%}", f"{row['of_dense']:.1%}",
-            f"{seconds:.2f}" if seconds else "",
+            f"{row['density']:.3f}", f"{row['accuracy']:.1%}", f"{row['ratio']:.1%}" if row["ratio"] else "-",
+            harness.format_seconds(row["seconds"]),
         )  # fmt: skip
-    console.print(table)
+    harness.console.print(table)
 
 
 def main(arguments=None):
@@ -175,16 +180,16 @@ def main(arguments=None):
     for target in options.target:
         if not 0 < target <= 0.5:
             parser.error(f"--target is {target}, expected numbers in (0, 0.5]")
-    if options.threads > 0:
-        torch.set_num_threads(options.threads)
-    console = Console()
-    columns = (TextColumn("{task.description:24}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[status]}"), console=console) as progress:
-        rows = Benchmark(n, options, progress).run()
-    print_rows(console, rows)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    machine = harness.describe_machine(options.threads if options.threads > 0 else torch.get_num_threads())
+    harness.print_machine(machine)
+    columns = (
+        *(TextColumn("{task.description:24}"), BarColumn(), TextColumn("{task.completed}/{task.total}")),
+        *(TimeRemainingColumn(), TextColumn("{task.fields[status]}")),
+    )
+    with Progress(*columns, console=harness.console) as progress:
+        rows = Benchmark(n, options, machine, progress).run()
+    print_rows(rows)
+    harness.write_json(options.json, rows)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,95 @@
+"""The benchmark programs run, at sizes that say nothing about speed, and write the rows that they promise."""
+
+import json
+
+import pytest
+
+import torch_sluice.info
+from benchmarks import accumulate, gated_attention, recall
+
+WHERE = {"threads", "isa", "processor", "torch"}
+
+
+@pytest.fixture
+def rows_of(tmp_path, capsys):
+    """Runs a program in this process and returns the rows of its JSON."""
+
+    def run(program, *arguments):
+        path = tmp_path / "results" / "rows.json"  # the folder is made by the program
+        program.main([*map(str, arguments), "--threads=1", f"--json={path}"])
+        rows = json.loads(path.read_text())
+        for row in rows:
+            assert row.keys() >= {"dtype", "seconds", "peers", "ratio"} | WHERE
+            assert row["threads"] == 1
+            assert row["isa"] == torch_sluice.info.describe_plugin()["cpu"]["isa"]
+        return rows
+
+    return run
+
+
+def test_gated_attention(rows_of, capsys):
+    sizes = "--n=48", "--heads=2", "--head-dim=16", "--repeats=1", "--no-flex"
+    rows = rows_of(gated_attention, *sizes, "--density", 1, 0.5, "--dtype", "float32", "bfloat16")
+    cases = [(row["pass"], row["dtype"], row["density"]) for row in rows]
+    expected = [
+        (direction, dtype, density)
+        for direction in ("forward", "backward")
+        for dtype in ("float32", "bfloat16")
+        for density in (1, 0.5)
+    ]
+    assert cases == expected
+    for row in rows:
+        assert (row["causal"], row["n"], row["batch"], row["heads"], row["head_dim"]) == (True, 48, 1, 2, 16)
+        assert row["achieved_density"] == pytest.approx(row["density"], abs=0.03)
+        assert row["peers"].keys() == {"sdpa", "flex", "eager"}
+        assert row["peers"]["flex"] is None
+        assert row["peers"]["eager"] > 0
+        # One round, so the ratio of the round is that of the times.
+        assert row["ratio"] == pytest.approx(row["peers"]["sdpa"] / row["seconds"])
+    assert "ratio = best peer / sluice" in capsys.readouterr().out
+
+
+def test_accumulate(rows_of, monkeypatch, capsys):
+    monkeypatch.setattr(accumulate, "POOL_BYTES", 1 << 16)
+    sizes = "--elements", 1000, "--width", 16, "--error-elements", 5000
+    rows = rows_of(accumulate, *sizes, "--dtype", "float32", "--repeats", 1, "--every", 2)
+    kinds = {kind: [row for row in rows if row["operation"] == kind] for kind in ("accumulate_", "window", "error")}
+    assert sum(map(len, kinds.values())) == len(rows)
+    assert [row["format"] for row in kinds["accumulate_"]] == ["fp32", "fp16 stochastic", "fp16 nearest"]
+    for row in kinds["accumulate_"]:
+        assert (row["elements"], row["memory"]) == (1000, "cold")
+        assert row["peers"].keys() == {"add_", "add_ and measure", "adaptive_precision"}
+        assert row["ratio"] == pytest.approx(row["peers"]["add_"] / row["seconds"])
+        assert row["ratio_to_measuring"] == pytest.approx(row["peers"]["add_ and measure"] / row["seconds"])
+    assert [row["format"] for row in kinds["window"]] == ["auto", "fp32", "fp16", "seed"]
+    for row in kinds["window"]:
+        assert row["ratio"] == pytest.approx(row["peers"]["torch"] / row["seconds"])
+        assert row["peer_bytes"] == 4 * row["elements"] == 4 * 12 * 16**2
+    errors = {row["format"]: row["relative_error"] for row in kinds["error"] if row["norm"] == 1e-3}
+    assert errors.keys() == set(accumulate.FORMATS)
+    assert errors["float32"] < errors["scaled float16, nearest"] < errors["float16"]
+    assert {(row["seconds"], row["ratio"]) for row in kinds["error"]} == {(None, None)}
+    assert "error of the sum of a window" in capsys.readouterr().out
+
+
+def test_recall(rows_of, capsys):
+    sizes = "--n=48", "--steps=3", "--dense-steps=2", "--sequences=8", "--target", 0.3
+    rows = rows_of(recall, *sizes)
+    assert [row["method"] for row in rows] == ["dense", "gate", "window", *["window, untrained"] * 5]
+    dense = rows[0]["accuracy"]
+    for row in rows:
+        assert (row["operation"], row["n"], row["causal"]) == ("recall", 48, True)
+        assert 0 < row["density"] <= 1
+        assert row["peers"] == {"dense": dense}
+        assert row["ratio"] == (row["accuracy"] / dense if dense else None)
+        assert (row["seconds"] is None) == (row["steps"] == 0)
+    assert rows[0]["density"] == 1
+    assert (rows[0]["steps"], rows[1]["target"], rows[1]["window"]) == (3, 0.3, 4)
+    assert rows[2]["density"] <= 0.6 < rows[2]["density"] + 1 / 24
+    assert "8 pairs, 16 queries" in capsys.readouterr().out
+
+
+def test_recall_names_a_bad_size(capsys):
+    with pytest.raises(SystemExit):
+        recall.main(["--n=20"])
+    assert "--n is 20, expected at least 48" in capsys.readouterr().err
