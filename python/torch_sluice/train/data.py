@@ -26,7 +26,7 @@ class Corpus:
         name: where the text came from, for people.
         train, heldout: uint8 arrays, files joined by a zero byte.
         train_files, heldout_files: how many files each holds.
-        skipped_files: files of a folder that are not UTF-8 text or are empty.
+        skipped_files: files of a folder that are not UTF-8 text or are empty; copies of another file count as well.
         fingerprint: sha256 of both parts; a resumed run compares it.
     """
 
@@ -59,7 +59,8 @@ def _windows(text: np.ndarray, starts: np.ndarray, context: int) -> torch.Tensor
 def load_corpus(path: str | None, context: int) -> Corpus:
     """Reads the text of a folder or a file; None: the standard library of this Python.
 
-    Of several files, those whose path hashes into the last eighth are held out; of a single file, its last eighth.
+    Of several files, those whose path hashes into the first eighth are held out; of a single file, its last eighth. Of
+    files with the same text one counts, so that nothing that is held out is also trained on.
 
     Raises:
         TrainError: the path does not exist, is unreadable, not UTF-8, empty, or too short for the context.
@@ -113,7 +114,7 @@ def _first_bad_byte(text: bytes) -> int | None:
 
 
 def _read_folder(root: Path, only_source: bool) -> tuple[dict[str, bytes], int]:
-    texts, skipped = {}, 0
+    texts, skipped, seen = {}, 0, set()
     for path in sorted(root.rglob("*.py" if only_source else "*")):
         relative = path.relative_to(root)
         if only_source and _SKIPPED_FOLDERS.intersection(relative.parts):
@@ -125,10 +126,11 @@ def _read_folder(root: Path, only_source: bool) -> tuple[dict[str, bytes], int]:
         except OSError:
             skipped += 1
             continue
-        if not text.strip() or _first_bad_byte(text) is not None:
+        if not text.strip() or _first_bad_byte(text) is not None or text in seen:
             skipped += 1
         else:
             texts[relative.as_posix()] = text
+            seen.add(text)
     if not texts:
         raise TrainError(f"--data is '{root}', a folder with no UTF-8 text file in it ({skipped} files passed over)")
     return texts, skipped
