@@ -1,15 +1,18 @@
 """Mistakes of the user: one line that names the argument, its value and what to do, and exit code 2."""
 
+import copy
 import json
 import os
 import sys
 
 import pytest
 import torch
-from support.training import TINY
+from support.training import SMALL, TINY
 
 from torch_sluice.cli import main
-from torch_sluice.train.checkpoint import save_checkpoint
+from torch_sluice.train.checkpoint import load_checkpoint, save_checkpoint
+from torch_sluice.train.errors import TrainError
+from torch_sluice.train.main import start_run
 
 
 @pytest.fixture
@@ -124,20 +127,60 @@ def _damaged_checkpoints():
     return {"empty": b"", "text": whole, "zeros": bytes(4096)}
 
 
-@pytest.mark.parametrize("kind", ["empty", "text", "zeros", "cut short"])
-def test_resume_from_a_damaged_checkpoint(refused, tmp_path, kind):
+@pytest.mark.parametrize("kind", ["empty", "text", "zeros", "cut short", "a weight changed"])
+def test_damaged_checkpoint_is_neither_resumed_nor_replaced(refused, tmp_path, text_folder, kind):
     path = tmp_path / "checkpoint.pt"
-    if kind == "cut short":
-        save_checkpoint(tmp_path, {"step": 1, "weights": torch.zeros(10000)})
-        path.write_bytes(path.read_bytes()[:20000])
+    if kind in ("cut short", "a weight changed"):
+        save_checkpoint(tmp_path, {"step": 1, "weights": torch.full((10000,), 3.0)})
+        whole = path.read_bytes()
+        middle = whole.index(torch.full((8,), 3.0).numpy().tobytes()) + 20000
+        path.write_bytes(whole[:middle] + (b"\x7f" + whole[middle + 1 :] if kind == "a weight changed" else b""))
     else:
         path.write_bytes(_damaged_checkpoints()[kind])
+    content = path.read_bytes()
     assert f"{path} is damaged or is not a checkpoint" in refused("train", "--resume", tmp_path)
+    message = refused("train", "--data", text_folder, "--out", tmp_path, *TINY)
+    assert f"{path} is damaged or is not a checkpoint" in message
+    assert "--overwrite" in message
+    assert path.read_bytes() == content
 
 
-def test_resume_from_somebody_elses_checkpoint(refused, tmp_path):
-    torch.save({"model": {"weight": torch.zeros(2)}}, tmp_path / "checkpoint.pt")
+def test_no_changed_byte_of_a_checkpoint_passes_unseen(tmp_path):
+    state = {"step": 1, "weights": torch.arange(64.0), "name": "text"}
+    path = save_checkpoint(tmp_path, state)
+    whole, refused = path.read_bytes(), 0
+    for position in range(0, len(whole), 3):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x10]) + whole[position + 1 :])
+        try:
+            loaded = load_checkpoint(tmp_path)
+        except TrainError:
+            refused += 1
+        else:  # padding, or a date
+            assert torch.equal(loaded.pop("weights"), state["weights"])
+            assert loaded.items() >= {"step": 1, "name": "text"}.items()
+    assert refused > 64 * 4 / 3
+
+
+def test_somebody_elses_checkpoint_is_neither_resumed_nor_replaced(refused, tmp_path, text_folder):
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"model": {"weight": torch.zeros(2)}}, path)
+    content = path.read_bytes()
     assert "is not a checkpoint of 'torch-sluice train'" in refused("train", "--resume", tmp_path)
+    message = refused("train", "--data", text_folder, "--out", tmp_path, *TINY)
+    assert "is not a checkpoint of 'torch-sluice train'" in message
+    assert "--overwrite" in message
+    assert path.read_bytes() == content
+
+
+def test_folder_in_the_place_of_the_checkpoint(refused, tmp_path, text_folder):
+    (tmp_path / "checkpoint.pt").mkdir()
+    for arguments in (("--resume", tmp_path), ("--data", text_folder, "--out", tmp_path, *TINY)):
+        assert f"cannot read {tmp_path / 'checkpoint.pt'}: Is a directory" in refused("train", *arguments)
+
+
+def test_overwrite_replaces_a_damaged_checkpoint(tmp_path, text_folder):
+    (tmp_path / "checkpoint.pt").write_bytes(b"damaged")
+    start_run(SMALL, str(text_folder), tmp_path, overwrite=True).close()
 
 
 def test_resume_from_a_checkpoint_that_would_run_code(refused, tmp_path):
@@ -150,9 +193,58 @@ def test_resume_from_a_checkpoint_that_would_run_code(refused, tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-def test_resume_from_a_checkpoint_with_parts_missing(refused, tmp_path):
-    save_checkpoint(tmp_path, {"step": 3})
-    assert "lacks 'settings'" in refused("train", "--resume", tmp_path)
+@pytest.fixture(scope="module")
+def whole_checkpoint(tmp_path_factory, text_folder):
+    """The state of a run that has been started and saved."""
+    folder = tmp_path_factory.mktemp("whole")
+    run = start_run(SMALL, str(text_folder), folder, overwrite=False)
+    run.save()
+    run.close()
+    return load_checkpoint(folder)
+
+
+_KEYS = [
+    *[(key,) for key in ("format", "settings", "data", "fingerprint", "step", "sides")],
+    *[("settings", key) for key in ("steps", "target_density", "with_window")],
+    *[("sides", side) for side in ("dense", "sluice")],
+    *[("sides", "dense", key) for key in ("model", "optimizer", "random_state", "history")],
+    *[("sides", "sluice", key) for key in ("controller", "accumulators")],
+    *[("sides", "dense", "history", key) for key in ("loss", "seconds", "heldout_loss")],
+    ("sides", "dense", "model", "lm_head.weight"),
+    ("sides", "dense", "optimizer", "state"),
+]
+
+
+def test_the_keys_are_all_that_a_checkpoint_has(whole_checkpoint):
+    assert whole_checkpoint.keys() == {key for key, *rest in _KEYS if not rest}
+    assert whole_checkpoint["sides"]["sluice"].keys() == {key[2] for key in _KEYS if len(key) == 3}
+
+
+def _resume_with(refused, folder, state, key, change):
+    """The message of resuming from a copy of the state in which ``change(dict, name)`` was done at the key."""
+    state = place = copy.deepcopy(state)
+    for step in key[:-1]:
+        place = place[step]
+    change(place, key[-1])
+    torch.save(state, folder / "checkpoint.pt")
+    message = refused("train", "--resume", folder)
+    assert "train anew" in message
+    return message
+
+
+@pytest.mark.parametrize("key", _KEYS, ids=".".join)
+def test_resume_from_a_checkpoint_with_a_part_missing(refused, tmp_path, whole_checkpoint, key):
+    message = _resume_with(refused, tmp_path, whole_checkpoint, key, lambda place, name: place.pop(name))
+    if len(key) == 1 and key != ("format",):
+        assert f"the checkpoint in '{tmp_path}' lacks '{key[0]}'" in message
+
+
+_NO_LISTS = [key for key in _KEYS if key[2:3] != ("history",) or len(key) == 3]
+
+
+@pytest.mark.parametrize("key", _NO_LISTS, ids=".".join)
+def test_resume_from_a_checkpoint_with_a_part_of_another_type(refused, tmp_path, whole_checkpoint, key):
+    _resume_with(refused, tmp_path, whole_checkpoint, key, lambda place, name: place.update({name: ["a list"]}))
 
 
 def test_resume_refuses_other_settings(refused, tmp_path):
@@ -163,13 +255,7 @@ def test_resume_refuses_other_settings(refused, tmp_path):
 def test_resume_refuses_changed_text(refused, tmp_path):
     data = tmp_path / "text.txt"
     data.write_text("some text to learn " * 200)
-    from torch_sluice.train.main import start_run
-    from torch_sluice.train.settings import PRESETS
-
-    settings = PRESETS["demo"].override(
-        steps=2, context=48, width=16, heads=2, layers=1, local_window=4, target_density=0.5
-    )
-    run = start_run(settings, str(data), tmp_path / "out", overwrite=False)
+    run = start_run(SMALL, str(data), tmp_path / "out", overwrite=False)
     run.save()
     run.close()
     data.write_text("other text to learn " * 200)

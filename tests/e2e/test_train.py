@@ -1,14 +1,23 @@
 """The main job from the command line to its reports, on a tiny model."""
 
+import dataclasses
+import html
 import json
 import math
 import re
 import statistics
 
 import pytest
-from support.training import TINY
+import torch
+from support.training import SMALL, TINY
+from torch.nn import functional
 
 from torch_sluice.cli import main
+from torch_sluice.monitor import count_flops
+from torch_sluice.train.compare import GOALS, smooth
+from torch_sluice.train.loop import make_sides
+from torch_sluice.train.model import build_model, predict
+from torch_sluice.train.settings import PRESETS
 
 STEPS = 6
 
@@ -25,13 +34,78 @@ def finished(run_command, text_folder, tmp_path_factory):
     return process, folder, json.loads(json_path.read_text())
 
 
-def test_json_holds_every_promised_figure(finished):
+def _check_way_to_target(side, target_loss):
+    """The first step at which the smoothed loss is at most the target, and the seconds up to its end."""
+    history, steps = side["history"], side["steps_to_target"]
+    assert history["smoothed_loss"] == smooth(history["loss"])
+    if steps is None:
+        assert min(history["smoothed_loss"]) > target_loss
+        assert side["seconds_to_target"] is None
+    else:
+        assert history["smoothed_loss"][steps - 1] <= target_loss
+        assert all(loss > target_loss for loss in history["smoothed_loss"][: steps - 1])
+        assert side["seconds_to_target"] == pytest.approx(sum(history["seconds"][:steps]))
+
+
+@pytest.fixture
+def fresh_sides():
+    """The three sides as they are before the first step."""
+    sides = make_sides(dataclasses.replace(SMALL, with_window=True))
+    yield sides
+    for side in sides.values():
+        side.close()
+
+
+def test_all_sides_start_from_the_same_weights(fresh_sides):
+    dense = fresh_sides["dense"].model.state_dict()
+    assert len(dense) > 10
+    for name in ("sluice", "window"):
+        other = fresh_sides[name].model.state_dict()
+        assert all(".sluice_gate." in key for key in other.keys() - dense.keys())
+        for key, value in dense.items():
+            assert torch.equal(other[key], value), (name, key)
+            assert other[key].data_ptr() != value.data_ptr(), (name, key)
+
+
+def _share_of_attention(settings):
+    """Of the floating-point operations of a step of the dense model with one layer, as the monitor counts them. With
+    more layers the share is greater: the output layer comes once."""
+    model = build_model(dataclasses.replace(settings, layers=1))
+    batch = torch.zeros(settings.micro_size, settings.context + 1, dtype=torch.int64)
+
+    def step():
+        logits = predict(model, batch[:, :-1])
+        functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
+
+    pairs = settings.micro_size * settings.heads * settings.context * (settings.context + 1) // 2
+    attention = pairs * (2 + 2 + 6 + 4) * (settings.width // settings.heads)  # as torch_sluice/monitor/flops.py has it
+    return attention / count_flops(step)
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_presets_are_about_attention(preset):
+    settings = PRESETS[preset]
+    settings.check()
+    assert settings.context >= 2048
+    assert 0.5 <= _share_of_attention(settings) < 1
+
+
+def test_json_holds_every_promised_figure(finished, fresh_sides):
     _, folder, figures = finished
     for side in ("dense", "sluice", "window"):
         for key in ("heldout_loss", "heldout_accuracy", "seconds_per_step", "peak_bytes", "mfu", "flops_per_step"):
             assert figures[side][key] > 0, (side, key)
         assert math.isclose(sum(figures[side]["time_by_part"].values()), 1.0, rel_tol=1e-6)
         assert len(figures[side]["history"]["loss"]) == STEPS
+        assert figures[side]["parameter_bytes"] == 4 * sum(
+            parameter.numel() for parameter in fresh_sides[side].model.parameters()
+        )
+        assert figures[side]["memory_ratio"] == figures[side]["peak_bytes"] / figures[side]["parameter_bytes"]
+        assert figures[side]["not_measured"] is None
+        _check_way_to_target(figures[side], figures["target_loss"])
+    assert figures["dense"]["steps_to_target"] is not None  # the target is 2 % above its last loss
+    assert figures["dense"]["half_share"] == figures["window"]["half_share"] == 0
+    assert 0 < figures["sluice"]["half_share"] <= 1
     assert 0 < figures["density"] <= 1
     pairs = zip(figures["dense"]["history"]["seconds"], figures["sluice"]["history"]["seconds"], strict=True)
     ratios = [dense / sluice for dense, sluice in pairs][figures["timed_from_step"] :]
@@ -63,13 +137,14 @@ def test_report_stands_alone(finished):
     assert page.count("<svg") == 5
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#)|@import|url\((?!#)""", page)
     for sentence in figures["losses"]:
-        assert sentence.split("'")[0] in page.replace("&#39;", "'")
+        assert sentence in html.unescape(page)
 
 
 def test_table_names_what_was_missed(finished):
     process, _, figures = finished
-    assert "Where Sluice loses" in process.stdout
-    assert process.stdout.count("missed") >= sum(not goal["met"] for goal in figures["goals"].values())
+    marks = [line.split()[0] for line in process.stdout.splitlines() if "(goal " in line]
+    assert marks == ["met" if figures["goals"][name]["met"] else "missed" for name in GOALS]
+    assert ("Where Sluice loses" in process.stdout) == bool(figures["losses"])
 
 
 def test_nothing_else_is_left_behind(finished):
@@ -79,10 +154,13 @@ def test_nothing_else_is_left_behind(finished):
 
 def test_finished_run_can_be_reported_again_though_nothing_can_be_measured(finished, monkeypatch, capsys):
     _, folder, figures = finished
-    monkeypatch.setattr("torch_sluice.train.compare.measure_side", lambda folder, side: {})
+    monkeypatch.setattr("torch_sluice.train.compare.measure_side", lambda folder, side: {"problem": "<no memory>"})
     assert main(["train", "--resume", str(folder)]) == 0
     assert "not measured" in capsys.readouterr().out
     again = json.loads((folder / "results.json").read_text())
+    assert again["sluice"]["not_measured"] == "<no memory>"
+    assert sum("<no memory>" in sentence for sentence in again["losses"]) == 2
+    assert "&lt;no memory&gt;" in (folder / "report.html").read_text()
     assert again["sluice"]["peak_bytes"] is None
     assert again["sluice"]["history"] == figures["sluice"]["history"]
     assert again["sluice"]["heldout_loss"] == pytest.approx(figures["sluice"]["heldout_loss"], rel=1e-6)

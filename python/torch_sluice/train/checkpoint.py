@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import pickle
 import zipfile
 from pathlib import Path
 
@@ -12,9 +11,6 @@ from torch_sluice.train.errors import TrainError
 
 NAME = "checkpoint.pt"
 _FORMAT = "torch-sluice train, version 1"
-
-# What torch.load raises for files that are cut short, overwritten, or no archive of tensors.
-_DAMAGED = (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
 def save_checkpoint(folder: Path, state: dict) -> Path:
@@ -42,7 +38,7 @@ def load_checkpoint(folder: Path) -> dict:
         TrainError: there is none, it is cut short or damaged, or it was written by something else.
     """
     path = folder / NAME
-    if not path.is_file():
+    if not path.exists():
         raise TrainError(f"--resume is '{folder}', which holds no {NAME}; give the --out folder of an earlier run")
     try:
         file = path.open("rb")
@@ -50,18 +46,38 @@ def load_checkpoint(folder: Path) -> dict:
         raise TrainError(f"cannot read {path}: {error.strerror or error}") from error
     try:
         with file:
+            _check_sums(file)
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except _DAMAGED as error:
+    except Exception as error:  # zipfile, pickle and torch raise a dozen kinds for a file that is not what it should be
         raise TrainError(f"{path} is damaged or is not a checkpoint; train anew with another --out") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise TrainError(f"{path} is not a checkpoint of 'torch-sluice train' (this version writes '{_FORMAT}')")
+        raise TrainError(
+            f"{path} is not a checkpoint of 'torch-sluice train' (this version writes '{_FORMAT}'); train anew with "
+            "another --out"
+        )
     return state
 
 
+def _check_sums(file) -> None:
+    """A changed byte within a tensor would load silently: torch.load does not look at the archive's CRCs. And of a
+    member whose attributes say that it is a folder it reads nothing, and leaves the tensor's memory as it was."""
+    with zipfile.ZipFile(file) as archive:
+        damaged = [member.filename for member in archive.infolist() if member.external_attr] or archive.testzip()
+    if damaged:
+        raise ValueError(f"{damaged} in the archive is damaged")
+    file.seek(0)
+
+
 def peek_steps(folder: Path) -> tuple[int, int] | None:
-    """(steps done, steps wanted) of the folder's checkpoint, None where there is none that can be read."""
-    try:
-        state = load_checkpoint(folder)
-        return int(state["step"]), int(state["settings"]["steps"])
-    except (TrainError, KeyError, TypeError, ValueError):
+    """(steps done, steps wanted) of the folder's checkpoint, None where there is none.
+
+    Raises:
+        TrainError: there is one, and it cannot be read.
+    """
+    if not (folder / NAME).exists():
         return None
+    state = load_checkpoint(folder)
+    try:
+        return int(state["step"]), int(state["settings"]["steps"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise TrainError(f"{folder / NAME} does not say how far its run is; train anew with another --out") from error

@@ -130,6 +130,7 @@ def _side_figures(side: Side, heldout: dict, measured: dict, first: int, target_
         "flops_per_step": flops,
         "mfu": mfu,
         "time_by_part": measured.get("time_by_part"),
+        "not_measured": measured.get("problem"),
         "steps_to_target": None if reached is None else reached + 1,
         "seconds_to_target": None if reached is None else sum(history.seconds[: reached + 1]),
         "limits": monitor.find_problems(mfu, memory_ratio),
@@ -176,6 +177,12 @@ def find_losses(result: dict) -> list[str]:
             break
         if sluice[name] > dense[name]:
             sentences.append(f"It took {sluice[name]:.0f} {unit} to the target loss, dense {dense[name]:.0f}.")
+    for side in (dense, sluice):
+        if side["peak_bytes"] is None or side["mfu"] is None:
+            sentences.append(
+                f"Memory, FLOPs and MFU of {side['title']} were not measured, so nothing is said of them: "
+                f"{side['not_measured'] or 'no reason was given'}"
+            )
     if sluice["peak_bytes"] and dense["peak_bytes"] and sluice["peak_bytes"] > dense["peak_bytes"]:
         ratio = sluice["peak_bytes"] / dense["peak_bytes"]
         sentences.append(f"A step needs {ratio:.2f} times the memory of dense's.")
@@ -188,7 +195,7 @@ def find_losses(result: dict) -> list[str]:
         sentences.append(
             f"A plain sliding window of the same density does as well here (accuracy "
             f"{window['heldout_accuracy']:.4f}, gate {sluice['heldout_accuracy']:.4f}): this text is predicted from "
-            "what is near. Where the answer lies far back a window fails and the gate does not: see the recall "
-            "figures in docs/gate.md."
+            "what is near. Where the answer lies far back a window fails and the gate does not: see the "
+            "section Recall of docs/gate.md."
         )
     return sentences

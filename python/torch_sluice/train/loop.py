@@ -4,6 +4,7 @@ Lockstep makes the comparison fair on a machine that is not quiet (whatever slow
 and keeps one position for a checkpoint: the step.
 """
 
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -64,16 +65,18 @@ class Run:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        if state["fingerprint"] != self.corpus.fingerprint:
-            raise TrainError(
-                f"the text in {self.corpus.name} is not what this run was trained on; restore it, or train anew"
-            )
         try:
+            if state["fingerprint"] != self.corpus.fingerprint:
+                raise TrainError(
+                    f"the text in {self.corpus.name} is not what this run was trained on; restore it, or train anew"
+                )
             for name, side in self.sides.items():
                 side.load_state_dict(state["sides"][name])
             self.step = int(state["step"])
             self.saved = True
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except KeyError as error:
+            raise TrainError(f"the checkpoint in '{self.folder}' lacks {error}; train anew") from error
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise TrainError(f"the checkpoint in '{self.folder}' does not fit its own settings; train anew") from error
 
     def save(self) -> None:
@@ -97,10 +100,7 @@ class Run:
                 ]
                 for name, side in self.sides.items():
                     side.train_step(batches, self.step)
-                    if side.history.loss[-1] != side.history.loss[-1]:
-                        raise TrainError(
-                            f"the loss of {name} became NaN at step {self.step}; try a smaller --learning-rate"
-                        )
+                    self._check_finite(name, "loss", side.history.loss[-1])
                 self.step += 1
                 if self.step % settings.evaluate_every == 0 or self.step == settings.steps:
                     self._evaluate()
@@ -113,11 +113,16 @@ class Run:
                     saved = time.monotonic()
 
     def _evaluate(self) -> None:
-        for side in self.sides.values():
+        for name, side in self.sides.items():
             figures = evaluate(side.model, self.quick_windows)
+            self._check_finite(name, "held-out loss", figures["loss"])
             side.history.evaluated_steps.append(self.step)
             side.history.heldout_loss.append(figures["loss"])
             side.history.heldout_accuracy.append(figures["accuracy"])
+
+    def _check_finite(self, name: str, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise TrainError(f"the {what} of {name} became {value} at step {self.step}; try a smaller --learning-rate")
 
     def close(self) -> None:
         for side in self.sides.values():

@@ -21,14 +21,23 @@ def start_run(settings: Settings, data: str | None, folder: Path, overwrite: boo
     """A new run whose files go to ``folder``, which is made if need be."""
     corpus = load_corpus(data, settings.context)
     _make_folder(folder)
-    done = peek_steps(folder)
-    if done is not None and done[0] < done[1] and not overwrite:
+    if not overwrite:
+        _refuse_to_replace(folder)
+    data = None if data is None else str(Path(data).resolve())
+    return Run(settings, corpus, folder, data)
+
+
+def _refuse_to_replace(folder: Path) -> None:
+    """A finished run may be replaced; one that is unfinished, damaged or somebody else's is not ours to lose."""
+    try:
+        done = peek_steps(folder)
+    except TrainError as error:
+        raise TrainError(f"{error}, or add --overwrite") from error
+    if done is not None and done[0] < done[1]:
         raise TrainError(
             f"--out is '{folder}', which holds an unfinished run (step {done[0]} of {done[1]}): continue it with "
             f"'torch-sluice train --resume {folder}', or add --overwrite, or choose another --out"
         )
-    data = None if data is None else str(Path(data).resolve())
-    return Run(settings, corpus, folder, data)
 
 
 def resume_run(folder: Path, threads: int | None) -> Run:
@@ -37,8 +46,10 @@ def resume_run(folder: Path, threads: int | None) -> Run:
     try:
         settings = Settings.from_dict(state["settings"]).override(threads=threads)
         corpus = load_corpus(state["data"], settings.context)
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise TrainError(f"the checkpoint in '{folder}' lacks {error}; train anew") from error
+    except TypeError as error:
+        raise TrainError(f"the checkpoint in '{folder}' holds a value of a wrong type ({error}); train anew") from error
     _make_folder(folder)
     run = Run(settings, corpus, folder, state["data"])
     try:
@@ -69,7 +80,9 @@ def _train_and_compare(run: Run, console: Console, json_path: Path | None, tenso
     threads = set_threads(run.settings)
     run.watch(tensorboard)
     settings, corpus = run.settings, run.corpus
-    passed_over = f", {corpus.skipped_files} files passed over (empty or not UTF-8)" if corpus.skipped_files else ""
+    passed_over = (
+        f", {corpus.skipped_files} files passed over (empty, not UTF-8, or copies)" if corpus.skipped_files else ""
+    )
     console.print(
         f"Text: {corpus.name}: {len(corpus.train) / 1e6:.1f} MB to train on, {len(corpus.heldout) / 1e6:.1f} MB held "
         f"out{passed_over}\n"

@@ -20,13 +20,16 @@ def measure_side(folder: Path, side: str) -> dict:
     """Figures of the named side of the finished run in ``folder``.
 
     Returns:
-        ``peak_bytes``, ``flops_per_step`` and ``time_by_part`` (shares of a step that add up to 1); an empty dict if
-        the measuring process failed.
+        ``peak_bytes``, ``flops_per_step`` and ``time_by_part`` (shares of a step that add up to 1); if the measuring
+        process failed, ``problem`` alone: the last that it said.
     """
     environment = dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="0", MALLOC_TOP_PAD_="0")
     command = [sys.executable, "-m", "torch_sluice.train.measure", str(folder), side]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    return json.loads(result.stdout.splitlines()[-1]) if result.returncode == 0 else {}
+    if result.returncode != 0:
+        last_words = result.stderr.strip().splitlines()[-1:]
+        return {"problem": last_words[0] if last_words else f"the measuring process ended with {result.returncode}"}
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def _status_bytes(name: str) -> int:

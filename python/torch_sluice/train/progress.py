@@ -1,5 +1,6 @@
 """What the user sees while training: a live bar on a terminal, a line now and then elsewhere."""
 
+import math
 import statistics
 import time
 
@@ -26,7 +27,7 @@ class TrainProgress:
             auto_refresh=console.is_terminal,
         )
         self._task = self._bar.add_task("", total=run.settings.steps, completed=run.step)
-        self._last_line = time.monotonic()
+        self._last_line = -math.inf  # the first step is shown at once
 
     def __enter__(self) -> "TrainProgress":
         if self._console.is_terminal:

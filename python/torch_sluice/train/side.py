@@ -125,8 +125,8 @@ class Side:
     def load_state_dict(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self._random_state = state["random_state"]
-        self.history = History(**state["history"])
+        self._random_state = torch.Generator().set_state(state["random_state"]).get_state()  # set_state checks it
+        self.history = History(**{name: list(state["history"][name]) for name in vars(self.history)})
 
     def close(self) -> None:
         """Ends what the side holds open."""

@@ -1,0 +1,187 @@
+"""What is made of a finished run: figures that can be worked out by hand, and sentences about where Sluice loses."""
+
+import dataclasses
+import math
+import subprocess
+
+import pytest
+from rich.console import Console
+from support.training import SMALL
+
+from torch_sluice.report import print_comparison
+from torch_sluice.train import measure
+from torch_sluice.train.compare import GOALS, closing_step, find_losses, paired_speedup, smooth
+from torch_sluice.train.errors import TrainError
+from torch_sluice.train.main import start_run
+from torch_sluice.train.side import History, Side
+
+
+def _side(title, **changes):
+    figures = {
+        "title": title,
+        "heldout_loss": 2.0,
+        "heldout_accuracy": 0.5,
+        "seconds_per_step": 1.0,
+        "seconds_per_step_whole_run": 1.0,
+        "seconds_total": 40.0,
+        "peak_bytes": 2 << 20,
+        "parameter_bytes": 1 << 20,
+        "memory_ratio": 2.0,
+        "density": 1.0,
+        "half_share": 0.0,
+        "flops_per_step": 2e9,
+        "mfu": 0.5,
+        "not_measured": None,
+        "steps_to_target": 30,
+        "seconds_to_target": 30.0,
+        "history": {"seconds": [1.0] * 40},
+    }
+    assert changes.keys() <= figures.keys()
+    return {**figures, **changes}
+
+
+def _result(sluice=None, window=None, **changes):
+    """A run in which Sluice loses in nothing, but for what is changed."""
+    result = {
+        "preset": "demo",
+        "settings": {"steps": 40, "target_density": 0.2},
+        "speedup": 1.5,
+        "speedup_whole_run": 1.2,
+        "accuracy_kept": 1.0,
+        "pairs_skipped": 0.8,
+        "gate_closed_at_step": 10,
+        "dense": _side("dense"),
+        "sluice": _side("Sluice", density=0.2, **(sluice or {})),
+        **changes,
+    }
+    assert result.keys() - changes.keys() >= {"dense", "sluice"}
+    if window is not None:
+        result["window"] = _side("window", **window)
+    result["goals"] = {name: {"goal": goal, "met": result[name] >= goal} for name, goal in GOALS.items()}
+    result["losses"] = find_losses(result)
+    return result
+
+
+def test_no_sentence_where_nothing_is_lost():
+    assert _result()["losses"] == []
+    assert _result(window={"heldout_accuracy": 0.49})["losses"] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"speedup": 1.29}, "Speedup is 1.29x; the goal is 1.3x."),
+        ({"accuracy_kept": 0.97}, "Accuracy kept is 97.0%; the goal is 98%."),
+        ({"pairs_skipped": 0.4}, "Pairs skipped is 40.0%; the goal is 50%."),
+        ({"gate_closed_at_step": None}, "The gate had not closed to its target density of 0.2 by the last step"),
+        ({"sluice": {"history": {"seconds": [1.5] * 40}}}, "(the first 10 steps) Sluice took 1.50 times as long"),
+        ({"speedup_whole_run": 0.8, "sluice": {"seconds_total": 50.0}}, "slower (50 s against 40 s)"),
+        ({"sluice": {"heldout_loss": 2.0125}}, "Held-out loss is 0.0125 nats a byte above dense's."),
+        ({"sluice": {"heldout_accuracy": 0.49}}, "Held-out accuracy is 1.00 points below dense's."),
+        ({"sluice": {"steps_to_target": 33}}, "It took 33 steps to the target loss, dense 30."),
+        ({"sluice": {"seconds_to_target": 44.4}}, "It took 44 seconds to the target loss, dense 30."),
+        (
+            {"sluice": {"steps_to_target": None, "seconds_to_target": None}},
+            "Sluice did not reach the target loss; dense did after 30 steps.",
+        ),
+        ({"sluice": {"peak_bytes": 3 << 20}}, "A step needs 1.50 times the memory of dense's."),
+        ({"sluice": {"mfu": 0.4}}, "MFU is 40% against dense's 50%"),
+        (
+            {"sluice": {"mfu": None, "peak_bytes": None, "not_measured": "MemoryError: none left"}},
+            "Memory, FLOPs and MFU of Sluice were not measured, so nothing is said of them: MemoryError: none left",
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else value[:20],
+)
+def test_each_loss_has_its_sentence_and_no_other(changes, sentence):
+    (found,) = _result(**changes)["losses"]
+    assert sentence in found
+
+
+@pytest.mark.parametrize(("accuracy", "says"), [(0.52, True), (0.498, True), (0.497, False)])
+def test_window_that_does_as_well_sends_the_reader_to_recall(repository, accuracy, says):
+    losses = _result(window={"heldout_accuracy": accuracy})["losses"]
+    assert len(losses) == says
+    if says:
+        assert f"A plain sliding window of the same density does as well here (accuracy {accuracy:.4f}" in losses[0]
+        assert losses[0].endswith("see the section Recall of docs/gate.md.")
+        assert "\n## Recall\n" in (repository / "docs/gate.md").read_text()
+
+
+def _printed(result):
+    console = Console(width=200)
+    with console.capture() as capture:
+        print_comparison(result, console)
+    return capture.get()
+
+
+def test_table_marks_each_goal():
+    text = _printed(_result())
+    assert [line.split()[0] for line in text.splitlines() if "(goal " in line] == ["met"] * 3
+    assert "Where Sluice loses" not in text
+    text = _printed(_result(speedup=1.0, pairs_skipped=0.1))
+    assert [line.split()[0] for line in text.splitlines() if "(goal " in line] == ["missed", "met", "missed"]
+    assert "Where Sluice loses:\n  - Speedup is 1.00x; the goal is 1.3x.\n  - Pairs skipped is 10.0%" in text
+
+
+def test_smoothed_loss_is_not_pulled_towards_zero():
+    assert smooth([3.0] * 5) == pytest.approx([3.0] * 5)
+    assert smooth([1.0, 2.0]) == pytest.approx([1.0, (0.9 * 0.1 * 1.0 + 0.1 * 2.0) / 0.19])
+
+
+@pytest.mark.parametrize(
+    ("densities", "step"),
+    [
+        ([0.2] * 5, 0),
+        ([0.9] * 5, None),
+        ([0.22] * 4 + [0.9], None),  # opens again in the end
+        ([0.9] * 3 + [0.0] * 30, 8),  # .9 (.9^6 - .9^9) / (1 - .9^9) = .212, a step before .253
+        ([], None),
+    ],
+)
+def test_gate_has_closed_once_its_smoothed_density_stays_within_a_tenth_of_the_target(densities, step):
+    assert closing_step(History(density=densities), 0.2) == step
+
+
+def test_speedup_is_the_median_over_pairs_of_steps():
+    # A slow stretch of the machine (times 10) hits both sides of a pair; the ratio of medians would be 2 / 10.
+    assert paired_speedup([2.0, 20.0, 2.0, 20.0, 2.0], [1.0, 10.0, 1.0, 10.0, 10.0]) == 2.0
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+@pytest.mark.parametrize("side", [0, 1])
+def test_loss_that_is_no_number_ends_the_run(text_folder, tmp_path, monkeypatch, loss, side):
+    run = start_run(SMALL, str(text_folder), tmp_path, overwrite=False)
+    broken = list(run.sides.values())[side]
+    monkeypatch.setattr(broken, "run_micro_batches", lambda batches: loss)
+    with pytest.raises(TrainError, match=rf"loss of {list(run.sides)[side]} became {loss} at step 0; try a smaller"):
+        run.train(lambda run: None)
+    run.close()
+
+
+def test_weights_that_become_nan_in_the_last_step_end_the_run(text_folder, tmp_path, monkeypatch):
+    run = start_run(dataclasses.replace(SMALL, steps=1), str(text_folder), tmp_path, overwrite=False)
+    learn = Side.run_micro_batches
+
+    def spoil(batches):
+        loss = learn(run.sides["dense"], batches)
+        run.sides["dense"].model.lm_head.weight.data.fill_(math.nan)
+        return loss
+
+    monkeypatch.setattr(run.sides["dense"], "run_micro_batches", spoil)
+    with pytest.raises(TrainError, match="held-out loss of dense became nan at step 1"):
+        run.train(lambda run: None)
+    run.close()
+
+
+def test_what_cannot_be_measured_says_why(tmp_path):
+    # There is no checkpoint in the folder, so the measuring process fails.
+    problem = measure.measure_side(tmp_path, "dense")["problem"]
+    assert problem.startswith("torch_sluice.train.errors.TrainError: ")
+    assert f"'{tmp_path}', which holds no checkpoint.pt" in problem
+
+
+def test_measuring_process_that_is_killed_silently(tmp_path, monkeypatch):
+    killed = subprocess.CompletedProcess([], -9, stdout="", stderr="")
+    monkeypatch.setattr(measure.subprocess, "run", lambda *arguments, **options: killed)
+    assert measure.measure_side(tmp_path, "dense") == {"problem": "the measuring process ended with -9"}
