@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from torch_sluice import _operators
+from torch_sluice._errors import as_value_error
 from torch_sluice.selection import select_logit_tau
 
 _MODES = ("select",)
@@ -58,10 +59,7 @@ def _run(arguments: tuple) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
             return _operator(*arguments)
     except RuntimeError as error:
-        # From torch 2.15 on, a std::invalid_argument of the operator library arrives as a RuntimeError.
-        if type(error) is RuntimeError and ", expected " in str(error):
-            raise ValueError(str(error)) from None
-        raise
+        raise as_value_error(error) from None
 
 
 def gated_attention(

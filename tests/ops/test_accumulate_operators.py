@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import torch_sluice  # noqa: F401
+from torch_sluice.accumulate import operators
 from torch_sluice.accumulate.operators import BLOCK, STATS, count_blocks
 
 ops = torch.ops.sluice
@@ -204,75 +204,103 @@ exponents = torch.zeros(2, dtype=torch.int8)
 grad = torch.ones(1500)
 BAD = {
     "grad of another shape": (
-        lambda: ops.accumulate_(single, None, grad[:7], 1.0, False, None),
+        lambda ops: ops.accumulate_(single, None, grad[:7], 1.0, False, None),
         r"grad is float32 \[7\] on cpu, expected the shape of the accumulator, which is float32 \[1500\] on cpu",
     ),
     "grad of another rank": (
-        lambda: ops.accumulate_(single, None, grad[None], 1.0, False, None),
+        lambda ops: ops.accumulate_(single, None, grad[None], 1.0, False, None),
         r"grad is float32 \[1, 1500\] on cpu, expected the shape of the accumulator",
     ),
     "grad in float64": (
-        lambda: ops.accumulate_(single, None, grad.double(), 1.0, False, None),
+        lambda ops: ops.accumulate_(single, None, grad.double(), 1.0, False, None),
         r"grad is float64 \[1500\] on cpu, expected float32, bfloat16 or float16",
     ),
     "grad of integers": (
-        lambda: ops.measure_gradient(torch.arange(3)),
+        lambda ops: ops.measure_gradient(torch.arange(3)),
         r"grad is int64 \[3\] on cpu, expected float32, bfloat16 or float16",
     ),
     "accumulator in bfloat16": (
-        lambda: ops.accumulate_(single.bfloat16(), None, grad, 1.0, False, None),
+        lambda ops: ops.accumulate_(single.bfloat16(), None, grad, 1.0, False, None),
         r"accumulator is bfloat16 \[1500\] on cpu, expected float32 or float16",
     ),
     "accumulator with gaps": (
-        lambda: ops.accumulate_(torch.zeros(3000)[::2], None, grad, 1.0, False, None),
+        lambda ops: ops.accumulate_(torch.zeros(3000)[::2], None, grad, 1.0, False, None),
         r"accumulator is float32 \[1500\] on cpu with gaps or overlaps in its memory",
     ),
     "accumulator with overlaps": (
-        lambda: ops.accumulate_(torch.zeros(1).expand(1500), None, grad, 1.0, False, None),
+        lambda ops: ops.accumulate_(torch.zeros(1).expand(1500), None, grad, 1.0, False, None),
         r"accumulator is float32 \[1500\] on cpu with gaps or overlaps in its memory",
     ),
     "exponents missing": (
-        lambda: ops.accumulate_(half, None, grad, 1.0, False, None),
+        lambda ops: ops.accumulate_(half, None, grad, 1.0, False, None),
         r"exponents is None, expected int8 exponents with a float16 accumulator",
     ),
     "exponents too many": (
-        lambda: ops.accumulate_(single, exponents, grad, 1.0, False, None),
+        lambda ops: ops.accumulate_(single, exponents, grad, 1.0, False, None),
         r"exponents are given with a float32 accumulator, expected None",
     ),
     "exponents too few": (
-        lambda: ops.read_accumulator(half, exponents[:1], 1.0, grad.clone()),
+        lambda ops: ops.read_accumulator(half, exponents[:1], 1.0, grad.clone()),
         r"exponents is int8 \[1\] on cpu, expected contiguous int8 \[ceil\(numel / 1024\)\] = \[2\]",
     ),
     "exponents of another dtype": (
-        lambda: ops.accumulate_(half, exponents.int(), grad, 1.0, False, None),
+        lambda ops: ops.accumulate_(half, exponents.int(), grad, 1.0, False, None),
         r"exponents is int32 \[2\] on cpu, expected contiguous int8",
     ),
     "grad_scale not finite": (
-        lambda: ops.accumulate_(single, None, grad, float("nan"), False, None),
+        lambda ops: ops.accumulate_(single, None, grad, float("nan"), False, None),
         r"grad_scale is nan, expected a number that is finite in float32",
     ),
     "scale too large": (
-        lambda: ops.read_accumulator(single, None, 1e300, grad.clone()),
+        lambda ops: ops.read_accumulator(single, None, 1e300, grad.clone()),
         r"scale is 1e\+300, expected a number that is finite in float32",
     ),
     "out of another shape": (
-        lambda: ops.read_accumulator(single, None, 1.0, grad[:3].clone()),
+        lambda ops: ops.read_accumulator(single, None, 1.0, grad[:3].clone()),
         r"out is float32 \[3\] on cpu, expected the shape of the accumulator",
     ),
     "out in float64": (
-        lambda: ops.read_accumulator(single, None, 1.0, grad.double()),
+        lambda ops: ops.read_accumulator(single, None, 1.0, grad.double()),
         r"out is float64 \[1500\] on cpu, expected float32, bfloat16 or float16",
     ),
 }
 
 
+# The operators themselves raise what torch makes of a std::invalid_argument: from 2.15 on, a RuntimeError.
+FACES = {"operators": (ops, (ValueError, RuntimeError)), "python": (operators, ValueError)}
+
+
+@pytest.mark.parametrize("face", FACES)
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_named(name):
+def test_bad_input_is_named(name, face):
     call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()
+    functions, errors = FACES[face]
+    with pytest.raises(errors, match=message):
+        call(functions)
     assert not single.any()
     assert not half.any()
+
+
+def test_another_error_stays_what_it_is():
+    """Only what the library says about an argument becomes a ValueError."""
+    with pytest.raises(RuntimeError, match=r"unknown|expected|Tensor") as caught:
+        operators.measure_gradient(None)
+    assert not isinstance(caught.value, ValueError)
+
+
+WRONG_DEVICE = {
+    "grad": lambda ops: ops.accumulate_(single, None, grad.to("meta"), 1.0, False, None),
+    "exponents": lambda ops: ops.accumulate_(half, exponents.to("meta"), grad, 1.0, False, None),
+    "out": lambda ops: ops.read_accumulator(single, None, 1.0, grad.to("meta")),
+}
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("name", WRONG_DEVICE)
+def test_meta_beside_cpu_is_named(name, face):
+    message = f"{name} is on meta, expected the device of the accumulator, which is cpu"
+    with pytest.raises(ValueError, match=message):
+        WRONG_DEVICE[name](FACES[face][0])
 
 
 def test_fake_tensors_meet_the_same_checks():

@@ -2,6 +2,7 @@
 
 import torch
 
+from torch_sluice.accumulate import operators
 from torch_sluice.accumulate.operators import STATS, count_blocks, has_kernels
 
 FORMATS = ("fp16", "fp32", "torch")
@@ -42,13 +43,13 @@ class Accumulator:
             return self._add_by_torch(grad, weight)
         if self.empty and weight == 1 and self.format == "fp32" and _owns_its_memory(grad, self.parameter):
             self.buffer, self.empty = grad, False
-            stats = torch.ops.sluice.measure_gradient(grad)
+            stats = operators.measure_gradient(grad)
             stats[3] = torch.where(stats[2] > 0, torch.inf, stats[0])
             return stats
         if self.empty and self.buffer is None:
             self._allocate()
         overwrite, self.empty = self.empty, False
-        return torch.ops.sluice.accumulate_(self.buffer, self.exponents, grad, weight, overwrite, seed)
+        return operators.accumulate_(self.buffer, self.exponents, grad, weight, overwrite, seed)
 
     def _allocate(self) -> None:
         dtype = torch.float16 if self.format == "fp16" else torch.float32
@@ -78,7 +79,7 @@ class Accumulator:
 
     def _read_as(self, dtype: torch.dtype, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         out = torch.empty_like(self.buffer, dtype=dtype)
-        stats = torch.ops.sluice.read_accumulator(self.buffer, self.exponents, scale, out)
+        stats = operators.read_accumulator(self.buffer, self.exponents, scale, out)
         return out, stats
 
     def take(self, scale: float) -> torch.Tensor:
@@ -89,7 +90,7 @@ class Accumulator:
         if self.format == "fp32" and self.parameter.dtype == torch.float32:
             out, self.buffer, self.empty = self.buffer, None, True
             if scale != 1:
-                torch.ops.sluice.read_accumulator(out, None, scale, out)
+                operators.read_accumulator(out, None, scale, out)
             return out
         return self._read_as(self.parameter.dtype, scale)[0]
 
@@ -108,7 +109,7 @@ class Accumulator:
             self.format, self.exponents = "fp32", None
             self.buffer = grad if same and grad.dtype == torch.float32 else grad.to(torch.float32, copy=True)
             if divisor != 1:
-                torch.ops.sluice.read_accumulator(self.buffer, None, divisor, self.buffer)
+                operators.read_accumulator(self.buffer, None, divisor, self.buffer)
         self.empty = False
 
     @property

@@ -1,6 +1,12 @@
-"""What the sluice:: accumulate operators need beside their kernels: shapes for tracing."""
+"""The sluice:: accumulate operators as Python calls them, and what they need beside their kernels: shapes for tracing.
+
+The three functions take what their operators take, see ops/sluice/accumulate.h, and raise ValueError for what is not
+allowed, under every torch.
+"""
 
 import torch
+
+from torch_sluice._errors import as_value_error
 
 BLOCK = 1024  # elements that share an exponent: SL_ACCUMULATE_BLOCK of ops/sluice/accumulate.h
 STATS = 6  # numbers in a statistics tensor: SL_ACCUMULATE_STATS
@@ -17,6 +23,35 @@ def has_kernels(device_type: str) -> bool:
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key("sluice::accumulate_", key)
 
 
+def _call(operator, *arguments) -> torch.Tensor:
+    try:
+        return operator(*arguments)
+    except RuntimeError as error:
+        raise as_value_error(error) from None
+
+
+def accumulate_(accumulator, exponents, grad, grad_scale, overwrite, seed) -> torch.Tensor:
+    """Adds grad_scale * grad to the accumulator; returns the statistics, float64 [STATS]."""
+    return _call(torch.ops.sluice.accumulate_.default, accumulator, exponents, grad, grad_scale, overwrite, seed)
+
+
+def measure_gradient(grad) -> torch.Tensor:
+    """The statistics of a gradient, float64 [STATS]."""
+    return _call(torch.ops.sluice.measure_gradient.default, grad)
+
+
+def read_accumulator(accumulator, exponents, scale, out) -> torch.Tensor:
+    """Writes scale * accumulator to out; returns the statistics of what was written."""
+    return _call(torch.ops.sluice.read_accumulator.default, accumulator, exponents, scale, out)
+
+
+def _check_device(name, tensor, accumulator):
+    if tensor.device != accumulator.device:
+        raise ValueError(
+            f"{name} is on {tensor.device}, expected the device of the accumulator, which is {accumulator.device}"
+        )
+
+
 def _check_accumulator(accumulator, exponents):
     if accumulator.dtype not in (torch.float32, torch.float16):
         raise ValueError(f"accumulator is {accumulator.dtype}, expected float32 or float16")
@@ -26,6 +61,7 @@ def _check_accumulator(accumulator, exponents):
             "expected int8 exponents if and only if it is float16"
         )
     if exponents is not None:
+        _check_device("exponents", exponents, accumulator)
         blocks = count_blocks(accumulator.numel())
         torch._check_value(
             exponents.dim() == 1 and exponents.shape[0] == blocks,
@@ -36,6 +72,7 @@ def _check_accumulator(accumulator, exponents):
 def _check_values(name, tensor, accumulator):
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"{name} is {tensor.dtype}, expected float32, bfloat16 or float16")
+    _check_device(name, tensor, accumulator)
     torch._check_value(
         tensor.shape == accumulator.shape,
         lambda: (

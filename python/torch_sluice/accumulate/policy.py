@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 
-from torch_sluice.accumulate.operators import BLOCK
+from torch_sluice.accumulate.operators import BLOCK, measure_gradient
 
 # Squared relative error of one stochastic rounding to float16: ulp^2 / 6 on average, with ulp / |x| between 2^-11 and
 # 2^-10. So it lies between half and twice this, and for gradients that are spread like a normal variable within 15 %.
@@ -95,7 +95,7 @@ class SeedPolicy:
     def wants_fp32(self, record: Record, grad: torch.Tensor | None) -> bool:
         if grad.layout != torch.strided:
             return False
-        sumsq, _, nonfinite = torch.ops.sluice.measure_gradient(grad)[:3].tolist()
+        sumsq, _, nonfinite = measure_gradient(grad)[:3].tolist()
         return nonfinite > 0 or math.sqrt(sumsq) > self.threshold
 
     def end_window(self, record: Record) -> None:
