@@ -114,9 +114,15 @@ def test_quality_controller_closes_while_the_loss_allows():
     run(model, controller, 60)
     assert controller.density < 0.45
     assert controller.strength > 1
-    strict = QualityController(make_toy(), 1e-6, 30)
+
+
+def test_quality_controller_never_closes_for_a_ceiling_that_the_loss_is_above():
+    model = make_toy()
+    controller = QualityController(model, 1e-6, 30, gain=0.3)
     run(model, controller, 5)
-    assert strict.strength == 0
+    assert controller.count == 5
+    assert controller.smoothed_loss > 1e-3
+    assert controller.strength == 0
 
 
 def test_quality_controller_backs_off_above_the_ceiling():
