@@ -11,10 +11,16 @@ INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.M)
 
 PLAIN_HEADERS = {"stdbool.h", "stddef.h", "stdint.h"}
 C_HEADERS = PLAIN_HEADERS | {
-    *("assert.h", "errno.h", "fenv.h", "float.h", "inttypes.h", "limits.h", "math.h", "stdalign.h", "stdarg.h"),
+    *("errno.h", "fenv.h", "float.h", "inttypes.h", "limits.h", "math.h", "stdalign.h", "stdarg.h"),
     *("stdatomic.h", "stdio.h", "stdlib.h", "sched.h", "string.h", "time.h", "threads.h"),
 }
 INTRINSICS = re.compile(r"(immintrin|arm_neon)\.h|simde/.*")
+# What a shim may take of torch: the stable ABI, plain C, and what both are made of.
+TORCH_HEADERS = re.compile(r"torch/(csrc/stable|headeronly)/[\w/]+\.h|torch/csrc/inductor/aoti_torch/c/shim\.h")
+CXX_HEADERS = {
+    *("algorithm", "array", "cstddef", "cstdint", "functional", "initializer_list", "limits", "memory", "mutex", "new"),
+    *("optional", "stdexcept", "string", "string_view", "tuple", "type_traits", "utility", "vector"),
+}
 CUDA_HEADERS = re.compile(r"(cuda_\w+|cuda|mma|cooperative_groups)\.h|c(math|stdint|stddef|float)")
 
 
@@ -35,8 +41,10 @@ def forbidden_includes(room, path, text):
             allowed = name in C_HEADERS or INTRINSICS.fullmatch(name) or is_cuda
         elif room == "c_core":
             allowed = (REPOSITORY / "c_core" / name).is_file()
+        elif quote == "<":
+            allowed = name in CXX_HEADERS or TORCH_HEADERS.fullmatch(name)
         else:
-            allowed = quote == "<" or (REPOSITORY / "torch_bindings" / name).is_file()
+            allowed = (REPOSITORY / "torch_bindings" / name).is_file()
         if not allowed:
             found.append(name)
     return found
@@ -55,8 +63,12 @@ def test_the_check_sees_an_include_that_runs_upwards():
     found = forbidden_includes("c_core", Path("x.c"), upwards)
     assert found == ["torch/csrc/stable/tensor.h", "torch_bindings/shim.h"]
     assert forbidden_includes("ops", Path("x.h"), "#include <math.h>") == ["math.h"]
-    assert forbidden_includes("torch_bindings", Path("x.cpp"), '#include "attention/kernel.h"') == [
-        "attention/kernel.h"
+    shim = (
+        "#include <torch/csrc/stable/tensor.h>\n#include <vector>\n#include <attention/kernel.h>\n"
+        '#include "attention/kernel.h"\n#include <torch/torch.h>\n#include <ATen/ATen.h>\n#include <iostream>\n'
+    )
+    assert forbidden_includes("torch_bindings", Path("x.cpp"), shim) == [
+        *("attention/kernel.h", "attention/kernel.h", "torch/torch.h", "ATen/ATen.h", "iostream"),
     ]
 
 
@@ -93,14 +105,28 @@ def test_the_check_sees_a_shim_that_computes():
 
 
 SPEAKS = re.compile(
-    r"(?<![\w.])(abort|exit|_Exit|quick_exit|printf|vprintf|puts|putchar|fprintf|vfprintf|perror|fputs)\s*\("
+    r"(?<![\w.])("
+    r"abort|exit|_Exit|quick_exit|raise|assert|__assert_fail|__builtin_trap|__builtin_abort|__trap|std::terminate|"
+    r"printf|vprintf|puts|putchar|fprintf|vfprintf|dprintf|perror|fputs|fputc|putc|fwrite"
+    r")\s*\(|\b(std::(?:cerr|cout|clog|abort|exit|terminate)|stderr|stdout)\b"
 )
 
 
-def test_the_core_neither_prints_nor_ends_the_process():
-    found = {path.name: SPEAKS.findall(strip_comments(path.read_text())) for path in native_files("c_core")}
+def find_speech(text):
+    return [match[1] or match[2] for match in SPEAKS.finditer(strip_comments(text))]
+
+
+@pytest.mark.parametrize("room", ["c_core", "torch_bindings"])
+def test_native_code_neither_prints_nor_ends_the_process(room):
+    found = {path.name: find_speech(path.read_text()) for path in native_files(room)}
     assert {name: calls for name, calls in found.items() if calls} == {}
-    assert SPEAKS.findall('printf("x"); snprintf(b, 1, "x"); abort ();') == ["printf", "abort"]
+
+
+def test_the_check_sees_what_prints_or_ends_the_process():
+    text = 'printf("x"); snprintf(b, 1, "x"); abort (); static_assert(1); _Static_assert(1, ""); // exit(1)'
+    assert find_speech(text) == ["printf", "abort"]
+    text = "std::cerr << 1; std::terminate(); __builtin_trap(); assert(x); fprintf(stderr, b); my.exit(); sl_exit();"
+    assert find_speech(text) == ["std::cerr", "std::terminate", "__builtin_trap", "assert", "fprintf", "stderr"]
 
 
 def test_the_package_imports_neither_tests_nor_benchmarks():
