@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <functional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -161,6 +162,27 @@ TEST(Arena, ATotalBeyondSizeIsFlagged) {
   sl_arena sum = sl_arena_make(nullptr, 0);
   for (int i = 0; i < 3; ++i) sl_arena_take(&sum, INT64_MAX, 1);
   EXPECT_TRUE(sum.overflow);
+}
+
+TEST(Cuda, ABuildSaysWhetherItHasCudaKernels) { EXPECT_EQ(sl_cuda_built(), SLUICE_BUILD_CUDA == 1); }
+
+TEST(Cuda, ABuildWithoutItSaysWhatToDo) {
+  if (sl_cuda_built()) GTEST_SKIP() << "this build has CUDA kernels";
+  size_t bytes = 0;
+  const std::function<sl_status()> calls[] = {
+      [] { return sl_gated_attention_cuda(nullptr, nullptr); },
+      [&] { return sl_gated_attention_backward_cuda_workspace_size(nullptr, &bytes); },
+      [] { return sl_gated_attention_backward_cuda(nullptr, nullptr); },
+      [&] { return sl_accumulate_cuda_workspace_size(1, &bytes); },
+      [] { return sl_accumulate_cuda(nullptr, nullptr); },
+      [] { return sl_measure_gradient_cuda(nullptr, nullptr); },
+      [] { return sl_read_accumulator_cuda(nullptr, nullptr); },
+  };
+  for (const auto &call : calls) {
+    sl_fail(SL_INTERNAL, "an older text");
+    EXPECT_EQ(call(), SL_UNSUPPORTED);
+    EXPECT_STREQ(sl_last_error(), "this build of Sluice has no CUDA kernels, expected one with SLUICE_BUILD_CUDA=ON");
+  }
 }
 
 TEST(Status, EveryCodeHasAName) {

@@ -42,6 +42,30 @@ def test_load_library_alone_gives_working_operators(build):
     assert (process.returncode, process.stdout) == (0, "right\n"), process.stderr
 
 
+WHICH_KERNELS = """
+import ctypes, sys, torch
+torch.ops.load_library(sys.argv[1])
+built = ctypes.CDLL(sys.argv[1]).sl_cuda_built
+built.restype = ctypes.c_bool
+names = sorted({name.split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("sluice::")})
+for name in names:
+    print(name, *(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in ("CPU", "CUDA")), built())
+"""
+OPERATORS = ("accumulate_", "gated_attention", "gated_attention_backward", "measure_gradient", "read_accumulator")
+
+
+@pytest.mark.parametrize("build", ["installed", "cuda"])
+def test_every_operator_has_its_kernels(build):
+    """For the CPU always; for CUDA all of them or, in a build without, none; and the C core says which it is."""
+    library = torch_sluice.library_path() if build == "installed" else CUDA_LIBRARY
+    if not Path(library).is_file():
+        pytest.skip("the cuda preset is not built: it needs nvcc")
+    process = run_python(WHICH_KERNELS, str(library))
+    assert process.returncode == 0, process.stderr
+    cuda = "True" if build == "cuda" else process.stdout.split()[-1]
+    assert process.stdout.splitlines() == [f"sluice::{name} True {cuda} {cuda}" for name in OPERATORS]
+
+
 def test_loading_twice_and_importing_after_loading_is_harmless():
     code = "import sys, torch; torch.ops.load_library(sys.argv[1]); import torch_sluice; torch_sluice._library.load()"
     process = run_python(code, torch_sluice.library_path())
