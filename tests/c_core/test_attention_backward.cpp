@@ -120,6 +120,18 @@ TEST_P(Backward, SeveralChunks) {
   }
 }
 
+TEST_P(Backward, HeadSizesOfRealModels) {
+  shape.n_q = 90, shape.n_k = 130, shape.window = 5, shape.logit_tau = 0.5;
+  for (auto [head_dim, head_dim_v] : {std::pair{64, 64}, std::pair{96, 96}, std::pair{128, 128}, std::pair{96, 128}}) {
+    shape.head_dim = head_dim, shape.head_dim_v = head_dim_v, shape.scale = 1 / std::sqrt(head_dim);
+    for (bool causal : {true, false}) {
+      shape.causal = causal;
+      AttentionProblem problem(shape, 14);
+      expect_reference(problem);
+    }
+  }
+}
+
 TEST_P(Backward, FewQueriesAndManyKeysAndTheOtherWayRound) {
   shape.causal = true, shape.logit_tau = 0, shape.window = 5, shape.head_dim = 16;
   for (auto [n_q, n_k] : {std::pair{1, 600}, std::pair{3, 530}, std::pair{600, 3}, std::pair{300, 290}}) {
