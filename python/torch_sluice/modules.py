@@ -22,6 +22,8 @@ class GatedAttention(nn.Module):
         window: the last ``window`` keys of each query are kept and not gated.
         sinks: nor are the first ``sinks`` keys.
         opening: gate of every pair at the start, in (0, 1).
+        target_density: share in (0, 1] of the pairs to which ``torch_sluice.attention.DensityController(model,
+            steps=...)`` drives the gate; None: the controller is told, or there is none.
         bias: whether the projection to q, k, v has a bias.
         out_proj: whether a linear layer over the heads follows.
         device, dtype: of the projections; the gate's parameters are float32 (float64 with float64).
@@ -31,13 +33,15 @@ class GatedAttention(nn.Module):
 
     def __init__(
         self, dim: int, heads: int = 8, *, kv_heads: int | None = None, causal: bool = False, tau: float = 0.5,
-        window: int = 0, sinks: int = 0, opening: float = 0.95, bias: bool = True, out_proj: bool = False,
-        device=None, dtype=None,
+        window: int = 0, sinks: int = 0, opening: float = 0.95, target_density: float | None = None, bias: bool = True,
+        out_proj: bool = False, device=None, dtype=None,
     ):  # fmt: skip
         super().__init__()
         if heads < 1 or dim < 1 or dim % heads:
             raise ValueError(f"dim is {dim} and heads is {heads}, expected positive numbers of which heads divides dim")
-        self.gate = Gate(dim, heads, kv_heads, tau=tau, opening=opening, device=device)
+        self.gate = Gate(
+            dim, heads, kv_heads, tau=tau, opening=opening, target_density=target_density, device=device
+        )
         if dtype is not None and dtype.itemsize == 8:
             self.gate.to(dtype)
         self.dim, self.heads, self.kv_heads = dim, heads, self.gate.kv_heads

@@ -81,6 +81,7 @@ def test_state_dict_restores_the_logits():
         ({"dim": 16, "heads": 4, "opening": 1.0}, "opening is 1.0"),
         ({"dim": 16, "heads": 4, "tau": 1.0}, "tau is 1.0"),
         ({"dim": 16, "heads": 4, "tau": float("nan")}, "tau is nan"),
+        ({"dim": 16, "heads": 4, "target_density": 0.0}, "target_density is 0.0"),
     ],
 )
 def test_gate_refuses_bad_arguments(arguments, message):

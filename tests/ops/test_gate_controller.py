@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import torch_sluice
 from torch_sluice.attention import DensityController, Gate, QualityController, attend, parameter_groups
 
 
@@ -210,8 +211,28 @@ def test_bad_quality_options_are_named(options):
 
 def test_a_model_without_a_gate_that_learns_is_refused():
     for model in (nn.Linear(2, 2), make_toy(learn=False)):
-        with pytest.raises(ValueError, match="without a gate that learns"):
-            DensityController(model, 0.5, 10)
+        for target in (0.5, None):
+            with pytest.raises(ValueError, match="without a gate that learns"):
+                DensityController(model, target, 10)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel])
+def test_the_target_is_that_of_the_gates_unless_given(wrap):
+    swapped = torch_sluice.swap_attention(nn.TransformerEncoderLayer(8, 2, 16), target_density=0.3)
+    layer = torch_sluice.GatedAttention(8, 2, target_density=0.25)
+    for model, target in ((swapped, 0.3), (layer, 0.25)):
+        assert DensityController(wrap(model), steps=10).target_density == target
+        assert DensityController(wrap(model), 0.5, 10).target_density == 0.5
+
+
+def test_gates_without_a_target_or_with_two_are_refused():
+    with pytest.raises(ValueError, match=r"target_density is None, expected a number in \(0, 1\] here or"):
+        DensityController(make_toy(), steps=10)
+    two = nn.ModuleList(torch_sluice.GatedAttention(8, 2, target_density=target) for target in (0.3, 0.2))
+    with pytest.raises(ValueError, match=r"target_density is None and the gates of model have \[0\.2, 0\.3\]"):
+        DensityController(two, steps=10)
+    with pytest.raises(ValueError, match="steps is None"):
+        DensityController(two[0])
 
 
 def test_loss_without_a_forward_is_refused():

@@ -28,7 +28,7 @@ def train(folder, steps, micro_batches=2, resume=None, **options):
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(CONFIG)
     torch_sluice.swap_attention(model, target_density=0.4, window=2)
-    callback = GateCallback(0.4, **options)
+    callback = GateCallback(**options)
     arguments = transformers.TrainingArguments(
         str(folder), max_steps=steps, per_device_train_batch_size=4 // micro_batches, save_steps=5, report_to=[],
         gradient_accumulation_steps=micro_batches, use_cpu=True, disable_tqdm=True, logging_strategy="no",

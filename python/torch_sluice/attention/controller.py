@@ -35,6 +35,32 @@ def parameter_groups(model, lr, weight_decay=0.0, *, gate_lr=None):
     return groups
 
 
+def _learning_gates(model):
+    gates = [module for module in model.modules() if isinstance(module, Gate) and module.learn]
+    if not gates:
+        raise ValueError(
+            f"model is a {type(model).__name__} without a gate that learns, expected one that was made with "
+            "torch_sluice.swap_attention(model, target_density=...) or torch_sluice.GatedAttention(...)"
+        )
+    return gates
+
+
+def _target_density_of(model):
+    """The target that the gates of a model were made with."""
+    targets = {gate.target_density for gate in _learning_gates(model)} - {None}
+    if len(targets) > 1:
+        raise ValueError(
+            f"target_density is None and the gates of model have {sorted(targets)}, expected one target for all: they "
+            "share the budget"
+        )
+    if not targets:
+        raise ValueError(
+            "target_density is None, expected a number in (0, 1] here or where the gates were made, as in "
+            "torch_sluice.swap_attention(model, target_density=...)"
+        )
+    return targets.pop()
+
+
 class _Controller:
     """Listens to the gates of a model, sums up what they did since the last step, and leads them through the phases.
 
@@ -54,12 +80,7 @@ class _Controller:
             )
         if not 0.0 <= noise < math.inf:
             raise ValueError(f"noise is {noise}, expected a standard deviation of at least 0")
-        self.gates = [module for module in model.modules() if isinstance(module, Gate) and module.learn]
-        if not self.gates:
-            raise ValueError(
-                f"model is a {type(model).__name__} without a gate that learns, expected one that was made with "
-                "torch_sluice.swap_attention(model, target_density=...) or torch_sluice.GatedAttention(...)"
-            )
+        self.gates = _learning_gates(model)
         self.steps, self.straight_through, self.rows, self.noise, self.hard = steps, straight_through, rows, noise, hard
         self.count, self.strength, self.density, self._floor = 0, 0.0, 1.0, 0.0
         self._sums = None
@@ -184,7 +205,7 @@ class DensityController(_Controller):
 
         torch_sluice.swap_attention(model, target_density=0.1)
         optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-3))
-        controller = DensityController(model, 0.1, steps)
+        controller = DensityController(model, steps=steps)
         for batch in batches:
             controller.loss(loss_of(model, batch)).backward()
             optimizer.step()
@@ -194,7 +215,8 @@ class DensityController(_Controller):
 
     Args:
         model: a module that holds gates that learn.
-        target_density: share in (0, 1] of the pairs.
+        target_density: share in (0, 1] of the pairs; default: what its gates were made with, by ``swap_attention``,
+            ``GatedAttention`` or ``Gate``.
         steps: optimizer steps of the whole training, which the shares below refer to.
         gain: of the controller.
         ramp: share of the steps over which the goal falls.
@@ -215,9 +237,11 @@ class DensityController(_Controller):
     """
 
     def __init__(
-        self, model, target_density, steps, *, gain=0.2, ramp=0.5, straight_through=0.0, rows=0.03125, noise=0.0,
-        hard=0.1,
+        self, model, target_density=None, steps=None, *, gain=0.2, ramp=0.5, straight_through=0.0, rows=0.03125,
+        noise=0.0, hard=0.1,
     ):  # fmt: skip
+        if target_density is None:
+            target_density = _target_density_of(model)
         _check_share("target_density", target_density, open_low=True)
         _check_share("ramp", ramp)
         if not 0.0 <= gain < math.inf:

@@ -26,6 +26,8 @@ class Gate(nn.Module):
         learn: False makes a frozen gate that is exactly open: g = 1 in float32, so that attention is plain softmax.
         opening: g at the start, in (0, 1); 0.95 leaves a swapped model nearly as it was.
         tau: pairs with g < tau are dropped by ``attend``, in [0, 1).
+        target_density: share in (0, 1] of the pairs to which a ``DensityController`` drives the model that holds this
+            gate, unless it is given another; None: the controller must be given one.
 
     Attributes (set by a controller, not saved):
         phase: how ``attend`` teaches the gate while the module is in training mode, one of ``PHASES``.
@@ -34,7 +36,10 @@ class Gate(nn.Module):
             what each dropped pair would have changed; 0 computes none.
     """
 
-    def __init__(self, dim, heads, kv_heads=None, *, learn=True, opening=0.95, tau=0.5, device=None, dtype=None):
+    def __init__(
+        self, dim, heads, kv_heads=None, *, learn=True, opening=0.95, tau=0.5, target_density=None, device=None,
+        dtype=None,
+    ):  # fmt: skip
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
         for name, value in (("dim", dim), ("heads", heads), ("kv_heads", kv_heads)):
@@ -46,8 +51,11 @@ class Gate(nn.Module):
             raise ValueError(f"opening is {opening}, expected a number in (0, 1)")
         if not 0.0 <= tau < 1.0:
             raise ValueError(f"tau is {tau}, expected a number in [0, 1)")
+        if target_density is not None and not 0.0 < target_density <= 1.0:
+            raise ValueError(f"target_density is {target_density}, expected a number in (0, 1], or None")
         self.dim, self.heads, self.kv_heads = dim, heads, kv_heads
         self.learn, self.opening, self.tau = bool(learn), float(opening), float(tau)
+        self.target_density = target_density
         self.phase, self.noise, self.rows = "hard", 0.0, 0.0
         self.record = None  # a list while a controller listens
         for name, shape in (

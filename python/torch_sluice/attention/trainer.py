@@ -10,20 +10,20 @@ class GateCallback(TrainerCallback, ExportableState):
 
         torch_sluice.swap_attention(model, target_density=0.1)
         groups = torch_sluice.attention.parameter_groups(model, lr=1e-4, weight_decay=0.1)
-        Trainer(model, ..., optimizers=(torch.optim.AdamW(groups), None), callbacks=[GateCallback(0.1)]).train()
+        Trainer(model, ..., optimizers=(torch.optim.AdamW(groups), None), callbacks=[GateCallback()]).train()
 
     The mean gate is added to the loss that the model returns, so the model must compute its loss itself (be given
     ``labels``). The controller goes on from a checkpoint of the Trainer.
 
     Args:
-        target_density: share in (0, 1] of the query-key pairs.
+        target_density: share in (0, 1] of the query-key pairs; default: what the model was swapped with.
         arguments: further arguments of ``DensityController``, by name.
 
     Attributes:
         controller: the ``DensityController``, from the beginning of the training on.
     """
 
-    def __init__(self, target_density, **arguments):
+    def __init__(self, target_density=None, **arguments):
         self.target_density, self.arguments = target_density, arguments
         self.controller = self._hook = None
 

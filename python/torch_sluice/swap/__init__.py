@@ -87,7 +87,8 @@ def swap_attention(
 
     Args:
         model: the model, of any kind above; training or not.
-        target_density: share in (0, 1] of the pairs that shall be kept after training; None: no gates.
+        target_density: share in (0, 1] of the pairs that shall be kept after training, to which
+            ``DensityController(model, steps=...)`` drives the gates; None: no gates.
         tau: pairs with a gate below this are dropped, in [0, 1).
         opening: gate of all pairs at the start, in (0, 1).
         window: the last ``window`` keys of each query are kept and not gated.
@@ -113,7 +114,7 @@ def swap_attention(
         raise ValueError(f"window is {window} and sinks is {sinks}, expected both at least 0")
     swap, options = _Swap(target_density), GateOptions(window, sinks)
     try:
-        _swap(model, swap, options, modules, example, dict(tau=tau, opening=opening))
+        _swap(model, swap, options, modules, example, dict(tau=tau, opening=opening, target_density=target_density))
     except BaseException:
         swap.undo()
         raise
