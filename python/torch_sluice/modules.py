@@ -39,9 +39,7 @@ class GatedAttention(nn.Module):
         super().__init__()
         if heads < 1 or dim < 1 or dim % heads:
             raise ValueError(f"dim is {dim} and heads is {heads}, expected positive numbers of which heads divides dim")
-        self.gate = Gate(
-            dim, heads, kv_heads, tau=tau, opening=opening, target_density=target_density, device=device
-        )
+        self.gate = Gate(dim, heads, kv_heads, tau=tau, opening=opening, target_density=target_density, device=device)
         if dtype is not None and dtype.itemsize == 8:
             self.gate.to(dtype)
         self.dim, self.heads, self.kv_heads = dim, heads, self.gate.kv_heads

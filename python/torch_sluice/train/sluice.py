@@ -34,7 +34,7 @@ class SluiceSide(Side):
             betas=(0.9, 0.98),
         )
         # While the goal falls, the gate also learns from pairs that it drops; after that it only keeps its density.
-        self.controller = DensityController(self.model, settings.target_density, settings.steps, ramp=0.5, hard=0.5)
+        self.controller = DensityController(self.model, steps=settings.steps, ramp=0.5, hard=0.5)
         self._context = contextlib.ExitStack()
         self.session = self._context.enter_context(
             accumulate(self.model, self.optimizer, every=settings.micro_batches, step_calls="last", seed=settings.seed)
