@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import torch_sluice
@@ -117,11 +118,10 @@ def test_measured_peak_is_a_rate_that_a_product_can_reach():
 
 
 def test_monitor_writes_scalars(tmp_path):
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monitor = Monitor(nn.Linear(2, 2), log_dir=tmp_path)
     for loss in (3.0, 2.0):
         monitor.record(0.5, tokens=8, loss=loss)
     monitor.close()
-    scalars = events.EventAccumulator(str(tmp_path)).Reload()
+    scalars = EventAccumulator(str(tmp_path)).Reload()
     assert [event.value for event in scalars.Scalars("loss")] == [3.0, 2.0]
     assert [event.value for event in scalars.Scalars("tokens_per_second")] == [16.0, 16.0]
