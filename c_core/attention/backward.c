@@ -5,6 +5,7 @@
 
 #include <string.h>
 
+#include "attention/backward_queries.h"
 #include "runtime/executor.h"
 #include "runtime/status.h"
 

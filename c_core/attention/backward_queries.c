@@ -2,7 +2,7 @@
  * block; from them, lse and D come weights and score gradients, which three products turn into dq, dk and dv. */
 #include <math.h>
 
-#include "attention/backward.h"
+#include "attention/backward_queries.h"
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
