@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from support.devices import missing_gpu
 
 import torch_sluice
+from torch_sluice.accumulate.operators import has_kernels
 
 # No deadline: nothing here asserts on time. Derandomised, so that a run can be repeated.
 settings.register_profile("sluice", deadline=None, derandomize=True)
@@ -19,11 +21,10 @@ def pytest_report_header():
 
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
+    reason = missing_gpu(torch.cuda.is_available(), has_kernels("cuda"))
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+        if reason and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

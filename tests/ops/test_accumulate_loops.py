@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from support.devices import DEVICES
 from torch import nn
 
 import torch_sluice
@@ -17,9 +18,9 @@ def make_model(seed=0):
     return nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 20))
 
 
-def batches(count, seed=1, rows=4):
+def batches(count, seed=1, rows=4, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(rows, 20, generator=generator) for _ in range(count)]
+    return [torch.randn(rows, 20, generator=generator).to(device) for _ in range(count)]
 
 
 def loss_of(model, batch):
@@ -40,7 +41,7 @@ def close(left, right, rtol=1e-4, atol=1e-6):
 
 def train_by_hand(data, every=N, clip=None, make=torch.optim.AdamW):
     """The ordinary loop, whose result all others must have: mean over micro-batches, step at the end of a window."""
-    model = make_model()
+    model = make_model().to(data[0].device)
     optimizer = make(model.parameters(), 1e-2)
     for i, batch in enumerate(data):
         (loss_of(model, batch) / every).backward()
@@ -59,11 +60,12 @@ def session(model, optimizer, **options):
 POLICIES = {"fp32": 1e-5, "fp16": 2e-2, "auto": 2e-2, "seed": 1e-5}  # and how far AdamW may take a value's rounding
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("loop", ["step after each micro-batch", "step after each window", "zero_grad first"])
-def test_loops_give_what_they_give_without_sluice(policy, loop):
-    data = batches(4 * N)
-    model = make_model()
+def test_loops_give_what_they_give_without_sluice(policy, loop, device):
+    data = batches(4 * N, device=device)
+    model = make_model().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     with session(model, optimizer, policy=policy) as accumulation:
         for i, batch in enumerate(data):
@@ -80,9 +82,10 @@ def test_loops_give_what_they_give_without_sluice(policy, loop):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_float32_has_the_bits_of_the_ordinary_loop_where_it_sums():
-    data = batches(2 * N)
-    model = make_model()
+@pytest.mark.parametrize("device", DEVICES)
+def test_float32_has_the_bits_of_the_ordinary_loop_where_it_sums(device):
+    data = batches(2 * N, device=device)
+    model = make_model().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     with session(model, optimizer):
         for i, batch in enumerate(data):

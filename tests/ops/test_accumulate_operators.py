@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.devices import DEVICES
 
 from torch_sluice.accumulate import operators
 from torch_sluice.accumulate.operators import BLOCK, STATS, count_blocks
@@ -15,7 +16,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def new_sum(like, dtype):
     """An accumulator with the layout of ``like`` and its exponents, both full of rubbish."""
     accumulator = torch.full_like(like, torch.nan, dtype=dtype)
-    exponents = torch.full((count_blocks(like.numel()),), 77, dtype=torch.int8) if dtype == torch.float16 else None
+    exponents = None
+    if dtype == torch.float16:
+        exponents = torch.full((count_blocks(like.numel()),), 77, dtype=torch.int8, device=like.device)
     return accumulator, exponents
 
 
@@ -86,22 +89,24 @@ def test_reading_scales_and_rounds_as_torch_does():
     assert torch.equal(accumulator, grad / 2)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_any_layout_of_gradient_and_out(dtype):
-    base = torch.randn(6, 5, 4, 3)
+def test_any_layout_of_gradient_and_out(dtype, device):
+    base = torch.randn(6, 5, 4, 3, device=device)
     accumulator, exponents = new_sum(base.to(memory_format=torch.channels_last), dtype)
     grads = {
         "same": base.to(memory_format=torch.channels_last),
         "contiguous": base,
         "transposed": base.transpose(0, 1).contiguous().transpose(0, 1),
-        "strided": torch.randn(6, 5, 4, 6)[..., ::2].copy_(base),
-        "offset": torch.randn(1 + base.numel())[1:].view_as(base).copy_(base),
-        "expanded": torch.ones(1, 5, 1, 1).expand(6, 5, 4, 3),
+        "strided": torch.randn(6, 5, 4, 6, device=device)[..., ::2].copy_(base),
+        "offset": torch.randn(1 + base.numel(), device=device)[1:].view_as(base).copy_(base),
+        "expanded": torch.ones(1, 5, 1, 1, device=device).expand(6, 5, 4, 3),
     }
     results = {}
     for name, grad in grads.items():
         ops.accumulate_(accumulator, exponents, grad, 1.0, True, None)
-        for out in (torch.empty_like(accumulator, dtype=torch.float32), torch.empty(4, 3, 6, 5).permute(2, 3, 0, 1)):
+        other = torch.empty(4, 3, 6, 5, device=device).permute(2, 3, 0, 1)
+        for out in (torch.empty_like(accumulator, dtype=torch.float32), other):
             ops.read_accumulator(accumulator, exponents, 1.0, out)
             results.setdefault(name, out.clone())
             torch.testing.assert_close(out, grad, rtol=1e-3, atol=0)
@@ -119,9 +124,10 @@ def test_a_sum_goes_from_float16_to_float32_without_loss():
     assert read(half, exponents).count_nonzero() == 0
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_what_is_not_finite_is_counted_and_kept(dtype):
-    grad = torch.randn(2500)
+def test_what_is_not_finite_is_counted_and_kept(dtype, device):
+    grad = torch.randn(2500, device=device)
     grad[3], grad[1100], grad[2000] = torch.nan, torch.inf, -torch.inf
     accumulator, exponents = new_sum(grad, dtype)
     stats = ops.accumulate_(accumulator, exponents, grad, 1.0, True, 1)
@@ -136,8 +142,9 @@ def test_what_is_not_finite_is_counted_and_kept(dtype):
     torch.testing.assert_close(got, grad, rtol=1e-3, atol=1e-6, equal_nan=True)
 
 
-def test_the_same_bits_again_and_with_any_number_of_threads():
-    grad = torch.randn(300_001)
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_same_bits_again_and_with_any_number_of_threads(device):
+    grad = torch.randn(300_001, device=device)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 1, 3):
@@ -163,38 +170,46 @@ def test_another_seed_rounds_differently_and_as_well():
     assert 0.6 < relative_error(mean, grad.double()) / relative_error(sums[0], grad.double()) < 0.8
 
 
-def samples():
-    grad = torch.randn(3, 700)
-    half, exponents = torch.randn(3, 700).half(), torch.zeros(3, dtype=torch.int8)
+def samples(device="cpu"):
+    grad = torch.randn(3, 700, device=device)
+    half, exponents = torch.randn(3, 700, device=device).half(), torch.zeros(3, dtype=torch.int8, device=device)
     return {
         "accumulate_": [
-            (torch.randn(3, 700), None, grad, 1.0, False, None),
+            (torch.randn(3, 700, device=device), None, grad, 1.0, False, None),
             (half, exponents, grad.bfloat16(), 0.5, False, 7),
             (half, exponents, grad.t().contiguous().t(), 0.5, True, None),
         ],
         "measure_gradient": [(grad,), (grad.half(),)],
-        "read_accumulator": [(half, exponents, 0.5, torch.empty(3, 700)), (grad, None, 2.0, half.clone())],
+        "read_accumulator": [
+            (half, exponents, 0.5, torch.empty(3, 700, device=device)),
+            (grad, None, 2.0, half.clone()),
+        ],
     }
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", samples())
-def test_opcheck(name):
+def test_opcheck(name, device):
     operator = getattr(ops, name).default
-    for arguments in samples()[name]:
+    for arguments in samples(device)[name]:
         torch.library.opcheck(operator, arguments)
 
 
-def test_the_operators_trace_into_a_whole_graph():
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_the_operators_trace_into_a_whole_graph(backend, device):
+    torch._dynamo.reset()
+
     def step(accumulator, exponents, grad):
         ops.accumulate_(accumulator, exponents, grad * 2, 1.0, False, 3)
         out = torch.empty_like(grad)
         stats = ops.read_accumulator(accumulator, exponents, 0.5, out)
         return out, stats
 
-    grad = torch.randn(2000)
+    grad = torch.randn(2000, device=device)
     results = []
-    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        half, exponents = torch.zeros(2000, dtype=torch.float16), torch.zeros(2, dtype=torch.int8)
+    for function in (step, torch.compile(step, fullgraph=True, backend=backend)):
+        half, exponents = (torch.zeros(n, dtype=t, device=device) for n, t in ((2000, torch.float16), (2, torch.int8)))
         results.append((*function(half, exponents, grad), half, exponents))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 

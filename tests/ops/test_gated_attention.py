@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.attention import formula, formula_with_gradients, random_inputs
+from support.devices import DEVICES
 from support.errors import assert_close_as_torch
 
 from torch_sluice import gated_attention
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 NAMES = ("out", "lse", "dq", "dk", "dv", "da", "db")
 
 
@@ -89,22 +89,24 @@ def test_sizes(sizes, causal, dtype, device):
     compare(random_inputs(**sizes, dtype=dtype, device=device), cancels=one_key, causal=causal, tau=0.5, window=2)
 
 
-def test_across_sorted_chunks():
+@pytest.mark.parametrize("device", DEVICES)
+def test_across_sorted_chunks(device):
     """Longer than the chunk in which keys are sorted, with unequal chunks."""
-    compare(
-        random_inputs(batch=1, heads=2, heads_kv=1, n_q=1100, n_k=1100, head_dim=32), causal=True, tau=0.6, window=8
-    )
+    inputs = random_inputs(batch=1, heads=2, heads_kv=1, n_q=1100, n_k=1100, head_dim=32, device=device)
+    compare(inputs, causal=True, tau=0.6, window=8)
 
 
-def test_huge_gate_logits():
-    q, k, v, a, b = random_inputs()
+@pytest.mark.parametrize("device", DEVICES)
+def test_huge_gate_logits(device):
+    q, k, v, a, b = random_inputs(device=device)
     a[0, 0, 3], a[0, 1, 4], b[1, 0, 5], b[1, 1, 6] = 1e30, -1e30, math.inf, -math.inf
     a[1, 2, 7], b[0, 1, 8] = 39.5, -39.5
     compare((q, k, v, a, b), causal=True, tau=0.4)
 
 
-def test_row_that_keeps_nothing():
-    q, k, v, a, b = random_inputs()
+@pytest.mark.parametrize("device", DEVICES)
+def test_row_that_keeps_nothing(device):
+    q, k, v, a, b = random_inputs(device=device)
     a[:, :, 7] = -30.0
     out, lse, dq, _, _, da, _ = run((q, k, v, a, b), torch.ones_like(q), tau=0.5)
     assert (out[:, :, 7] == 0).all()
@@ -114,10 +116,11 @@ def test_row_that_keeps_nothing():
     compare((q, k, v, a, b), tau=0.5)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("which", range(5), ids="qkvab")
-def test_nan_and_infinity_reach_only_what_they_touch(which, value):
-    inputs = random_inputs(batch=1, heads=2, heads_kv=1, n_q=20, n_k=20, head_dim=8, head_dim_v=8)
+def test_nan_and_infinity_reach_only_what_they_touch(which, value, device):
+    inputs = random_inputs(batch=1, heads=2, heads_kv=1, n_q=20, n_k=20, head_dim=8, head_dim_v=8, device=device)
     inputs[which].flatten()[inputs[which].numel() // 2] = value
     for tau in (0.0, 0.6):
         options = dict(causal=True, tau=tau, window=2)
@@ -128,10 +131,12 @@ def test_nan_and_infinity_reach_only_what_they_touch(which, value):
         assert out.isfinite().any()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("sizes", [dict(batch=0), dict(n_q=0), dict(n_k=0), dict(n_q=0, n_k=0)], ids=str)
-def test_empty(sizes):
-    inputs = random_inputs(**sizes)
-    out, lse, *gradients = run(inputs, torch.ones(*inputs[0].shape[:3], inputs[2].shape[3]), causal=True, tau=0.5)
+def test_empty(sizes, device):
+    inputs = random_inputs(**sizes, device=device)
+    dout = torch.ones(*inputs[0].shape[:3], inputs[2].shape[3], device=device)
+    out, lse, *gradients = run(inputs, dout, causal=True, tau=0.5)
     assert out.shape == (*inputs[0].shape[:3], 16)
     assert (out == 0).all()
     assert (lse == -math.inf).all()
@@ -140,9 +145,10 @@ def test_empty(sizes):
         assert (gradient == 0).all()
 
 
-def test_strides():
+@pytest.mark.parametrize("device", DEVICES)
+def test_strides(device):
     """Transposed, sliced, reversed in memory and expanded inputs mean what their contiguous copies mean."""
-    q, k, v, a, b = random_inputs(n_q=33, n_k=33)
+    q, k, v, a, b = random_inputs(n_q=33, n_k=33, device=device)
     views = (
         q.transpose(1, 2).contiguous().transpose(1, 2),
         torch.cat((k, k), -1)[..., 16:],
@@ -171,11 +177,12 @@ def test_strides_beyond_32_bits():
     assert torch.equal(gated_attention(q, k, v, a, b), gated_attention(q, dense, v, a, b))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("tau", [0.0, 0.45])
-def test_gradcheck(causal, tau):
-    inputs = random_inputs(batch=1, heads=4, heads_kv=2, n_q=5, n_k=7, head_dim=3, head_dim_v=2, dtype=torch.float64)
-    inputs = [x.requires_grad_() for x in inputs]
+def test_gradcheck(causal, tau, device):
+    sizes = dict(batch=1, heads=4, heads_kv=2, n_q=5, n_k=7, head_dim=3, head_dim_v=2)
+    inputs = [x.requires_grad_() for x in random_inputs(**sizes, dtype=torch.float64, device=device)]
 
     def attention(*leaves):
         return gated_attention(*leaves, causal=causal, tau=tau, window=2, sinks=1)
@@ -183,8 +190,9 @@ def test_gradcheck(causal, tau):
     assert torch.autograd.gradcheck(attention, inputs)
 
 
-def test_same_bits_with_any_number_of_threads():
-    inputs = random_inputs(batch=2, heads=4, heads_kv=2, n_q=300, n_k=300, head_dim=32)
+@pytest.mark.parametrize("device", DEVICES)
+def test_same_bits_with_any_number_of_threads(device):
+    inputs = random_inputs(batch=2, heads=4, heads_kv=2, n_q=300, n_k=300, head_dim=32, device=device)
     dout = torch.randn_like(inputs[0])
     threads = torch.get_num_threads()
     results = []
@@ -199,8 +207,9 @@ def test_same_bits_with_any_number_of_threads():
             assert torch.equal(ours, first), name
 
 
-def test_gradient_of_some_inputs_only():
-    q, k, v, a, b = random_inputs()
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradient_of_some_inputs_only(device):
+    q, k, v, a, b = random_inputs(device=device)
     a.requires_grad_()
     out = gated_attention(q, k, v, a, b, tau=0.5)
     (da,) = torch.autograd.grad(out.sum(), a)
@@ -213,8 +222,9 @@ def test_lse_is_not_differentiable():
     assert not lse.requires_grad
 
 
-def test_inference_path_gives_the_same_bits():
-    inputs = random_inputs()
+@pytest.mark.parametrize("device", DEVICES)
+def test_inference_path_gives_the_same_bits(device):
+    inputs = random_inputs(device=device)
     leaves = [x.clone().requires_grad_() for x in inputs]
     with torch.no_grad():
         without = gated_attention(*leaves, causal=True, tau=0.5)

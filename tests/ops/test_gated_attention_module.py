@@ -3,9 +3,11 @@
 import pytest
 import torch
 from support.attention import formula
+from support.devices import DEVICES
 from torch import nn
 
 from torch_sluice import GatedAttention
+from torch_sluice.attention import DensityController
 
 DIM, HEADS, TOKENS = 24, 3, 24  # as many tokens as channels: the sample needs it
 
@@ -119,15 +121,16 @@ def test_agrees_with_the_fixed_sample(tokens):
     torch.testing.assert_close(x_ours.grad, x_sample.grad)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "options", [dict(), dict(causal=True, window=4, sinks=2), dict(kv_heads=1, out_proj=True)], ids=str
 )
-def test_is_the_formula_of_its_parts(options):
+def test_is_the_formula_of_its_parts(options, device):
     torch.manual_seed(0)
-    layer = GatedAttention(24, 4, tau=0.5, **options)
+    layer = GatedAttention(24, 4, tau=0.5, device=device, **options)
     for parameter in layer.gate.parameters():
         nn.init.normal_(parameter)
-    x = torch.randn(2, 30, 24)
+    x = torch.randn(2, 30, 24, device=device)
     kv = options.get("kv_heads", 4)
     q, k, v = layer.to_qkv(x).split([24, kv * 6, kv * 6], dim=-1)
     q, k, v = (t.unflatten(-1, (-1, 6)).transpose(1, 2) for t in (q, k, v))
@@ -146,27 +149,48 @@ def test_starts_open():
     torch.testing.assert_close(layer(x), 0.95 * plain)
 
 
-def test_padding():
-    layer = GatedAttention(24, 4, causal=True)
-    x = torch.randn(2, 30, 24)
-    out = layer(x, key_range=torch.tensor([[10, 30], [0, 30]]))
+@pytest.mark.parametrize("device", DEVICES)
+def test_padding(device):
+    layer = GatedAttention(24, 4, causal=True, device=device)
+    x = torch.randn(2, 30, 24, device=device)
+    out = layer(x, key_range=torch.tensor([[10, 30], [0, 30]], device=device))
     torch.testing.assert_close(out[:1, 10:], layer(x[:1, 10:]))
     torch.testing.assert_close(out[1:], layer(x[1:]))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_dtype(dtype):
-    layer = GatedAttention(24, 4, dtype=dtype, out_proj=True)
-    out = layer(torch.randn(2, 8, 24, dtype=dtype))
+def test_dtype(dtype, device):
+    layer = GatedAttention(24, 4, dtype=dtype, out_proj=True, device=device)
+    out = layer(torch.randn(2, 8, 24, dtype=dtype, device=device))
     assert out.dtype == dtype
     out.sum().backward()
     assert all(p.grad is not None for p in layer.parameters())
 
 
-def test_compile():
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sizes", [(0, 8), (2, 0), (0, 0)], ids=str)
+def test_no_batch_and_no_tokens(sizes, device):
+    layer = GatedAttention(24, 4, causal=True, window=4, sinks=2, out_proj=True, device=device)
+    x = torch.randn(*sizes, 24, device=device, requires_grad=True)
+    out = layer(x)
+    assert out.shape == (*sizes, 24)
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+    assert all((p.grad == 0).all() for p in layer.parameters())
+    for recipe in (dict(straight_through=1.0, hard=0.0), dict(noise=1.0), dict(hard=1.0)):
+        controller = DensityController(layer, 0.5, 4, **recipe)
+        assert controller.loss(layer(x).sum()) == 0
+        controller.step()
+        assert controller.density == 1
+        controller.close()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compile(device):
     torch._dynamo.reset()
-    layer = GatedAttention(24, 4, causal=True)
-    x = torch.randn(2, 12, 24)
+    layer = GatedAttention(24, 4, causal=True, device=device)
+    x = torch.randn(2, 12, 24, device=device)
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
 
 

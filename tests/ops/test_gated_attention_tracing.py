@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.attention import random_inputs
+from support.devices import DEVICES
 
 from torch_sluice import gated_attention
 
@@ -10,25 +11,27 @@ FORWARD = torch.ops.sluice.gated_attention.default
 BACKWARD = torch.ops.sluice.gated_attention_backward.default
 
 
-def operator_arguments(dtype, with_optional):
-    inputs = random_inputs(n_q=6, n_k=9, dtype=dtype)
-    logit_tau = torch.full((2, 4), 0.2, dtype=inputs[3].dtype) if with_optional else None
-    key_range = torch.tensor([[0, 9], [2, 7]]) if with_optional else None
+def operator_arguments(dtype, with_optional, device):
+    inputs = random_inputs(n_q=6, n_k=9, dtype=dtype, device=device)
+    logit_tau = torch.full((2, 4), 0.2, dtype=inputs[3].dtype, device=device) if with_optional else None
+    key_range = torch.tensor([[0, 9], [2, 7]], device=device) if with_optional else None
     return *inputs, logit_tau, key_range, True, 2, 1, 0.25
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("with_optional", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_opcheck_forward(dtype, with_optional):
-    arguments = operator_arguments(dtype, with_optional)
+def test_opcheck_forward(dtype, with_optional, device):
+    arguments = operator_arguments(dtype, with_optional, device)
     torch.library.opcheck(FORWARD, arguments)
     torch.library.opcheck(FORWARD, [x.requires_grad_() for x in arguments[:5]] + list(arguments[5:]))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("with_optional", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck_backward(dtype, with_optional):
-    arguments = operator_arguments(dtype, with_optional)
+def test_opcheck_backward(dtype, with_optional, device):
+    arguments = operator_arguments(dtype, with_optional, device)
     out, lse = FORWARD(*arguments)
     torch.library.opcheck(BACKWARD, (torch.randn_like(out), *arguments[:7], out, lse, *arguments[7:]))
 
@@ -39,11 +42,12 @@ def gradients(function, inputs):
     return out, *torch.autograd.grad(out.float().square().sum(), leaves)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "options", [dict(tau=0.4), dict(density=0.3), dict(tau=torch.tensor([0, 0.2, 0.4, 0.6]))], ids=str
 )
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(options, dynamic):
+def test_compile(options, dynamic, device):
     torch._dynamo.reset()
 
     def attention(*inputs):
@@ -51,9 +55,23 @@ def test_compile(options, dynamic):
 
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for n in (20, 31):
-        inputs = random_inputs(n_q=n, n_k=n)
+        inputs = random_inputs(n_q=n, n_k=n, device=device)
         for ours, eager in zip(gradients(compiled, inputs), gradients(attention, inputs), strict=True):
             assert torch.equal(ours, eager)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_inductor(device):
+    """The code generator behind torch.compile, with the operator amid what it generates code for."""
+    torch._dynamo.reset()
+
+    def attention(q, k, v, a, b):
+        return gated_attention(2 * q, k, v.tanh(), a, b + 1, causal=True, tau=0.4, window=3).sigmoid()
+
+    inputs = random_inputs(batch=1, heads=2, heads_kv=1, n_q=20, n_k=20, device=device)
+    compiled = torch.compile(attention, fullgraph=True)
+    for ours, eager in zip(gradients(compiled, inputs), gradients(attention, inputs), strict=True):
+        torch.testing.assert_close(ours, eager)
 
 
 def test_compiled_bad_shape():
@@ -64,11 +82,12 @@ def test_compiled_bad_shape():
         compiled(q, k, v, a, b[..., :5])
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast(dtype):
-    inputs = random_inputs()
+def test_autocast(dtype, device):
+    inputs = random_inputs(device=device)
     rounded = [x.to(dtype) for x in inputs[:3]] + list(inputs[3:])
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(device, dtype=dtype):
         out, *ours = gradients(lambda *x: gated_attention(*x, causal=True, tau=0.5), inputs)
         half_gates = gated_attention(*inputs[:3], inputs[3].to(dtype), inputs[4].to(dtype))
     assert out.dtype == half_gates.dtype == dtype
@@ -79,14 +98,16 @@ def test_autocast(dtype):
         assert torch.equal(mine, other.float())
 
 
-def test_autocast_leaves_float64_alone():
-    inputs = random_inputs(dtype=torch.float64)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_leaves_float64_alone(device):
+    inputs = random_inputs(dtype=torch.float64, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
         assert gated_attention(*inputs).dtype == torch.float64
 
 
-def test_checkpoint():
-    inputs = random_inputs()
+@pytest.mark.parametrize("device", DEVICES)
+def test_checkpoint(device):
+    inputs = random_inputs(device=device)
 
     def attention(*x):
         return gated_attention(*x, causal=True, tau=0.5)

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from support.devices import DEVICES
 from torch import nn
 from torch.nn import functional as F
 
@@ -146,13 +147,14 @@ def test_encoder_fast_path_is_not_taken(training):
         assert torch.equal(model(x, **cases[2]), expected[2])
 
 
-def test_decoder_layer():
+@pytest.mark.parametrize("device", DEVICES)
+def test_decoder_layer(device):
     torch.manual_seed(0)
-    model = nn.TransformerDecoderLayer(DIM, HEADS, 32, dropout=0.0, batch_first=True)
-    x, memory = torch.randn(3, TOKENS, DIM), torch.randn(3, 5, DIM)
-    expected = model(x, memory, tgt_mask=CAUSAL, tgt_is_causal=True)
+    model = nn.TransformerDecoderLayer(DIM, HEADS, 32, dropout=0.0, batch_first=True, device=device)
+    x, memory = torch.randn(3, TOKENS, DIM, device=device), torch.randn(3, 5, DIM, device=device)
+    expected = model(x, memory, tgt_mask=CAUSAL.to(device), tgt_is_causal=True)
     swap_attention(model)
-    same(model(x, memory, tgt_mask=CAUSAL, tgt_is_causal=True), expected)
+    same(model(x, memory, tgt_mask=CAUSAL.to(device), tgt_is_causal=True), expected)
 
 
 class Attention(nn.Module):
@@ -200,39 +202,41 @@ class GPT(nn.Module):
 IDS = torch.arange(3 * TOKENS).view(3, TOKENS) % 50
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "mask", [None, ~CAUSAL, BIAS, (~PADDING)[:, None, None, :]], ids=["no", "causal", "bias", "padding"]
 )
-def test_sdpa_open_gates_change_nothing(mask):
+def test_sdpa_open_gates_change_nothing(mask, device):
     torch.manual_seed(0)
-    model = GPT()
-    expected = model(IDS, mask=mask)
+    model, ids, mask = GPT().to(device), IDS.to(device), None if mask is None else mask.to(device)
+    expected = model(ids, mask=mask)
     expected.square().mean().backward()
     gradients = [p.grad for p in model.parameters()]
     model.zero_grad()
     swap_attention(model)
-    out = model(IDS, mask=mask)
+    out = model(ids, mask=mask)
     same(out, expected)
     out.square().mean().backward()
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         same(parameter.grad, gradient)
 
 
-def test_sdpa_gates_are_asked_and_learn():
+@pytest.mark.parametrize("device", DEVICES)
+def test_sdpa_gates_are_asked_and_learn(device):
     torch.manual_seed(0)
-    model = swap_attention(GPT(), target_density=0.5)
+    model, ids = swap_attention(GPT().to(device), target_density=0.5), IDS.to(device)
     assert [name for name, m in model.named_modules() if isinstance(m, Gate)] == [
         "blocks.0.attn.sluice_gate",
         "blocks.1.attn.sluice_gate",
     ]
     assert len(gate_parameters(model)) == 8
     assert {id(p) for p in gate_parameters(model)} <= {id(p) for p in model.parameters()}
-    plain = model(IDS)
+    plain = model(ids)
     plain.square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in gate_parameters(model))
     randomise_gates(model, 3.0)
     model.blocks[0].attn.sluice_options = model.blocks[0].attn.sluice_options._replace(window=1)
-    assert not torch.allclose(model(IDS), plain)
+    assert not torch.allclose(model(ids), plain)
 
 
 @pytest.mark.parametrize("target_density", [None, 0.5])
@@ -335,6 +339,18 @@ def test_dropout():
 
 
 MODELS = {"mha": Encoder, "sdpa": GPT}
+
+
+@pytest.mark.parametrize("sizes", [(0, TOKENS), (3, 0)], ids=str)
+@pytest.mark.parametrize("target_density", [None, 0.5])
+@pytest.mark.parametrize("name", MODELS)
+def test_no_batch_and_no_tokens(name, target_density, sizes):
+    model = swap_attention(MODELS[name](), target_density=target_density)
+    x = torch.zeros(sizes, dtype=torch.long) if name == "sdpa" else torch.randn(*sizes, DIM)
+    out = model(x)
+    assert out.shape[:2] == sizes
+    out.sum().backward()
+    assert all((p.grad == 0).all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("target_density", [None, 0.5])

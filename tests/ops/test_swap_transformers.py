@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from support.attention import formula
+from support.devices import DEVICES
 
 from torch_sluice import gate_parameters, restore, swap_attention
 from torch_sluice.attention import Gate
@@ -90,16 +91,18 @@ def test_attn_implementation_of_a_saved_model(tmp_path):
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_open_gates_change_nothing(name, mask):
-    model = make(name).train()
-    seen = torch.ones_like(IDS, dtype=torch.bool) if MASKS[mask] is None else MASKS[mask].bool()
-    expected = model(IDS, attention_mask=MASKS[mask]).logits[seen]
+def test_open_gates_change_nothing(name, mask, device):
+    model, ids = make(name).train().to(device), IDS.to(device)
+    mask = None if MASKS[mask] is None else MASKS[mask].to(device)
+    seen = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    expected = model(ids, attention_mask=mask).logits[seen]
     gradients = torch.autograd.grad(expected.square().mean(), list(model.parameters()))
     swap_attention(model)
     assert not gate_parameters(model)
-    out = model(IDS, attention_mask=MASKS[mask]).logits[seen]
+    out = model(ids, attention_mask=mask).logits[seen]
     torch.testing.assert_close(out, expected)
     ours = torch.autograd.grad(out.square().mean(), list(model.parameters()))
     for mine, other in zip(ours, gradients, strict=True):
@@ -284,6 +287,21 @@ def test_encoder_decoder_model():
     assert len(gates) == 2
     assert not any("encoder_attn" in name for name in gates)  # cross attention stays open
     assert torch.equal(model.generate(IDS, **options), model.generate(IDS, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 5, 8), (2, 4, 0, 8)], ids=str)
+@pytest.mark.parametrize("target_density", [None, 0.5])
+def test_no_batch_and_no_tokens(target_density, sizes):
+    """The attention itself: what is around it in these models reshapes to -1, and refuses both."""
+    layer = swap_attention(make("llama").train(), target_density=target_density).model.layers[0].self_attn
+    if target_density:
+        layer._sluice_logits = layer.sluice_gate(torch.zeros(sizes[0], sizes[2], 32))
+    q, k, v = (torch.zeros(*sizes, requires_grad=True) for _ in range(3))
+    out, _ = sluice_attention(layer, q, k[:, :2], v[:, :2], None, scaling=0.5)
+    assert out.shape == (sizes[0], sizes[2], 4, 8)
+    assert all(x.shape == sizes for x in torch.autograd.grad(out.sum(), (q, k, v)))
+    with pytest.raises(RuntimeError, match="cannot reshape tensor of 0 elements"):
+        make("llama")(IDS[:0])
 
 
 @pytest.mark.parametrize("target_density", [None, 0.5])
