@@ -1,13 +1,13 @@
 """Accumulation under DistributedDataParallel: two processes give what one gives on all the data."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.ranks import run_ranks
+from torch import distributed
+
+import torch_sluice
 
 N, RANKS = 3, 2
 
@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 distributed.init_process_group("gloo")
 rank, N = distributed.get_rank(), 3
-out, kind = sys.argv[1:]
+out = sys.argv[1]
 
 
 def train(model, optimizer, wrapped, data, policy="fp32", each=True, no_sync=False, tokens=False, clip=None):
@@ -79,22 +79,7 @@ distributed.destroy_process_group()
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(folder), "all"],
-            env={**environment, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
+    run_ranks(WORKER, RANKS, str(folder))
     return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(RANKS)]
 
 
@@ -133,3 +118,27 @@ def test_two_ranks_give_what_one_gives(results, name, views):
     # One bucket: one reduction a window, and one more before the first call of step() has told what loop it is. A loop
     # that steps once a window decides itself when to reduce: in every micro-batch, unless it says no_sync().
     assert first["reductions"] == {"last": 4 * N, "half last": 4 * N, "last no_sync": 4}.get(name, 5)
+
+
+@pytest.fixture
+def one_rank():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def test_low_memory_is_refused_since_it_would_hide_gradients(one_rank):
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ValueError, match="low_memory=True hides gradients from DistributedDataParallel"):
+        torch_sluice.accumulate(model, optimizer, every=2, low_memory=True)
+
+
+def test_sharded_parameters_are_refused_by_name(one_rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_module
+
+    model = distribute_module(torch.nn.Sequential(torch.nn.Linear(4, 4)), init_device_mesh("cpu", (1,)))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ValueError, match=r"parameter 0\.weight is a DTensor, expected a plain tensor"):
+        torch_sluice.accumulate(model, optimizer, every=2)

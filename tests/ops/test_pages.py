@@ -1,0 +1,43 @@
+"""The examples of the pages about each part run."""
+
+import re
+
+import pytest
+
+EXAMPLES = {"attention": 3, "gate": 1, "accumulate": 1}
+
+
+def examples(repository, page):
+    return re.findall(r"```python\n(.*?)```", (repository / f"docs/{page}.md").read_text(), re.S)
+
+
+def run(repository, page, number=0):
+    names = {}
+    exec(compile(examples(repository, page)[number], f"docs/{page}.md, example {number}", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("number", range(EXAMPLES["attention"]))
+def test_attention(repository, number):
+    pytest.importorskip("transformers")
+    run(repository, "attention", number)
+
+
+def test_gate(repository):
+    pytest.importorskip("transformers")
+    controller = run(repository, "gate")["controller"]
+    assert controller.count == controller.steps == 4
+    assert controller.target_density == 0.25
+    assert 0 < controller.density <= 1
+    assert controller.phase == "hard"
+
+
+def test_accumulate(repository, capsys):
+    session = run(repository, "accumulate")["session"]
+    steps, share = capsys.readouterr().out.split()
+    assert (int(steps), session.micro_batches) == (2, 8)
+    assert 0 < float(share) <= 1
+
+
+def test_all_examples_are_run(repository):
+    assert {page: len(examples(repository, page)) for page in EXAMPLES} == EXAMPLES
