@@ -19,7 +19,7 @@ def _files(text):
 
 def test_default_text_is_the_standard_library_and_holds_out_what_it_does_not_train_on():
     corpus = load_corpus(None, 4096)
-    assert corpus.name.startswith("the Python standard library (")
+    assert corpus.name.startswith("the standard library of Python 3.")
     assert len(corpus.train) > 1e6
     train, heldout = _files(corpus.train), _files(corpus.heldout)
     assert (len(train), len(heldout)) == (corpus.train_files, corpus.heldout_files)

@@ -192,8 +192,9 @@ def find_losses(result: dict) -> list[str]:
             "runs further from the machine's peak."
         )
     if window is not None and window["heldout_accuracy"] >= 0.995 * sluice["heldout_accuracy"]:
+        better = window["heldout_accuracy"] > 1.005 * sluice["heldout_accuracy"]
         sentences.append(
-            f"A plain sliding window of the same density does as well here (accuracy "
+            f"A plain sliding window of the target density does {'better' if better else 'as well'} here (accuracy "
             f"{window['heldout_accuracy']:.4f}, gate {sluice['heldout_accuracy']:.4f}): this text is predicted from "
             "what is near. Where the answer lies far back a window fails and the gate does not: see the "
             "section Recall of docs/gate.md."

@@ -4,6 +4,7 @@ A batch is a pure function of (seed, step, micro-batch), so that a resumed run s
 """
 
 import hashlib
+import platform
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,7 @@ def load_corpus(path: str | None, context: int) -> Corpus:
     digest = hashlib.sha256(train)
     digest.update(heldout)
     return Corpus(
-        name=str(root) if path is not None else f"the Python standard library ({root})",
+        name=str(root) if path is not None else f"the standard library of Python {platform.python_version()}",
         train=np.frombuffer(train, np.uint8),
         heldout=np.frombuffer(heldout, np.uint8),
         train_files=counts[0],
