@@ -1,0 +1,2 @@
+target_sources(sluice_objects PRIVATE
+  comm/reduce_validate.c)
