@@ -63,9 +63,9 @@ typedef struct sl_comm sl_comm;
 
 /* Which algorithm serves which size, in bytes. What is measured best differs between machines; all ranks use rank 0's. */
 typedef struct sl_comm_tuning {
-  size_t flat;      /* reductions up to here: every rank reads all inputs. Beyond: each reduces a share, then shares it */
-  size_t piece;     /* what a rank puts into its buffer at a time; at most half of buffer_bytes */
-  size_t direct;    /* messages from here on are read from the sender's memory, where the system allows it */
+  size_t flat;   /* reductions up to here: every rank reads all inputs. Beyond: each reduces a share, then shares it */
+  size_t piece;  /* what a rank puts into its buffer at a time; at most half of buffer_bytes */
+  size_t direct; /* messages from here on are read from the sender's memory, where the system allows it */
   size_t streaming; /* outputs from here on are written past the caches */
 } sl_comm_tuning;
 
