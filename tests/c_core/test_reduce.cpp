@@ -101,9 +101,11 @@ bool same_result(const sl_reduce_args &args, const void *left, const void *right
   size_t bytes = args.count * sl_dtype_size(args.dtype);
   if (bytes == 0 || std::memcmp(left, right, bytes) == 0) return true;
   if (!is_float(args.dtype) || args.op == SL_REDUCE_MIN || args.op == SL_REDUCE_MAX) return false;
+  std::vector<double> aligned[2] = {std::vector<double>(bytes / 8 + 1), std::vector<double>(bytes / 8 + 1)};
+  std::memcpy(aligned[0].data(), left, bytes), std::memcpy(aligned[1].data(), right, bytes);
   for (size_t i = 0; i < args.count; ++i) {
-    double x = load_number(args.dtype, left, static_cast<int64_t>(i));
-    double y = load_number(args.dtype, right, static_cast<int64_t>(i));
+    double x = load_number(args.dtype, aligned[0].data(), static_cast<int64_t>(i));
+    double y = load_number(args.dtype, aligned[1].data(), static_cast<int64_t>(i));
     if (std::isnan(x) && std::isnan(y)) continue;
     if (x != y || std::signbit(x) != std::signbit(y)) return false;
   }
