@@ -29,7 +29,7 @@ typedef enum transfer_state {
 struct sl_transfer {
   sl_comm *comm;
   bool sends;
-  transfer_state state;
+  _Atomic transfer_state state; /* DONE is read without the lock */
   char *buffer;
   size_t bytes, moved; /* moved: by pieces */
   int rank;
@@ -127,13 +127,13 @@ static sl_status post(sl_comm *comm, int to, sl_message message, const void *con
 }
 
 static void finish(struct sl_transfers *all, sl_transfer *transfer) {
-  transfer->state = DONE;
   for (sl_transfer **link = &all->first; *link; link = &(*link)->next) {
     if (*link != transfer) continue;
     *link = transfer->next;
     if (all->end == &transfer->next) all->end = link;
-    return;
+    break;
   }
+  transfer->state = DONE; /* last: its owner may free it now */
 }
 
 static sl_transfer *find_number(struct sl_transfers *all, uint64_t number) {
@@ -400,12 +400,22 @@ sl_status sl_transfer_test(sl_transfer *transfer, bool *done) {
   return *done ? SL_OK : status;
 }
 
+/* A copy to describe it from: another thread's progress may find out the rank meanwhile. */
+static sl_transfer copy_of(const sl_transfer *transfer) {
+  struct sl_transfers *all = transfer->comm->transfers;
+  pthread_mutex_lock(&all->lock);
+  sl_transfer copy = *transfer;
+  pthread_mutex_unlock(&all->lock);
+  return copy;
+}
+
 /* Whether the ranks that could complete the transfer still can. */
 static sl_status look_after(sl_transfer *transfer) {
   sl_comm *comm = transfer->comm;
+  const sl_transfer copy = copy_of(transfer);
   char text[160];
-  bool done, any = transfer->rank == SL_COMM_ANY_RANK, hope = false;
-  for (int i = any ? 0 : transfer->rank; i < (any ? comm->size : transfer->rank + 1); ++i) {
+  bool done, any = copy.rank == SL_COMM_ANY_RANK, hope = false;
+  for (int i = any ? 0 : copy.rank; i < (any ? comm->size : copy.rank + 1); ++i) {
     if (i == comm->rank) continue;
     bool left = atomic_load(&comm->member[i].state) == SL_MEMBER_LEFT;
     if (!left && sl_segment_is_present(comm->segment, i)) {
@@ -416,14 +426,14 @@ static sl_status look_after(sl_transfer *transfer) {
     /* It may have sent it before it went. */
     SL_CHECK(sl_transfer_test(transfer, &done));
     if (done) return SL_OK;
-    sl_comm_check_rank(comm, i, describe(transfer, text));
+    sl_comm_check_rank(comm, i, describe(&copy, text));
     return sl_comm_fault(comm);
   }
   if (hope) return SL_OK;
   SL_CHECK(sl_transfer_test(transfer, &done));
   return done ? SL_OK
               : sl_comm_break(comm, SL_PEER_LOST, "all other ranks have left the group; one was awaited for %s",
-                              describe(transfer, text));
+                              describe(&copy, text));
 }
 
 sl_status sl_transfer_wait(sl_transfer *transfer, int64_t timeout) {
@@ -448,7 +458,8 @@ sl_status sl_transfer_wait(sl_transfer *transfer, int64_t timeout) {
     SL_CHECK(sl_transfer_test(transfer, &done));
     if (!done && now >= deadline) {
       char name[64];
-      return sl_comm_break(comm, SL_TIMEOUT, "timeout in %s at %s", describe(transfer, text),
+      const sl_transfer copy = copy_of(transfer);
+      return sl_comm_break(comm, SL_TIMEOUT, "timeout in %s at %s", describe(&copy, text),
                            sl_comm_name_rank(comm, comm->rank, name));
     }
   }
@@ -462,11 +473,12 @@ void sl_transfer_free(sl_transfer *transfer) {
   sl_comm *comm = transfer->comm;
   if (comm && transfer->state != DONE) {
     char text[160], name[64];
-    struct sl_transfers *all = comm->transfers;
-    bool met = transfer->sends || transfer->state != WAITING;
+    const sl_transfer copy = copy_of(transfer);
+    bool met = copy.state != DONE && (copy.sends || copy.state != WAITING);
     if (met && !sl_comm_is_broken(comm))
       sl_comm_break(comm, SL_PEER_LOST, "%s has called off a %s", sl_comm_name_rank(comm, comm->rank, name),
-                    describe(transfer, text));
+                    describe(&copy, text));
+    struct sl_transfers *all = comm->transfers;
     pthread_mutex_lock(&all->lock);
     finish(all, transfer);
     pthread_mutex_unlock(&all->lock);
