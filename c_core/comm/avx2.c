@@ -22,24 +22,16 @@ LANE_FUNCTION values load_bf16(const void *from) {
                   _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000u)))};
 }
 
-/* To nearest even, in the upper half of each lane. */
+/* To nearest even, in the upper half of each lane. A NaN stays one: it came from a bfloat16 or is the processor's default,
+ * so that its lower half is 0, and the addition doesn't carry out of that. */
 LANE_FUNCTION __m256i round_bf16(__m256 x) {
   __m256i bits = _mm256_castps_si256(x);
   __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
 }
 
-/* NaN keeps its upper bits and becomes quiet, as in sl_float_to_bf16. */
-LANE_FUNCTION __m256i quiet_nan(__m256 x, __m256i rounded) {
-  __m256i quiet = _mm256_or_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x400000));
-  return _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
-}
-
 LANE_FUNCTION void store_bf16(void *to, values x) {
   __m256i even = round_bf16(x.low), odd = round_bf16(x.high);
-  if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps(x.low, x.high, _CMP_UNORD_Q)), 0)) {
-    even = quiet_nan(x.low, even), odd = quiet_nan(x.high, odd);
-  }
   _mm256_storeu_si256(to, _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa));
 }
 

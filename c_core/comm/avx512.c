@@ -22,24 +22,16 @@ LANE_FUNCTION values load_bf16(const void *from) {
                   _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000u)))};
 }
 
-/* To nearest even, in the upper half of each lane. */
+/* To nearest even, in the upper half of each lane. A NaN stays one: it came from a bfloat16 or is the processor's default,
+ * so that its lower half is 0, and the addition doesn't carry out of that. */
 LANE_FUNCTION __m512i round_bf16(__m512 x) {
   __m512i bits = _mm512_castps_si512(x);
   __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
 }
 
-/* NaN keeps its upper bits and becomes quiet, as in sl_float_to_bf16. */
-LANE_FUNCTION __m512i quiet_nan(__m512 x, __m512i rounded) {
-  __m512i quiet = _mm512_or_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x400000));
-  return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), rounded, quiet);
-}
-
 LANE_FUNCTION void store_bf16(void *to, values x) {
   __m512i even = round_bf16(x.low), odd = round_bf16(x.high);
-  if (__builtin_expect(_mm512_cmp_ps_mask(x.low, x.high, _CMP_UNORD_Q), 0)) {
-    even = quiet_nan(x.low, even), odd = quiet_nan(x.high, odd);
-  }
   _mm512_storeu_si512(to, _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(even, 16), odd));
 }
 

@@ -96,11 +96,11 @@ struct Operands {
   }
 };
 
-// Bit for bit, except which NaN a computed NaN is.
+// Bit for bit, except which NaN a NaN is.
 bool same_result(const sl_reduce_args &args, const void *left, const void *right) {
   size_t bytes = args.count * sl_dtype_size(args.dtype);
   if (bytes == 0 || std::memcmp(left, right, bytes) == 0) return true;
-  if (!is_float(args.dtype) || args.op == SL_REDUCE_MIN || args.op == SL_REDUCE_MAX) return false;
+  if (!is_float(args.dtype)) return false;
   std::vector<double> aligned[2] = {std::vector<double>(bytes / 8 + 1), std::vector<double>(bytes / 8 + 1)};
   std::memcpy(aligned[0].data(), left, bytes), std::memcpy(aligned[1].data(), right, bytes);
   for (size_t i = 0; i < args.count; ++i) {
