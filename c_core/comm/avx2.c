@@ -15,15 +15,15 @@ enum { VALUES_BYTES = 64 };
 #define DOUBLES(x) _mm256_castps_pd(x)
 #define FLOATS(x) _mm256_castpd_ps(x)
 
-/* Low holds the elements of even number, high those of odd number: nothing has to cross between halves of a register. */
+/* Low holds the elements of even number, high those of odd number: nothing crosses between parts of a register. */
 LANE_FUNCTION values load_bf16(const void *from) {
   __m256i pairs = _mm256_loadu_si256(from);
   return (values){_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)),
                   _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000u)))};
 }
 
-/* To nearest even, in the upper half of each lane. A NaN stays one: it came from a bfloat16 or is the processor's default,
- * so that its lower half is 0, and the addition doesn't carry out of that. */
+/* To nearest even, in the upper half of each lane. A NaN stays one: it came from a bfloat16 or is the processor's
+ * default, so that its lower half is 0, and the addition doesn't carry out of that. */
 LANE_FUNCTION __m256i round_bf16(__m256 x) {
   __m256i bits = _mm256_castps_si256(x);
   __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -73,8 +73,8 @@ LANE_FUNCTION __m256 divide_half(bool wide, __m256 x, __m256 y) {
   return wide ? FLOATS(_mm256_div_pd(DOUBLES(x), DOUBLES(y))) : _mm256_div_ps(x, y);
 }
 
-/* The instructions give their second operand where the first is not below (above) it: also of two zeros, and where either
- * is NaN. So only a NaN in x has to be put back. */
+/* The instructions give their second operand where the first is not below (above) it: also of two zeros, and where
+ * either is NaN. So only a NaN in x has to be put back. */
 LANE_FUNCTION __m256 put_nan(bool wide, __m256 x, __m256 result) {
   return wide ? FLOATS(
                     _mm256_blendv_pd(DOUBLES(result), DOUBLES(x), _mm256_cmp_pd(DOUBLES(x), DOUBLES(x), _CMP_UNORD_Q)))

@@ -15,15 +15,15 @@ enum { VALUES_BYTES = 128 };
 #define DOUBLES(x) _mm512_castps_pd(x)
 #define FLOATS(x) _mm512_castpd_ps(x)
 
-/* Low holds the elements of even number, high those of odd number: nothing has to cross between halves of a register. */
+/* Low holds the elements of even number, high those of odd number: nothing crosses between parts of a register. */
 LANE_FUNCTION values load_bf16(const void *from) {
   __m512i pairs = _mm512_loadu_si512(from);
   return (values){_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)),
                   _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000u)))};
 }
 
-/* To nearest even, in the upper half of each lane. A NaN stays one: it came from a bfloat16 or is the processor's default,
- * so that its lower half is 0, and the addition doesn't carry out of that. */
+/* To nearest even, in the upper half of each lane. A NaN stays one: it came from a bfloat16 or is the processor's
+ * default, so that its lower half is 0, and the addition doesn't carry out of that. */
 LANE_FUNCTION __m512i round_bf16(__m512 x) {
   __m512i bits = _mm512_castps_si512(x);
   __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -75,8 +75,8 @@ LANE_FUNCTION __m512 divide_half(bool wide, __m512 x, __m512 y) {
   return wide ? FLOATS(_mm512_div_pd(DOUBLES(x), DOUBLES(y))) : _mm512_div_ps(x, y);
 }
 
-/* The instructions give their second operand where the first is not below (above) it: also of two zeros, and where either
- * is NaN. So only a NaN in x has to be put back. */
+/* The instructions give their second operand where the first is not below (above) it: also of two zeros, and where
+ * either is NaN. So only a NaN in x has to be put back. */
 LANE_FUNCTION __m512 put_nan(bool wide, __m512 x, __m512 result) {
   if (!wide) return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), result, x);
   __mmask8 nan = _mm512_cmp_pd_mask(DOUBLES(x), DOUBLES(x), _CMP_UNORD_Q);

@@ -1,5 +1,5 @@
-/* Reductions in plain C, for the tiers to include, so that each has them compiled with its flags: of integers and
- * booleans everywhere, of floating point where a tier has no code of its own.
+/* Reductions of integers and booleans in plain C, for the tiers to include, so that each has them compiled with its
+ * flags. (scalar.c adds those of floating point, comm/plain_floats.h.)
  *
  * A tile of sums is kept in the first-level cache while the sources are folded into it, one after the other. So every
  * buffer is read or written once, and out may be one of the sources: a tile is written after all of it was read. */

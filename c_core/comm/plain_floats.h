@@ -1,6 +1,6 @@
-/* The reductions of one floating-point type, in loops that the compiler turns into vectors. Included by comm/plain.h once
- * for each type, with NAME(x), ELEMENT, the type in memory, SUM, that of the sum, and WIDEN(x) and NARROW(x) between
- * them. */
+/* The reductions of one floating-point type, in loops that the compiler turns into vectors. Included by comm/scalar.c
+ * once for each type, with NAME(x), ELEMENT, the type in memory, SUM, that of the sum, and WIDEN(x) and NARROW(x)
+ * between them. */
 
 /* At any address, and whatever the memory was declared as. */
 typedef ELEMENT NAME(loose) __attribute__((aligned(1), may_alias));

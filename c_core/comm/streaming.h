@@ -1,5 +1,5 @@
-/* memcpy with stores that bypass the caches, for the x86 tiers to include. A plain store first reads the line it goes to,
- * and leaves it in this processor's cache; where another processor is the next to read it, both are wasted. */
+/* memcpy with stores that bypass the caches, for the x86 tiers to include. A plain store first reads the line it goes
+ * to, and leaves it in this processor's cache; where another processor is the next to read it, both are wasted. */
 #ifndef SL_COMM_STREAMING_H
 #define SL_COMM_STREAMING_H
 
