@@ -1,4 +1,4 @@
-"""Makes the process-group backend "sluice" known to torch.distributed by its name, for ``init_process_group("sluice")``.
+"""Makes the process-group backend known to torch.distributed by its name: ``init_process_group("sluice")``.
 
 Torch calls this at the end of ``import torch``, by the entry point ``torch.backends``; from torch 2.14 on also when the
 name is first asked for, by ``torch.distributed.backends``. So it is a package of its own that imports nothing but what

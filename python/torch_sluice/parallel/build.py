@@ -49,8 +49,8 @@ def _built_for(path: Path) -> str | None:
 def _refuse(built_for: str | None, problem: str):
     origin = f"was built for torch {built_for}" if built_for else "came without its compiled part"
     raise ImportError(
-        f"The process-group backend of torch_sluice {origin}, this is torch {torch_release()}, and {problem}. Install a "
-        "C++ compiler (or name one in CXX) and try again, or install the package anew under this torch: "
+        f"The process-group backend of torch_sluice {origin}, this is torch {torch_release()}, and {problem}. Install "
+        "a C++ compiler (or name one in CXX) and try again, or install the package anew under this torch: "
         "pip install --no-build-isolation --no-deps --force-reinstall torch-sluice"
     )
 
