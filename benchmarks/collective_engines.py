@@ -102,6 +102,9 @@ def begin_torch(rank: int, size: int, port: int) -> Callable[[bytes | None], byt
     import torch
     from torch import distributed
 
+    import torch_sluice_backend
+
+    torch_sluice_backend.register()  # an installed one has been found by torch already
     torch.set_num_threads(1)
     store = distributed.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     distributed.init_process_group(

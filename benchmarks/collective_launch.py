@@ -21,7 +21,7 @@ from benchmarks import collective_peers
 from benchmarks.collective_rank import MARK
 
 ROOT = Path(__file__).parents[1]
-SILENCE = 180  # seconds without a row after which a run counts as stuck
+SILENCE = 120  # seconds without a line from rank 0 after which a run counts as stuck
 GRACE = 3  # seconds in which a launcher may end its own ranks
 
 
@@ -98,8 +98,9 @@ class Run:
             if line is None:
                 open_ = False
             elif line.startswith(MARK):
-                heard = time.monotonic()
-                yield json.loads(line.removeprefix(MARK))
+                heard, row = time.monotonic(), json.loads(line.removeprefix(MARK))
+                if row:
+                    yield row
             states = [process.poll() for process in self._processes]
             failed = [rank for rank, state in enumerate(states) if state]
             if failed:

@@ -21,6 +21,7 @@ from benchmarks.collective_engines import MpiEngine, TorchEngine, begin_torch
 
 ROUND_SECONDS = 0.01  # what is faster is called so often in a row that it takes this long
 MOST_CALLS = 500
+LIFE_SECONDS = 5
 MARK = "ROW "  # of lines for the launcher, among whatever else a library prints
 
 
@@ -34,7 +35,14 @@ class Bench:
     """Times engines against each other; control is a group of its own that aligns the ranks and collects figures."""
 
     def __init__(self, control: CoreEngine, repeats: int):
-        self._control, self._repeats = control, repeats
+        self._control, self._repeats, self._reported = control, repeats, time.monotonic()
+
+    def report(self, **row) -> None:
+        """Rank 0 prints it; an empty one is a sign of life."""
+        now = time.monotonic()
+        if self._control.rank == 0 and (row or now - self._reported > LIFE_SECONDS):
+            print(MARK + json.dumps(row), flush=True)
+            self._reported = now
 
     def _of_all_ranks(self, figures: list[float]) -> np.ndarray:
         own = np.array(figures, dtype=np.float64)
@@ -62,6 +70,7 @@ class Bench:
             start = turn % len(names)
             for name in names[start:] + names[:start]:
                 own[name].append(self._time(calls[name], times[name]))
+                self.report()
         gc.enable()
         return {name: self._of_all_ranks(own[name]).max(axis=0).tolist() for name in names}
 
@@ -137,13 +146,9 @@ def main() -> None:
     control, engines = start_engines(options)
     bench = Bench(control, options.repeats)
 
-    def report(**row) -> None:
-        if control.rank == 0:
-            print(MARK + json.dumps(row), flush=True)
-
-    report(bandwidth=bench.time_copy())
+    bench.report(bandwidth=bench.time_copy())
     for case in json.loads(options.cases):
-        report(case=case, seconds=bench.time_case(Case(**case), engines))
+        bench.report(case=case, seconds=bench.time_case(Case(**case), engines))
     control.barrier()
     if options.peer.startswith("torch:"):
         os._exit(0)  # what is left of a backend's threads must not hold up the end; MPI has to end by itself
