@@ -3,13 +3,15 @@
     python tests/parallel/c10d_suite.py                         # all of them, on gloo and on sluice, and compare
     python tests/parallel/c10d_suite.py -k all_reduce --backends sluice --ranks 3 --json results.json
 
-Torch's own way is a new interpreter for every rank of every test. Here a server for each backend imports torch once and
-forks: it is told the names of tests, and forks for each a process that forks the ranks. What is left of a test after its
-time is killed, and the next one isn't touched.
+Torch's own way is a new interpreter for every rank of every test. Here a server for each backend imports torch once. It is
+told the names of tests, and forks for each a process that forks the ranks. What is left of a test after its time is
+killed, and the next one isn't touched.
 """
 
 import argparse
 import collections
+import contextlib
+import gc
 import importlib.util
 import json
 import os
@@ -24,7 +26,7 @@ import unittest
 from pathlib import Path
 
 _MODULE = "torch.testing._internal.distributed.distributed_test"
-_MPI_ONLY = {"test_all_to_all"}  # beginnings of names: tests for CPU that torch switches on for MPI alone
+_MPI_ONLY = "test_all_to_all"  # so begin the names of the tests for CPU that torch switches on for MPI alone
 _GRACE = 15  # seconds that torch's harness has to say which rank hung, after the time of a test is over
 
 # Tests that gloo passes and sluice doesn't, and why. docs/parallel.md says more.
@@ -34,8 +36,8 @@ EXPECTED = {}
 class Suite:
     """The server of one backend, as seen by who wants tests run."""
 
-    def __init__(self, backend="sluice", ranks=4, seconds=60):
-        environment = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} | os.environ
+    def __init__(self, backend="sluice", ranks=4, seconds=60, variables=None):
+        environment = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} | os.environ | (variables or {})
         environment |= {"DISTRIBUTED_TESTS_DEFAULT_TIMEOUT": str(seconds), "WORLD_SIZE": str(ranks)}
         self._process = subprocess.Popen(
             [sys.executable, __file__, "--serve", backend], env=environment,
@@ -44,7 +46,7 @@ class Suite:
         self.names = json.loads(self._process.stdout.readline())
 
     def run(self, name):
-        """``{"name", "outcome", "reason", "output", "seconds"}``; the outcome is passed, skipped, failed or timed out."""
+        """``{"name", "outcome", "reason", "output", "seconds"}``; outcomes: passed, skipped, failed, timed out."""
         self._process.stdin.write(name + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
@@ -72,11 +74,17 @@ class _StandsForGloo(str):
 
 def _load_tests(backend):
     """The test class for each name: that which runs for gloo, or that for MPI where gloo has none."""
+    import torch
     import torch.testing._internal.common_distributed as common
 
     common.TIMEOUT_OVERRIDE.clear()
     # These tests need three ranks, and it wants eight.
     common.skip_if_small_worldsize = lambda function: function
+    if not torch.cuda.is_available():
+        # Decided here instead of on every rank, when the group has been made.
+        common.skip_if_no_gpu = unittest.skip("needs a GPU for each rank")
+        common.skip_if_lt_x_gpu = lambda gpus, allow_cpu=False: unittest.skipIf(not allow_cpu, f"needs {gpus} GPUs")
+    os.environ["INIT_METHOD"] = "file://"
     classes = {}
     for gate in ("gloo", "mpi"):
         # What is skipped is decided when the module is loaded.
@@ -91,15 +99,14 @@ def _load_tests(backend):
                 getattr(module, supported).append(backend)
 
         class TestDistBackend(module.TestDistBackend, module.DistributedTest._DistTestBase):
-            def setUp(self):
+            def setUp(self, module=module):
                 super().setUp()
-                import torch
-
+                module.INIT_METHOD = os.environ["INIT_METHOD"]  # a file of this test
                 self._start_processes(torch.multiprocessing.get_context("fork").Process)
 
         module.instantiate_parametrized_tests(TestDistBackend)
         for name in unittest.defaultTestLoader.getTestCaseNames(TestDistBackend):
-            if gate == "gloo" or name.startswith(tuple(_MPI_ONLY)) and "cuda" not in name:
+            if gate == "gloo" or (name.startswith(_MPI_ONLY) and "cuda" not in name):
                 classes[name] = TestDistBackend
     return classes
 
@@ -134,15 +141,9 @@ def _run_in_fork(case, seconds, folder):
             os._exit(0)
     while os.waitpid(pid, os.WNOHANG) == (0, 0) and time.monotonic() < start + seconds + _GRACE:
         time.sleep(0.02)
-    try:
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):  # it may have left nothing behind
         os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # it left nothing behind
-    else:
-        try:
-            os.waitpid(pid, 0)
-        except ChildProcessError:
-            pass
+        os.waitpid(pid, 0)
     result = {"outcome": "timed out", "reason": "its process left no result"}
     if path.is_file() and path.stat().st_size:
         result = json.loads(path.read_text())
@@ -161,6 +162,7 @@ def serve(backend):
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     classes = _load_tests(backend)
+    gc.freeze()  # else collections in the forks would copy its pages
     print(json.dumps(sorted(classes)), file=answers, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for line in sys.stdin:
