@@ -232,7 +232,7 @@ def look_at_the_backend():
     assert backend._get_sequence_number_for_group() == before + 1
     assert backend.name() == "sluice"
     assert group._get_backend(torch.device("cuda")) is not None
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=0.2), group)
+    group.set_timeout(timedelta(seconds=0.2))
     assert dist.get_backend(group) == "sluice"
     if dist.get_rank() == 0:
         with pytest.raises(dist.DistBackendError, match="Timed out waiting 200ms"):
