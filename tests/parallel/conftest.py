@@ -1,7 +1,7 @@
 """Process groups of each size, shared by all tests."""
 
 import pytest
-from support.ranks import Pools
+from support.rank_pool import Pools
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from support.ranks import Ranks
+from support.rank_pool import Ranks
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch_sluice", "support.ranks"])
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch_sluice", "support.rank_pool"])
 
 
 class RankFailed(AssertionError):
