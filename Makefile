@@ -56,6 +56,10 @@ format: .venv/lint ## Rewrite all sources with clang-format and ruff
 test-abi: .venv/package ## Opt-in, several GB: run one library file under torch 2.13, 2.11 and the newest
 	tools/test_abi.sh $(ARGS)
 
+.PHONY: test-c10d
+test-c10d: packages-test .venv/package ## Opt-in, long: torch's own tests of process groups, on gloo and on sluice
+	$(BIN)/python tests/parallel/c10d_suite.py $(ARGS)
+
 .PHONY: clean
 clean: ## Remove build/ and .venv/
 	rm -rf build .venv

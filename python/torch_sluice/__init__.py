@@ -1,9 +1,11 @@
 """Sluice: gated sparse attention and mixed-precision gradient accumulation for PyTorch."""
 
+import torch_sluice_backend
 from torch_sluice import _library
 from torch_sluice._library import library_path
 
 _library.load()
+torch_sluice_backend.register()
 
 from torch_sluice.accumulate import accumulate  # noqa: E402
 from torch_sluice.functional import gated_attention  # noqa: E402

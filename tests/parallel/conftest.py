@@ -1,0 +1,12 @@
+"""Process groups of each size, shared by all tests."""
+
+import pytest
+from support.rank_pool import Pools
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """``ranks(4)``: a pool of four ranks. A test that breaks its group makes a pool of its own."""
+    pools = Pools()
+    yield pools
+    pools.close()
