@@ -268,7 +268,7 @@ TEST_P(Transfers, AKilledRankIsNoticed) {
               std::string::npos)
         << outcomes[0].text;
     EXPECT_NE(outcomes[0].text.find(sends ? "send of" : "recv of"), std::string::npos) << outcomes[0].text;
-    EXPECT_LT(outcomes[0].seconds, 1.0);
+    EXPECT_LT(outcomes[0].seconds, 10); /* at once, not at the timeout of a minute */
   }
 }
 
