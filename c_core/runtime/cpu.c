@@ -31,8 +31,7 @@ static bool find_isa(const char *name, sl_isa *isa) {
 
 sl_status sl_isa_parse(const char *name, sl_isa *isa) {
   SL_REQUIRE(name && isa, SL_INVALID_ARGUMENT, "name and isa must not be NULL");
-  SL_REQUIRE(find_isa(name, isa), SL_INVALID_ARGUMENT,
-             "isa is '%.64s', expected one of " ISA_LIST, name);
+  SL_REQUIRE(find_isa(name, isa), SL_INVALID_ARGUMENT, "isa is '%.64s', expected one of " ISA_LIST, name);
   return SL_OK;
 }
 
@@ -80,7 +79,6 @@ const char *sl_cpu_cap_problem(void) {
   sl_isa ignored;
   const char *name = getenv("SLUICE_ISA");
   if (!name || !*name || find_isa(name, &ignored)) return NULL;
-  snprintf(problem, sizeof problem,
-           "SLUICE_ISA is '%.40s', expected one of " ISA_LIST "; it is ignored", name);
+  snprintf(problem, sizeof problem, "SLUICE_ISA is '%.40s', expected one of " ISA_LIST "; it is ignored", name);
   return problem;
 }
