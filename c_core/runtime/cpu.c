@@ -10,7 +10,9 @@
 
 #include "runtime/status.h"
 
+/* In the order of sl_isa; both lines. */
 static const char *const isa_names[] = {"scalar", "avx2", "avx512", "avx512bf16"};
+#define ISA_LIST "scalar, avx2, avx512, avx512bf16"
 enum { ISA_COUNT = sizeof isa_names / sizeof isa_names[0] };
 
 const char *sl_isa_name(sl_isa isa) { return (unsigned)isa < ISA_COUNT ? isa_names[isa] : "unknown isa"; }
@@ -29,8 +31,7 @@ static bool find_isa(const char *name, sl_isa *isa) {
 
 sl_status sl_isa_parse(const char *name, sl_isa *isa) {
   SL_REQUIRE(name && isa, SL_INVALID_ARGUMENT, "name and isa must not be NULL");
-  SL_REQUIRE(find_isa(name, isa), SL_INVALID_ARGUMENT,
-             "isa is '%.64s', expected one of scalar, avx2, avx512, avx512bf16", name);
+  SL_REQUIRE(find_isa(name, isa), SL_INVALID_ARGUMENT, "isa is '%.64s', expected one of " ISA_LIST, name);
   return SL_OK;
 }
 
@@ -78,7 +79,6 @@ const char *sl_cpu_cap_problem(void) {
   sl_isa ignored;
   const char *name = getenv("SLUICE_ISA");
   if (!name || !*name || find_isa(name, &ignored)) return NULL;
-  snprintf(problem, sizeof problem,
-           "SLUICE_ISA is '%.40s', expected one of scalar, avx2, avx512, avx512bf16; it is ignored", name);
+  snprintf(problem, sizeof problem, "SLUICE_ISA is '%.40s', expected one of " ISA_LIST "; it is ignored", name);
   return problem;
 }

@@ -117,8 +117,10 @@ static inline void sl_emulated_mask_storeu_16_epi16(void *to, uint64_t lanes, si
 #define _MM_FROUND_NO_EXC SIMDE_MM_FROUND_NO_EXC
 #endif
 
-#else
+#elif defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #endif

@@ -28,6 +28,16 @@ TEST(Cpu, EveryTierNameParsesBackToItself) {
   EXPECT_STREQ(sl_isa_name(static_cast<sl_isa>(99)), "unknown isa");
 }
 
+TEST(Cpu, ErrorsListEveryTier) {
+  std::string list = sl_isa_name(SL_ISA_SCALAR);
+  for (int i = 1; sl_isa_name(static_cast<sl_isa>(i)) != std::string("unknown isa"); ++i) {
+    list += std::string(", ") + sl_isa_name(static_cast<sl_isa>(i));
+  }
+  sl_isa parsed;
+  EXPECT_EQ(sl_isa_parse("none", &parsed), SL_INVALID_ARGUMENT);
+  EXPECT_EQ(sl_last_error(), "isa is 'none', expected one of " + list);
+}
+
 TEST(Cpu, TiersThatNobodyHasTimedSaySo) {
   EXPECT_TRUE(sl_isa_is_measured(SL_ISA_SCALAR));
   EXPECT_TRUE(sl_isa_is_measured(SL_ISA_AVX2));
