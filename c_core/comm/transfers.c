@@ -59,10 +59,10 @@ struct sl_transfers {
   letter_list unexpected, outgoing; /* in order of arrival; in order of sending */
 };
 
-static void append_letter(letter_list *list, letter *letter) {
-  letter->next = NULL;
-  *list->end = letter;
-  list->end = &letter->next;
+static void append_letter(letter_list *list, letter *added) {
+  added->next = NULL;
+  *list->end = added;
+  list->end = &added->next;
 }
 
 static void remove_letter(letter_list *list, letter **link) {

@@ -105,8 +105,10 @@ SL_API sl_status sl_comm_state(sl_comm *comm);
 /* Collectives. Sizes of buffers are in bytes, except where they are counted in elements of dtype. in and out may be the
  * same buffer where both have the same size, and must not overlap otherwise. A buffer of 0 bytes may be NULL. */
 
+/* Returns when all ranks have called it. */
 SL_API sl_status sl_comm_barrier(sl_comm *comm, int64_t timeout);
 
+/* buffer is read at root and written elsewhere. */
 SL_API sl_status sl_comm_broadcast(sl_comm *comm, void *buffer, size_t bytes, int root, int64_t timeout);
 
 /* out[i] = the reduction of in[i] over the ranks. factor: of SL_REDUCE_PREMUL_SUM, rounded to the type of the sum. */
