@@ -3,6 +3,8 @@
 
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 
+#include "c10d/hierarchical.h"
+
 namespace sluice::c10d_backend {
 namespace {
 
@@ -27,9 +29,18 @@ ProcessGroupSluice::ProcessGroupSluice(Arguments arguments)
       timeout_ms_(arguments.timeout.count()),
       make_backend_(arguments.make_backend),
       hosts_(hosts_of(arguments)),
+      one_host_(hosts_.ranks.size() == 1 ? std::make_shared<OneHost>(hosts_.communicator, rank_) : nullptr),
+      fabric_(one_host_ ? one_host_ : make_several_hosts()),
       queue_(std::make_shared<OperationQueue>()),
       transfers_(std::make_shared<Transfers>(hosts_.communicator)) {
   init();
+}
+
+std::shared_ptr<Fabric> ProcessGroupSluice::make_several_hosts() {
+  auto store = c10::make_intrusive<::c10d::PrefixStore>("leaders", store_);
+  auto connect = [make = make_backend_, store, host = hosts_.host, count = static_cast<int>(hosts_.ranks.size()),
+                  timeout = options_->timeout] { return make("gloo", store, host, count, timeout); };
+  return std::make_shared<SeveralHosts>(hosts_, rank_, size_, connect);
 }
 
 ProcessGroupSluice::~ProcessGroupSluice() {
@@ -80,15 +91,18 @@ Milliseconds ProcessGroupSluice::timeout_or_default(Milliseconds timeout) const 
   return timeout == ::c10d::kUnsetTimeout ? Milliseconds(timeout_ms_) : timeout;
 }
 
-::c10d::Backend *ProcessGroupSluice::other_backend(const at::Tensor &like) {
-  if (!like.defined() || like.is_cpu()) return one_host() ? nullptr : backend_of_kind("gloo");
+::c10d::Backend *ProcessGroupSluice::other_backend(const at::Tensor &like, bool hierarchical) {
+  if (!like.defined() || like.is_cpu()) {
+    bool sparse = like.defined() && like.layout() != at::kStrided;
+    return one_host_ || (hierarchical && !sparse) ? nullptr : backend_of_kind("gloo");
+  }
   TORCH_CHECK(like.is_cuda(), "sluice: a collective was called with a tensor on ", like.device(),
               ", expected cpu or cuda");
   return backend_of_kind("nccl");
 }
 
-::c10d::Backend *ProcessGroupSluice::other_backend(const Tensors &tensors) {
-  return other_backend(tensors.empty() ? at::Tensor() : tensors[0]);
+::c10d::Backend *ProcessGroupSluice::other_backend(const Tensors &tensors, bool hierarchical) {
+  return other_backend(tensors.empty() ? at::Tensor() : tensors[0], hierarchical);
 }
 
 ::c10d::Backend *ProcessGroupSluice::backend_of_kind(const std::string &kind) {
