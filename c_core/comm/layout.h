@@ -11,8 +11,9 @@
 #define SL_COMM_MAGIC "sluice-1"
 
 enum {
-  SL_COMM_LINE = 64,       /* bytes that processors pass around as one */
-  SL_COMM_FAULT_TEXT = 512 /* bytes of the text of an error that broke the group */
+  SL_COMM_LINE = 64,        /* bytes that processors pass around as one */
+  SL_COMM_FAULT_TEXT = 512, /* bytes of the text of an error that broke the group */
+  SL_COMM_PROCESSORS = 1024 /* that are told apart */
 };
 
 /* A call as a rank made it; ranks compare theirs. */
@@ -39,10 +40,11 @@ typedef enum sl_member_state { SL_MEMBER_ABSENT = 0, SL_MEMBER_PRESENT = 1, SL_M
 typedef struct sl_member {
   _Alignas(SL_COMM_LINE) atomic_uint state; /* sl_member_state */
   int32_t process;
-  uint64_t probe;            /* address, in that process, of a copy of the nonce: read to find out whether one may */
-  atomic_uint reads_all;     /* 1: reading another rank's memory works here */
-  sl_signature signature[2]; /* of the last two calls */
-  _Alignas(SL_COMM_LINE) atomic_uint step; /* the last one arrived at */
+  uint64_t probe;        /* address, in that process, of a copy of the nonce: read to find out whether one may */
+  atomic_uint reads_all; /* 1: reading another rank's memory works here */
+  uint64_t processors[SL_COMM_PROCESSORS / 64]; /* a bit for each that this rank may run on */
+  sl_signature signature[2];                    /* of the last two calls */
+  _Alignas(SL_COMM_LINE) atomic_uint step;      /* the last one arrived at */
   atomic_uint step_sleepers;
   _Alignas(SL_COMM_LINE) atomic_uint events; /* see sl_comm_events() */
   atomic_uint event_sleepers;

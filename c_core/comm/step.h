@@ -28,6 +28,12 @@ static inline char *sl_step_slot(const sl_comm *comm, int rank) {
   return (char *)header + header->slots + ((size_t)rank * 2 + (comm->step & 1)) * header->slot_bytes;
 }
 
+/* A rank's slot of the step before, which may be read until this rank arrives at this step. */
+static inline char *sl_step_last_slot(const sl_comm *comm, int rank) {
+  const sl_header *header = comm->header;
+  return (char *)header + header->slots + ((size_t)rank * 2 + (~comm->step & 1)) * header->slot_bytes;
+}
+
 /* A rank's signature of this call; valid once that rank was waited for. */
 static inline const sl_signature *sl_call_signature(const sl_comm *comm, int rank) {
   return &comm->member[rank].signature[comm->signature.call & 1];
