@@ -61,7 +61,7 @@ class Bench:
         """name -> what to time; returns name -> seconds of the slowest rank in each round."""
         times = {}
         for name, call in calls.items():
-            once = self._of_all_ranks([min(self._time(call, 1) for _ in range(2))]).max()
+            once = self._of_all_ranks([min(self._time(call, 1) for _ in range(5))]).max()
             times[name] = min(MOST_CALLS, max(1, round(ROUND_SECONDS / once)))
         names, own = list(calls), {name: [] for name in calls}
         gc.collect()
