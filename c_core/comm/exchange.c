@@ -174,7 +174,8 @@ sl_status sl_exchange_run(sl_comm *comm, const sl_exchange *exchange, sl_call_ki
   size_t largest = pass.gives ? largest_own(&pass) : 0;
   bool direct = comm->reads_memory && largest >= comm->tuning.direct;
 
-  sl_signature signature = {.kind = (uint8_t)kind, .root = exchange->from >= 0 ? exchange->from : exchange->to};
+  sl_signature signature = {.kind = (uint8_t)kind,
+                            .root = (int16_t)(exchange->from >= 0 ? exchange->from : exchange->to)};
   signature.bytes = pass.gives ? largest : exchange->out_bytes[exchange->from];
   SL_CHECK(sl_call_begin(comm, &signature, timeout));
   SL_CHECK(sl_step_begin(comm));

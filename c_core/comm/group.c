@@ -39,7 +39,7 @@ const char *sl_signature_describe(const sl_signature *signature, char text[160])
     used += snprintf(text + used, 160 - (size_t)used, " of %s, %s", sl_dtype_name((sl_dtype)signature->dtype),
                      sl_reduce_op_name((sl_reduce_op)signature->op));
   if (signature->root >= 0) used += snprintf(text + used, 160 - (size_t)used, ", root %d", signature->root);
-  snprintf(text + used, 160 - (size_t)used, " (call %" PRIu64 ")", signature->call);
+  snprintf(text + used, 160 - (size_t)used, " (call %" PRIu32 ")", signature->call);
   return text;
 }
 

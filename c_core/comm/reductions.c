@@ -133,7 +133,7 @@ sl_status sl_reduction_run(sl_comm *comm, const void *in, void *out, size_t coun
   sl_signature signature = {.kind = root < 0 ? SL_CALL_ALL_REDUCE : SL_CALL_REDUCE,
                             .bytes = bytes,
                             .factor = reduction->factor,
-                            .root = root,
+                            .root = (int16_t)root,
                             .dtype = (uint8_t)reduction->dtype,
                             .op = (uint8_t)reduction->op};
   SL_CHECK(sl_call_begin(comm, &signature, timeout));
