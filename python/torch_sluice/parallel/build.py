@@ -90,8 +90,9 @@ def _compiled(built_for: str | None) -> Path:
             fcntl.flock(lock, fcntl.LOCK_EX)
             result = cache / f"{key}.so"
             if not result.is_file():
-                for remains in cache.glob(f"{key}.*/"):  # of a compilation that was killed
-                    shutil.rmtree(remains)
+                for remains in cache.glob(f"{key}.*"):
+                    if remains.is_dir():  # of a compilation that was killed
+                        shutil.rmtree(remains)
                 _compile(built_for, folders, [path for path in files if path.suffix == ".cpp"], result)
             return result
     except OSError as problem:
