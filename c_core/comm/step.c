@@ -10,17 +10,10 @@
 #include "comm/spin.h"
 #include "runtime/status.h"
 
-enum { CHECK_INTERVAL = 50000000 /* ns between looks at whether the others live */, MOST_LOOKED_AT = 8 };
+enum { CHECK_INTERVAL = 50000000 /* ns between looks at whether the others live */ };
 
 static inline bool has_come(atomic_uint *word, uint32_t step) {
   return (int32_t)(atomic_load_explicit(word, memory_order_acquire) - step) >= 0;
-}
-
-static bool have_all_come(const sl_comm *comm, uint32_t step) {
-  for (int i = 0; i < comm->size; ++i) {
-    if (!has_come(&comm->member[i].step, step)) return false;
-  }
-  return true;
 }
 
 sl_status sl_call_begin(sl_comm *comm, const sl_signature *signature, int64_t timeout) {
@@ -85,10 +78,8 @@ static sl_status look_after(sl_comm *comm, int rank) {
 
 static sl_status wait_for_word(sl_comm *comm, atomic_uint *word, atomic_uint *sleepers, uint32_t step, int rank) {
   sl_spin spin = sl_spin_begin(comm->crowded);
-  /* A few ranks are seen to come one by one, before the last of them has written the phase. */
-  bool few = rank < 0 && comm->size <= MOST_LOOKED_AT;
   do {
-    if (has_come(word, step) || (few && have_all_come(comm, step))) return SL_OK;
+    if (has_come(word, step)) return SL_OK;
   } while (sl_spin_once(&spin));
   sl_status status = SL_OK;
   if (comm->deadline == 0) comm->deadline = sl_comm_deadline(comm->timeout);
@@ -96,7 +87,7 @@ static sl_status wait_for_word(sl_comm *comm, atomic_uint *word, atomic_uint *sl
   atomic_fetch_add(sleepers, 1);
   while (status == SL_OK) {
     unsigned value = atomic_load(word);
-    if ((int32_t)(value - step) >= 0 || (rank < 0 && have_all_come(comm, step))) break;
+    if ((int32_t)(value - step) >= 0) break;
     if (sl_comm_is_broken(comm)) {
       status = sl_comm_fault(comm);
       break;
@@ -105,7 +96,7 @@ static sl_status wait_for_word(sl_comm *comm, atomic_uint *word, atomic_uint *sl
     if (left > 0) sl_futex_wait(word, value, left < CHECK_INTERVAL ? left : CHECK_INTERVAL);
     int64_t now = sl_clock();
     if (now - checked >= CHECK_INTERVAL || now >= comm->deadline) {
-      if (has_come(word, step) || (rank < 0 && have_all_come(comm, step))) break;
+      if (has_come(word, step)) break;
       status = look_after(comm, rank);
       checked = now;
     }
@@ -152,17 +143,14 @@ sl_status sl_step_begin(sl_comm *comm) {
 void sl_step_arrive(sl_comm *comm) {
   sl_header *header = comm->header;
   sl_member *own = comm->member + comm->rank;
+  /* No rank arrives at a step before all have arrived at the one before, so the sum tells that all have at this one. */
+  if (atomic_fetch_add(&header->arrivals, 1) + 1 == comm->step * (unsigned)comm->size) {
+    atomic_store(&header->phase, comm->step);
+    if (atomic_load(&header->phase_sleepers)) sl_futex_wake_all(&header->phase);
+  }
+  /* Last, so that whoever ends in the middle of this has not come, to those who look after it. */
   atomic_store(&own->step, comm->step);
   if (atomic_load(&own->step_sleepers)) sl_futex_wake_all(&own->step);
-  /* No rank arrives at a step before all have arrived at the one before. So once there are as many arrivals as makes it
-   * whole, all have arrived at it: at this step or, if somebody has gone on before being counted, at the one before. */
-  unsigned arrivals = atomic_fetch_add(&header->arrivals, 1) + 1, size = (unsigned)comm->size, whole = comm->step;
-  if (arrivals != whole * size && arrivals != --whole * size) return;
-  for (unsigned phase = atomic_load(&header->phase); (int32_t)(whole - phase) > 0;) {
-    if (!atomic_compare_exchange_weak(&header->phase, &phase, whole)) continue;
-    if (atomic_load(&header->phase_sleepers)) sl_futex_wake_all(&header->phase);
-    break;
-  }
 }
 
 sl_status sl_step_wait(sl_comm *comm) {
