@@ -3,6 +3,8 @@
 
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 
+#include <algorithm>
+
 #include "c10d/hierarchical.h"
 
 namespace sluice::c10d_backend {
@@ -78,6 +80,20 @@ void ProcessGroupSluice::abort() {
     case SL_PEER_LOST: return ::c10d::ErrorType::REMOTE_ERROR;
     default: return ::c10d::ErrorType::COMM_ERROR;
   }
+}
+
+// A new group like any other, since groups share nothing. supportsSplitting() stays false: c10d takes it for a promise
+// to split faster than to create, which asks more of a backend than this function.
+BackendPtr ProcessGroupSluice::split(const StorePtr &store, const std::vector<int> &ranks,
+                                     const c10::intrusive_ptr<Options> &options) {
+  auto place = std::find(ranks.begin(), ranks.end(), rank_);
+  if (place == ranks.end()) return nullptr;
+  const std::vector<uint64_t> &names = options_->global_ranks_in_group;
+  std::vector<int64_t> global_ranks;
+  for (int rank : ranks) global_ranks.push_back(names.empty() ? rank : static_cast<int64_t>(names[rank]));
+  return c10::make_intrusive<ProcessGroupSluice>(Arguments{store, static_cast<int>(place - ranks.begin()),
+                                                           static_cast<int>(ranks.size()), options->timeout,
+                                                           options->group_name, global_ranks, make_backend_});
 }
 
 void ProcessGroupSluice::setTimeout(Milliseconds timeout) {

@@ -54,6 +54,7 @@ class ProcessGroupSluice final : public ::c10d::Backend {
   ::c10d::ErrorType getError() override;
   void abort() override;
   void shutdown() override;
+  BackendPtr split(const StorePtr &, const std::vector<int> &ranks, const c10::intrusive_ptr<Options> &) override;
 
   WorkPtr broadcast(Tensors &, const ::c10d::BroadcastOptions &) override;
   WorkPtr allreduce(Tensors &, const ::c10d::AllreduceOptions &) override;
