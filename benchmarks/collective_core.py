@@ -13,7 +13,7 @@ SUM = 0
 
 
 class _Tuning(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in ("flat", "piece", "direct", "streaming")]
+    _fields_ = [(name, ctypes.c_size_t) for name in ("flat", "piece", "direct", "streaming", "buffer_streaming")]
 
 
 class _Options(ctypes.Structure):

@@ -84,7 +84,8 @@ static void write_pieces(const exchange_pass *pass, size_t done) {
     size_t bytes = in_bytes(pass, i);
     bool wanted = pass->exchange->same || (i != comm->rank && (pass->exchange->to < 0 || pass->exchange->to == i));
     if (wanted && done < bytes)
-      memcpy(slot + (size_t)i * pass->piece, in_of(pass, i) + done, smaller(bytes - done, pass->piece));
+      sl_step_put(comm, slot + (size_t)i * pass->piece, in_of(pass, i) + done, smaller(bytes - done, pass->piece),
+                  bytes - done);
   }
 }
 

@@ -97,11 +97,15 @@ bool sl_comm_check_rank(sl_comm *comm, int rank, const char *awaited_for) {
 
 void sl_comm_default_tuning(int size, sl_comm_tuning *tuning) {
   /* Flat moves the more, the more ranks, but waits once. Where ranks take turns on processors, waiting costs more. */
-  size_t flat = size > sysconf(_SC_NPROCESSORS_ONLN) ? 1 << 20 : 256 << 10;
+  bool crowded = size > sysconf(_SC_NPROCESSORS_ONLN);
+  size_t flat = crowded ? 1 << 20 : 256 << 10;
   /* Reading another process's memory makes the kernel look up every page, which takes longer than both copies through
    * a slot that stays in the cache: no size is large enough. */
   *tuning = (sl_comm_tuning){.piece = 1 << 20, .direct = SIZE_MAX, .streaming = 4 << 20};
   tuning->flat = flat / (size_t)(size > 1 ? size - 1 : 1);
+  /* Taking lines away from another processor's cache can take more than twice as long as writing to memory, and reading
+   * from there. It depends on which processors, and ranks that share one hand small things over in its cache. */
+  tuning->buffer_streaming = crowded ? 512 << 10 : 64 << 10;
 }
 
 static sl_status check_options(const sl_comm_options *options) {

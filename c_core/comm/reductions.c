@@ -43,7 +43,7 @@ static sl_status run_flat(sl_comm *comm, const void *in, void *out, size_t bytes
                           int root) {
   bool wanted = root < 0 || root == comm->rank;
   SL_CHECK(sl_step_begin(comm));
-  if (bytes && root != comm->rank) memcpy(sl_step_slot(comm, comm->rank), in, bytes);
+  if (root != comm->rank) sl_step_put(comm, sl_step_slot(comm, comm->rank), in, bytes, bytes);
   sl_step_arrive(comm);
   if (!wanted) return SL_OK;
   SL_CHECK(sl_step_wait(comm));
@@ -84,8 +84,8 @@ static void put_piece(const two_shot *pass, size_t piece) {
   share own = share_of(pass->comm, pass->comm->rank, bytes);
   const char *in = pass->in + piece * pass->piece;
   char *slot = sl_step_slot(pass->comm, pass->comm->rank);
-  copy(slot, in, own.begin, false);
-  copy(slot + own.end, in + own.end, bytes - own.end, false);
+  sl_step_put(pass->comm, slot, in, own.begin, bytes);
+  sl_step_put(pass->comm, slot + own.end, in + own.end, bytes - own.end, bytes);
 }
 
 /* The own share of a piece that was put in with the last step, for the others to collect after this one. */
@@ -93,12 +93,13 @@ static void reduce_share(const two_shot *pass, size_t piece) {
   share own = share_of(pass->comm, pass->comm->rank, piece_bytes(pass, piece));
   size_t start = piece * pass->piece;
   char *result = sl_step_slot(pass->comm, pass->comm->rank) + pass->piece;
+  _Alignas(SL_COMM_LINE) char block[BLOCK];
   for (size_t at = own.begin; at < own.end; at += BLOCK) {
     size_t bytes = smaller(own.end - at, BLOCK);
-    char *out = pass->wanted ? pass->out + start + at : NULL;
-    char *to = pass->shared ? result + (at - own.begin) : out;
+    char *out = pass->wanted ? pass->out + start + at : NULL, *to = out && !pass->streaming ? out : block;
     reduce_slots(pass->comm, pass->reduction, pass->in + start + at, true, at, to, bytes);
-    if (pass->wanted && to != out) copy(out, to, bytes, pass->streaming);
+    if (pass->shared) sl_step_put(pass->comm, result + (at - own.begin), to, bytes, own.end - own.begin);
+    if (out && to != out) sl_copy_streaming(out, to, bytes);
   }
 }
 
@@ -169,12 +170,13 @@ sl_status sl_reduction_scatter(sl_comm *comm, const void *const *in, const size_
     for (int i = 0; i < comm->size; ++i) {
       size_t bytes = counts[i] * width;
       if (i != comm->rank && done < bytes)
-        memcpy(slot + (size_t)i * piece, (const char *)in[i] + done, smaller(bytes - done, piece));
+        sl_step_put(comm, slot + (size_t)i * piece, (const char *)in[i] + done, smaller(bytes - done, piece),
+                    bytes - done);
     }
     sl_step_arrive(comm);
     SL_CHECK(sl_step_wait(comm));
     size_t whole = counts[comm->rank] * width, end = smaller(whole, done + piece), offset = (size_t)comm->rank * piece;
-    char *block = slot + offset; /* where others get theirs; for what is to be written past the caches */
+    _Alignas(SL_COMM_LINE) char block[BLOCK]; /* for what is to be written past the caches */
     bool streaming = whole >= comm->tuning.streaming && in[comm->rank] != out;
     for (size_t at = done; at < end; at += BLOCK) {
       size_t bytes = smaller(end - at, BLOCK);
