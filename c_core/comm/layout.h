@@ -44,6 +44,7 @@ typedef struct sl_member {
   uint64_t processors[SL_COMM_PROCESSORS / 64]; /* a bit for each that this rank may run on */
   _Alignas(SL_COMM_LINE) atomic_uint step;      /* the last one arrived at */
   atomic_uint step_sleepers;
+  atomic_int processor;      /* where the rank was running when it last arrived */
   sl_signature signature[2]; /* of the last two calls: whoever sees the step has them too, all are one line */
   _Alignas(SL_COMM_LINE) atomic_uint events; /* see sl_comm_events() */
   atomic_uint event_sleepers;
