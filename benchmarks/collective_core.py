@@ -1,6 +1,7 @@
 """The C core as an engine: its collectives through ctypes, every argument converted before the clock starts."""
 
 import ctypes
+import functools
 from collections.abc import Callable
 
 from benchmarks.collective_cases import ITEM_BYTES, Buffers, Case
@@ -12,7 +13,7 @@ SUM = 0
 
 
 class _Tuning(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in ("flat", "piece", "direct", "streaming")]
+    _fields_ = [(name, ctypes.c_size_t) for name in ("flat", "piece", "direct", "streaming", "buffer_streaming")]
 
 
 class _Options(ctypes.Structure):
@@ -75,7 +76,8 @@ class CoreEngine:
 
     def all_gather(self, own, everyones) -> None:
         """Of two numpy arrays, for the benchmark's own bookkeeping."""
-        self._bind_all_gather(own, everyones)()
+        if self._bind_all_gather(own, everyones)():
+            self.raise_if_failed()
 
     def prepare(self, case: Case, buffers: Buffers) -> Callable[[], None]:
         """What to time."""
@@ -108,14 +110,11 @@ class CoreEngine:
 
     def _bind(self, name: str, *arguments) -> Callable[[], None]:
         function, comm, timeout = getattr(self._library, name), self._comm, ctypes.c_int64(TIMEOUT)
-        arguments = (comm, *arguments, timeout)
-        last_error = self._library.sl_last_error
+        return functools.partial(function, comm, *arguments, timeout)
 
-        def call():
-            if function(*arguments):
-                raise RuntimeError(f"{name}: {last_error().decode()}")
-
-        return call
+    def raise_if_failed(self) -> None:
+        """What prepare() gives returns a status that nobody looks at while time is taken; a group stays broken."""
+        self._call("sl_comm_state", self._comm)
 
     def _bind_all_gather(self, own, everyones) -> Callable[[], None]:
         outputs = self._split(everyones.ctypes.data, own.nbytes)

@@ -37,9 +37,9 @@ def _end_with_parent() -> None:
 class Run:
     """The processes of one run, as a context: outside of it there are none."""
 
-    def __init__(self, peer: str, ranks: int, arguments: list[str]):
+    def __init__(self, peer: str, ranks: int, arguments: list[str], program: str = "benchmarks.collective_rank"):
         self._peer, self._ranks = peer, ranks
-        self._rank_command = [sys.executable, "-m", "benchmarks.collective_rank", "--peer", peer, *arguments]
+        self._rank_command = [sys.executable, "-m", program, "--peer", peer, *arguments]
         self._processes: list[subprocess.Popen] = []
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._lines: queue.Queue = queue.Queue()

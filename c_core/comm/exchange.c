@@ -25,6 +25,7 @@ typedef struct exchange_pass {
   const sl_exchange *exchange;
   bool gives, takes;
   size_t table_bytes, piece; /* piece: bytes of one message in one step */
+  size_t own_done;           /* of what this rank gives itself */
 } exchange_pass;
 
 static size_t in_bytes(const exchange_pass *pass, int rank) {
@@ -83,8 +84,19 @@ static void write_pieces(const exchange_pass *pass, size_t done) {
     size_t bytes = in_bytes(pass, i);
     bool wanted = pass->exchange->same || (i != comm->rank && (pass->exchange->to < 0 || pass->exchange->to == i));
     if (wanted && done < bytes)
-      memcpy(slot + (size_t)i * pass->piece, in_of(pass, i) + done, smaller(bytes - done, pass->piece));
+      sl_step_put(comm, slot + (size_t)i * pass->piece, in_of(pass, i) + done, smaller(bytes - done, pass->piece),
+                  bytes - done);
   }
+}
+
+/* What this rank gives itself, up to there. */
+static void copy_own(exchange_pass *pass, size_t until) {
+  if (!pass->gives || !pass->takes) return;
+  int rank = pass->comm->rank;
+  size_t bytes = in_bytes(pass, rank), done = pass->own_done, end = smaller(until, bytes);
+  char *out = pass->exchange->out[rank];
+  if (end > done && out != in_of(pass, rank)) copy(pass->comm, out + done, in_of(pass, rank) + done, end - done, bytes);
+  if (end > done) pass->own_done = end;
 }
 
 static void read_pieces(const exchange_pass *pass, size_t done) {
@@ -122,9 +134,10 @@ static sl_status wait_for_givers(const exchange_pass *pass, bool first) {
   return pass->takes || first ? sl_step_wait(comm) : SL_OK;
 }
 
-static sl_status run_direct(const exchange_pass *pass) {
+static sl_status run_direct(exchange_pass *pass) {
   sl_comm *comm = pass->comm;
   char call[160];
+  copy_own(pass, SIZE_MAX);
   for (int turn = 1; turn < comm->size && pass->takes; ++turn) {
     int i = (comm->rank + turn) % comm->size;
     if (!is_giver(pass, i)) continue;
@@ -137,7 +150,7 @@ static sl_status run_direct(const exchange_pass *pass) {
   return pass->gives ? sl_step_wait(comm) : SL_OK; /* until then others may be reading */
 }
 
-static sl_status run_steps(const exchange_pass *pass, size_t largest) {
+static sl_status run_steps(exchange_pass *pass, size_t largest) {
   sl_comm *comm = pass->comm;
   for (size_t done = 0;;) {
     if (pass->takes) read_pieces(pass, done);
@@ -146,6 +159,7 @@ static sl_status run_steps(const exchange_pass *pass, size_t largest) {
     SL_CHECK(sl_step_begin(comm));
     if (pass->gives) write_pieces(pass, done);
     sl_step_arrive(comm);
+    copy_own(pass, done + pass->piece);
     SL_CHECK(wait_for_givers(pass, false));
   }
 }
@@ -161,20 +175,16 @@ sl_status sl_exchange_run(sl_comm *comm, const sl_exchange *exchange, sl_call_ki
   size_t largest = pass.gives ? largest_own(&pass) : 0;
   bool direct = comm->reads_memory && largest >= comm->tuning.direct;
 
-  sl_signature signature = {.kind = (uint8_t)kind, .root = exchange->from >= 0 ? exchange->from : exchange->to};
+  sl_signature signature = {.kind = (uint8_t)kind,
+                            .root = (int16_t)(exchange->from >= 0 ? exchange->from : exchange->to)};
   signature.bytes = pass.gives ? largest : exchange->out_bytes[exchange->from];
   SL_CHECK(sl_call_begin(comm, &signature, timeout));
   SL_CHECK(sl_step_begin(comm));
   if (pass.gives) write_offers(&pass, largest);
   if (pass.gives && !direct) write_pieces(&pass, 0);
   sl_step_arrive(comm);
-  if (pass.gives && pass.takes) {
-    void *out = exchange->out[comm->rank];
-    if (out != in_of(&pass, comm->rank)) {
-      size_t bytes = in_bytes(&pass, comm->rank);
-      copy(comm, out, in_of(&pass, comm->rank), bytes, bytes);
-    }
-  }
+  /* While the others come. What has just been put into the slot is in the cache, so it goes along with that. */
+  copy_own(&pass, exchange->same && largest && !direct ? pass.piece : SIZE_MAX);
   SL_CHECK(wait_for_givers(&pass, true));
   if (pass.takes) SL_CHECK(check_offers(&pass));
   for (int i = 0; i < comm->size; ++i) {

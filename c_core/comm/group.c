@@ -21,7 +21,7 @@
 #include "runtime/status.h"
 
 /* Enough for pieces that amortise a step's waiting, and few enough bytes for two ranks' to stay in a shared cache. */
-enum { DEFAULT_BUFFER = 2 << 20, SMALLEST_BUFFER = 64 << 10, SMALLEST_PIECE = 16 << 10 };
+enum { DEFAULT_BUFFER = 4 << 20, SMALLEST_BUFFER = 64 << 10, SMALLEST_PIECE = 16 << 10 };
 
 static const char *const call_names[] = {"the group's start", "barrier",    "broadcast", "all_reduce", "reduce",
                                          "reduce_scatter",    "all_gather", "gather",    "scatter",    "all_to_all"};
@@ -39,7 +39,7 @@ const char *sl_signature_describe(const sl_signature *signature, char text[160])
     used += snprintf(text + used, 160 - (size_t)used, " of %s, %s", sl_dtype_name((sl_dtype)signature->dtype),
                      sl_reduce_op_name((sl_reduce_op)signature->op));
   if (signature->root >= 0) used += snprintf(text + used, 160 - (size_t)used, ", root %d", signature->root);
-  snprintf(text + used, 160 - (size_t)used, " (call %" PRIu64 ")", signature->call);
+  snprintf(text + used, 160 - (size_t)used, " (call %" PRIu32 ")", signature->call);
   return text;
 }
 
@@ -96,8 +96,16 @@ bool sl_comm_check_rank(sl_comm *comm, int rank, const char *awaited_for) {
 }
 
 void sl_comm_default_tuning(int size, sl_comm_tuning *tuning) {
-  (void)size;
-  *tuning = (sl_comm_tuning){.flat = 16 << 10, .piece = 256 << 10, .direct = 256 << 10, .streaming = 4 << 20};
+  /* Flat moves the more, the more ranks, but waits once. Where ranks take turns on processors, waiting costs more. */
+  bool crowded = size > sysconf(_SC_NPROCESSORS_ONLN);
+  size_t flat = crowded ? 1 << 20 : 256 << 10;
+  /* Reading another process's memory makes the kernel look up every page, which takes longer than both copies through
+   * a slot that stays in the cache: no size is large enough. */
+  *tuning = (sl_comm_tuning){.piece = 1 << 20, .direct = SIZE_MAX, .streaming = 4 << 20};
+  tuning->flat = flat / (size_t)(size > 1 ? size - 1 : 1);
+  /* Taking lines away from another processor's cache can take more than twice as long as writing to memory, and reading
+   * from there. It depends on which processors, and ranks that share one hand small things over in its cache. */
+  tuning->buffer_streaming = crowded ? 512 << 10 : 64 << 10;
 }
 
 static sl_status check_options(const sl_comm_options *options) {
@@ -109,9 +117,23 @@ static sl_status check_options(const sl_comm_options *options) {
   return SL_OK;
 }
 
-static int count_processors(void) {
+static void show_processors(sl_member *own) {
   cpu_set_t set;
-  return sched_getaffinity(0, sizeof set, &set) ? 1 : CPU_COUNT(&set);
+  CPU_ZERO(&set);
+  if (sched_getaffinity(0, sizeof set, &set)) return;
+  for (int i = 0; i < SL_COMM_PROCESSORS && i < CPU_SETSIZE; ++i)
+    own->processors[i / 64] |= (uint64_t)CPU_ISSET(i, &set) << (i % 64);
+}
+
+/* That the ranks may run on, all together: each may be bound to one of its own. */
+static int count_processors(const sl_comm *comm) {
+  int count = 0;
+  for (int word = 0; word < SL_COMM_PROCESSORS / 64; ++word) {
+    uint64_t bits = 0;
+    for (int i = 0; i < comm->size; ++i) bits |= comm->member[i].processors[word];
+    count += __builtin_popcountll(bits);
+  }
+  return count;
 }
 
 static sl_status attach(const sl_comm_options *options, sl_segment *segment, sl_comm **comm) {
@@ -133,9 +155,10 @@ static sl_status attach(const sl_comm_options *options, sl_segment *segment, sl_
     new->header = header;
     new->member = header->member;
     new->tuning = header->tuning;
-    new->crowded = options->size > count_processors();
+    new->crowded = true; /* until the others' processors are known */
     sl_member *own = new->member + new->rank;
     own->process = (int32_t)getpid();
+    show_processors(own);
     own->probe = (uint64_t)(uintptr_t)header->nonce;
     status = sl_transfers_make(new);
     if (status == SL_OK) {
@@ -215,6 +238,7 @@ sl_status sl_comm_start(sl_comm *comm, int64_t timeout) {
   SL_CHECK(sl_step_begin(comm));
   sl_step_arrive(comm);
   SL_CHECK(sl_step_wait(comm));
+  comm->crowded = comm->size > count_processors(comm);
   for (int i = 0; i < comm->size && reads; ++i) reads = i == comm->rank || sl_comm_try_reading(comm, i);
   atomic_store(&comm->member[comm->rank].reads_all, reads);
   SL_CHECK(sl_step_begin(comm));

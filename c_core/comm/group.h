@@ -32,8 +32,8 @@ struct sl_comm {
   uint32_t step;
   uint64_t calls;
   sl_signature signature;
-  bool shown, compared; /* signature: to the others; with those of all ranks that are waited for */
-  int64_t deadline;
+  bool shown, compared;      /* signature: to the others; with those of all ranks that are waited for */
+  int64_t timeout, deadline; /* deadline: 0 as long as the call has not had to sleep */
 
   struct sl_transfers *transfers;
 };

@@ -11,19 +11,19 @@
 #define SL_COMM_MAGIC "sluice-1"
 
 enum {
-  SL_COMM_LINE = 64,       /* bytes that processors pass around as one */
-  SL_COMM_FAULT_TEXT = 512 /* bytes of the text of an error that broke the group */
+  SL_COMM_LINE = 64,        /* bytes that processors pass around as one */
+  SL_COMM_FAULT_TEXT = 512, /* bytes of the text of an error that broke the group */
+  SL_COMM_PROCESSORS = 1024 /* that are told apart */
 };
 
 /* A call as a rank made it; ranks compare theirs. */
 typedef struct sl_signature {
-  uint64_t call;  /* how many calls the rank had made on the group before */
   uint64_t bytes; /* of this rank's input */
   double factor;
-  int32_t root; /* -1: none */
-  uint8_t kind; /* sl_call_kind */
-  uint8_t dtype;
-  uint8_t op;
+  uint32_t call; /* how many calls the rank had made on the group before */
+  int16_t root;  /* -1: none */
+  uint8_t kind;  /* sl_call_kind */
+  uint8_t dtype : 4, op : 4;
 } sl_signature;
 
 /* Why the group is broken: written once, by the rank that noticed. */
@@ -39,11 +39,13 @@ typedef enum sl_member_state { SL_MEMBER_ABSENT = 0, SL_MEMBER_PRESENT = 1, SL_M
 typedef struct sl_member {
   _Alignas(SL_COMM_LINE) atomic_uint state; /* sl_member_state */
   int32_t process;
-  uint64_t probe;            /* address, in that process, of a copy of the nonce: read to find out whether one may */
-  atomic_uint reads_all;     /* 1: reading another rank's memory works here */
-  sl_signature signature[2]; /* of the last two calls */
-  _Alignas(SL_COMM_LINE) atomic_uint step; /* the last one arrived at */
+  uint64_t probe;        /* address, in that process, of a copy of the nonce: read to find out whether one may */
+  atomic_uint reads_all; /* 1: reading another rank's memory works here */
+  uint64_t processors[SL_COMM_PROCESSORS / 64]; /* a bit for each that this rank may run on */
+  _Alignas(SL_COMM_LINE) atomic_uint step;      /* the last one arrived at */
   atomic_uint step_sleepers;
+  atomic_int processor;      /* where the rank was running when it last arrived */
+  sl_signature signature[2]; /* of the last two calls: whoever sees the step has them too, all are one line */
   _Alignas(SL_COMM_LINE) atomic_uint events; /* see sl_comm_events() */
   atomic_uint event_sleepers;
 } sl_member;
@@ -64,5 +66,7 @@ typedef struct sl_header {
   _Alignas(SL_COMM_LINE) sl_fault fault;
   _Alignas(SL_COMM_LINE) sl_member member[];
 } sl_header;
+
+_Static_assert(sizeof(sl_signature) == 24 && SL_COMM_MAX_SIZE < INT16_MAX, "a step and two signatures fill a line");
 
 #endif

@@ -1,5 +1,7 @@
 /* Flat: every rank puts its input into its slot and reduces all of them; one step. Two-shot, piece by piece: each rank
- * reduces one share of the piece, then collects the others' shares; two steps. A rank's own input is read where it is. */
+ * reduces one share of the piece, then collects the others' shares. Both go on in the same step, for pieces that follow
+ * each other: a step puts in piece i, reduces piece i - 1 and collects piece i - 2, so that a piece costs one barrier, and
+ * two more steps end it. A rank's own input is read where it is. */
 #include "comm/reductions.h"
 
 #include <string.h>
@@ -10,30 +12,42 @@
 
 static size_t smaller(size_t x, size_t y) { return x < y ? x : y; }
 
-/* out = the reduction of own input and, at the same offset, the others' slots. */
-static void reduce_slots(const sl_comm *comm, const sl_reduction *reduction, const void *own, size_t offset, void *out,
-                         size_t count) {
+enum { BLOCK = 16 << 10 /* bytes that stay in the nearest cache from one pass over them to the next */ };
+
+/* out = the reduction of own input and, at the same offset, these slots of the others. */
+static void reduce_slots(const sl_comm *comm, const sl_reduction *reduction, const void *own, bool last_slots,
+                         size_t offset, void *out, size_t bytes) {
   const void *in[SL_COMM_MAX_SIZE];
-  for (int i = 0; i < comm->size; ++i) in[i] = i == comm->rank ? own : sl_step_slot(comm, i) + offset;
+  for (int i = 0; i < comm->size; ++i) {
+    const char *slot = last_slots ? sl_step_last_slot(comm, i) : sl_step_slot(comm, i);
+    in[i] = i == comm->rank ? own : slot + offset;
+  }
   sl_reduce_args args = {.out = out,
                          .in = in,
                          .sources = comm->size,
-                         .count = count,
+                         .count = bytes / sl_dtype_size(reduction->dtype),
                          .dtype = reduction->dtype,
                          .op = reduction->op,
                          .factor = reduction->factor};
-  sl_reduce(&args);
+  if (bytes) sl_reduce(&args);
 }
 
-static sl_status run_flat(sl_comm *comm, const void *in, void *out, size_t count, size_t bytes,
-                          const sl_reduction *reduction, int root) {
+static void copy(void *to, const void *from, size_t bytes, bool streaming) {
+  if (streaming)
+    sl_copy_streaming(to, from, bytes);
+  else if (bytes)
+    memcpy(to, from, bytes);
+}
+
+static sl_status run_flat(sl_comm *comm, const void *in, void *out, size_t bytes, const sl_reduction *reduction,
+                          int root) {
   bool wanted = root < 0 || root == comm->rank;
   SL_CHECK(sl_step_begin(comm));
-  if (bytes && root != comm->rank) memcpy(sl_step_slot(comm, comm->rank), in, bytes);
+  if (root != comm->rank) sl_step_put(comm, sl_step_slot(comm, comm->rank), in, bytes, bytes);
   sl_step_arrive(comm);
   if (!wanted) return SL_OK;
   SL_CHECK(sl_step_wait(comm));
-  if (count) reduce_slots(comm, reduction, in, 0, out, count);
+  reduce_slots(comm, reduction, in, false, 0, out, bytes);
   return SL_OK;
 }
 
@@ -49,46 +63,68 @@ static share share_of(const sl_comm *comm, int rank, size_t bytes) {
   return result;
 }
 
-static sl_status run_piece(sl_comm *comm, const char *in, char *out, size_t bytes, const sl_reduction *reduction,
-                           int root) {
-  share own = share_of(comm, comm->rank, bytes);
-  size_t own_bytes = own.end - own.begin;
-  SL_CHECK(sl_step_begin(comm));
-  char *slot = sl_step_slot(comm, comm->rank);
-  if (own.begin) memcpy(slot, in, own.begin);
-  if (own.end < bytes) memcpy(slot + own.end, in + own.end, bytes - own.end);
-  sl_step_arrive(comm);
-  SL_CHECK(sl_step_wait(comm));
+/* The two shots of a large reduction. */
+typedef struct two_shot {
+  sl_comm *comm;
+  const sl_reduction *reduction;
+  const char *in;
+  char *out;
+  size_t bytes, piece; /* what a rank reduced of a piece stands in its slot behind a whole piece */
+  bool wanted, shared; /* the result, by this rank; by others */
+  bool streaming;
+} two_shot;
 
-  bool wanted = root < 0 || root == comm->rank;
-  size_t count = own_bytes / sl_dtype_size(reduction->dtype);
-  if (wanted && own_bytes) reduce_slots(comm, reduction, in + own.begin, own.begin, out + own.begin, count);
-  const char *mine = in + own.begin;
-  if (!wanted && own_bytes) {
-    /* The result goes into the slot of the next step, the inputs lie in those of this one. */
-    const void *sources[SL_COMM_MAX_SIZE];
-    for (int i = 0; i < comm->size; ++i) sources[i] = i == comm->rank ? mine : sl_step_slot(comm, i) + own.begin;
-    SL_CHECK(sl_step_begin(comm));
-    sl_reduce_args args = {.out = sl_step_slot(comm, comm->rank),
-                           .in = sources,
-                           .sources = comm->size,
-                           .count = count,
-                           .dtype = reduction->dtype,
-                           .op = reduction->op,
-                           .factor = reduction->factor};
-    sl_reduce(&args);
-  } else {
-    SL_CHECK(sl_step_begin(comm));
-    if (root < 0 && own_bytes) memcpy(sl_step_slot(comm, comm->rank), out + own.begin, own_bytes);
+static size_t piece_bytes(const two_shot *pass, size_t piece) {
+  return smaller(pass->bytes - piece * pass->piece, pass->piece);
+}
+
+/* All but the own share, which nobody else reduces. */
+static void put_piece(const two_shot *pass, size_t piece) {
+  size_t bytes = piece_bytes(pass, piece);
+  share own = share_of(pass->comm, pass->comm->rank, bytes);
+  const char *in = pass->in + piece * pass->piece;
+  char *slot = sl_step_slot(pass->comm, pass->comm->rank);
+  sl_step_put(pass->comm, slot, in, own.begin, bytes);
+  sl_step_put(pass->comm, slot + own.end, in + own.end, bytes - own.end, bytes);
+}
+
+/* The own share of a piece that was put in with the last step, for the others to collect after this one. */
+static void reduce_share(const two_shot *pass, size_t piece) {
+  share own = share_of(pass->comm, pass->comm->rank, piece_bytes(pass, piece));
+  size_t start = piece * pass->piece;
+  char *result = sl_step_slot(pass->comm, pass->comm->rank) + pass->piece;
+  _Alignas(SL_COMM_LINE) char block[BLOCK];
+  for (size_t at = own.begin; at < own.end; at += BLOCK) {
+    size_t bytes = smaller(own.end - at, BLOCK);
+    char *out = pass->wanted ? pass->out + start + at : NULL, *to = out && !pass->streaming ? out : block;
+    reduce_slots(pass->comm, pass->reduction, pass->in + start + at, true, at, to, bytes);
+    if (pass->shared) sl_step_put(pass->comm, result + (at - own.begin), to, bytes, own.end - own.begin);
+    if (out && to != out) sl_copy_streaming(out, to, bytes);
   }
-  sl_step_arrive(comm);
-  if (!wanted) return SL_OK;
-  SL_CHECK(sl_step_wait(comm));
-  for (int turn = 1; turn < comm->size; ++turn) {
+}
+
+static void collect_shares(const two_shot *pass, size_t piece, bool last_slots) {
+  sl_comm *comm = pass->comm;
+  for (int turn = 1; turn < comm->size && pass->wanted; ++turn) {
     int i = (comm->rank + turn) % comm->size; /* not all from the same rank at the same time */
-    share theirs = share_of(comm, i, bytes);
-    if (theirs.end > theirs.begin) memcpy(out + theirs.begin, sl_step_slot(comm, i), theirs.end - theirs.begin);
+    share theirs = share_of(comm, i, piece_bytes(pass, piece));
+    const char *slot = last_slots ? sl_step_last_slot(comm, i) : sl_step_slot(comm, i);
+    copy(pass->out + piece * pass->piece + theirs.begin, slot + pass->piece, theirs.end - theirs.begin,
+         pass->streaming);
   }
+}
+
+static sl_status run_two_shot(const two_shot *pass) {
+  size_t pieces = (pass->bytes + pass->piece - 1) / pass->piece;
+  for (size_t i = 0; i <= pieces; ++i) {
+    SL_CHECK(sl_step_begin(pass->comm));
+    if (i >= 1) reduce_share(pass, i - 1);
+    if (i >= 2) collect_shares(pass, i - 2, true);
+    if (i < pieces) put_piece(pass, i);
+    sl_step_arrive(pass->comm);
+    if (i < pieces || pass->wanted) SL_CHECK(sl_step_wait(pass->comm));
+  }
+  collect_shares(pass, pieces - 1, false);
   return SL_OK;
 }
 
@@ -98,16 +134,18 @@ sl_status sl_reduction_run(sl_comm *comm, const void *in, void *out, size_t coun
   sl_signature signature = {.kind = root < 0 ? SL_CALL_ALL_REDUCE : SL_CALL_REDUCE,
                             .bytes = bytes,
                             .factor = reduction->factor,
-                            .root = root,
+                            .root = (int16_t)root,
                             .dtype = (uint8_t)reduction->dtype,
                             .op = (uint8_t)reduction->op};
   SL_CHECK(sl_call_begin(comm, &signature, timeout));
-  if (bytes <= comm->tuning.flat) return run_flat(comm, in, out, count, bytes, reduction, root);
-  for (size_t done = 0; done < bytes; done += comm->tuning.piece) {
-    SL_CHECK(run_piece(comm, (const char *)in + done, out ? (char *)out + done : NULL,
-                       smaller(bytes - done, comm->tuning.piece), reduction, root));
-  }
-  return SL_OK;
+  if (bytes <= comm->tuning.flat) return run_flat(comm, in, out, bytes, reduction, root);
+  two_shot pass = {.comm = comm, .reduction = reduction, .in = in, .out = out, .bytes = bytes};
+  size_t room = (comm->header->slot_bytes - SL_COMM_LINE) / ((size_t)comm->size + 1) * (size_t)comm->size;
+  pass.piece = smaller(comm->tuning.piece, room) / SL_COMM_LINE * SL_COMM_LINE;
+  pass.wanted = root < 0 || root == comm->rank;
+  pass.shared = root != comm->rank && comm->size > 1;
+  pass.streaming = bytes >= comm->tuning.streaming && in != out; /* in place it is in the cache already */
+  return run_two_shot(&pass);
 }
 
 sl_status sl_reduction_scatter(sl_comm *comm, const void *const *in, const size_t *counts, void *out,
@@ -132,14 +170,21 @@ sl_status sl_reduction_scatter(sl_comm *comm, const void *const *in, const size_
     for (int i = 0; i < comm->size; ++i) {
       size_t bytes = counts[i] * width;
       if (i != comm->rank && done < bytes)
-        memcpy(slot + (size_t)i * piece, (const char *)in[i] + done, smaller(bytes - done, piece));
+        sl_step_put(comm, slot + (size_t)i * piece, (const char *)in[i] + done, smaller(bytes - done, piece),
+                    bytes - done);
     }
     sl_step_arrive(comm);
     SL_CHECK(sl_step_wait(comm));
-    size_t bytes = counts[comm->rank] * width;
-    if (done < bytes)
-      reduce_slots(comm, reduction, (const char *)in[comm->rank] + done, (size_t)comm->rank * piece, (char *)out + done,
-                   smaller(bytes - done, piece) / width);
+    size_t whole = counts[comm->rank] * width, end = smaller(whole, done + piece), offset = (size_t)comm->rank * piece;
+    _Alignas(SL_COMM_LINE) char block[BLOCK]; /* for what is to be written past the caches */
+    bool streaming = whole >= comm->tuning.streaming && in[comm->rank] != out;
+    for (size_t at = done; at < end; at += BLOCK) {
+      size_t bytes = smaller(end - at, BLOCK);
+      const char *own = (const char *)in[comm->rank] + at;
+      char *to = streaming ? block : (char *)out + at;
+      reduce_slots(comm, reduction, own, false, offset + (at - done), to, bytes);
+      if (streaming) sl_copy_streaming((char *)out + at, to, bytes);
+    }
     done += piece;
   } while (done < largest);
   return SL_OK;

@@ -1,8 +1,10 @@
 /* Waiting for other ranks. A wait spins for as long as waking up would take, then sleeps in the kernel; now and then it
  * wakes by itself to see whether the ranks that it waits for still live. */
+#define _GNU_SOURCE
 #include "comm/step.h"
 
 #include <inttypes.h>
+#include <sched.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -10,7 +12,10 @@
 #include "comm/spin.h"
 #include "runtime/status.h"
 
-enum { CHECK_INTERVAL = 50000000 /* ns between looks at whether the others live */ };
+enum {
+  CHECK_INTERVAL = 50000000, /* ns between looks at whether the others live */
+  LOOK_AROUND = 200          /* spins between looks at who needs this processor */
+};
 
 static inline bool has_come(atomic_uint *word, uint32_t step) {
   return (int32_t)(atomic_load_explicit(word, memory_order_acquire) - step) >= 0;
@@ -21,7 +26,8 @@ sl_status sl_call_begin(sl_comm *comm, const sl_signature *signature, int64_t ti
   comm->signature = *signature;
   comm->signature.call = comm->calls++;
   comm->compared = false;
-  comm->deadline = sl_comm_deadline(timeout);
+  comm->timeout = timeout;
+  comm->deadline = 0;
   comm->shown = false;
   return SL_OK;
 }
@@ -49,7 +55,7 @@ static sl_status report_timeout(sl_comm *comm, int rank) {
   }
   if (comm->started) {
     const sl_signature *last = member->signature;
-    if ((int64_t)(member->signature[1].call - last->call) > 0) last = member->signature + 1;
+    if ((int32_t)(member->signature[1].call - last->call) > 0) last = member->signature + 1;
     snprintf(where, sizeof where, "; the last call it made is %s", sl_signature_describe(last, other));
   }
   return sl_comm_break(comm, SL_TIMEOUT, "timeout in %s: rank %d waits for %s, which %s%s",
@@ -65,9 +71,10 @@ static sl_status look_after(sl_comm *comm, int rank) {
   for (int i = rank < 0 ? 0 : rank; i < (rank < 0 ? comm->size : rank + 1); ++i) {
     sl_member *member = comm->member + i;
     if (i == comm->rank || has_come(&member->step, comm->step)) continue;
-    bool gone = atomic_load(&member->state) == SL_MEMBER_LEFT || !sl_segment_is_present(comm->segment, i);
+    unsigned state = atomic_load(&member->state);
+    bool gone = state == SL_MEMBER_LEFT || (state == SL_MEMBER_PRESENT && !sl_segment_is_present(comm->segment, i));
     /* It may have arrived, and then gone, in between. */
-    if (gone && atomic_load(&member->state) != SL_MEMBER_ABSENT && !has_come(&member->step, comm->step) &&
+    if (gone && !has_come(&member->step, comm->step) &&
         sl_comm_check_rank(comm, i, sl_signature_describe(&comm->signature, text)))
       return sl_comm_fault(comm);
     if (now >= comm->deadline) return report_timeout(comm, i);
@@ -75,12 +82,25 @@ static sl_status look_after(sl_comm *comm, int rank) {
   return SL_OK;
 }
 
+/* Whether a rank that has not come may need the very processor that this one keeps busy: two ranks can share one as long
+ * as another is taken by something else. */
+static bool is_in_the_way(const sl_comm *comm, uint32_t step, int rank) {
+  int processor = sched_getcpu();
+  for (int i = rank < 0 ? 0 : rank; i < (rank < 0 ? comm->size : rank + 1); ++i) {
+    if (i != comm->rank && !has_come(&comm->member[i].step, step) &&
+        atomic_load_explicit(&comm->member[i].processor, memory_order_relaxed) == processor)
+      return true;
+  }
+  return false;
+}
+
 static sl_status wait_for_word(sl_comm *comm, atomic_uint *word, atomic_uint *sleepers, uint32_t step, int rank) {
   sl_spin spin = sl_spin_begin(comm->crowded);
   do {
     if (has_come(word, step)) return SL_OK;
-  } while (sl_spin_once(&spin));
+  } while (sl_spin_once(&spin) && (spin.left % LOOK_AROUND != 0 || !is_in_the_way(comm, step, rank)));
   sl_status status = SL_OK;
+  if (comm->deadline == 0) comm->deadline = sl_comm_deadline(comm->timeout);
   int64_t checked = sl_clock();
   atomic_fetch_add(sleepers, 1);
   while (status == SL_OK) {
@@ -141,13 +161,15 @@ sl_status sl_step_begin(sl_comm *comm) {
 void sl_step_arrive(sl_comm *comm) {
   sl_header *header = comm->header;
   sl_member *own = comm->member + comm->rank;
+  /* No rank arrives at a step before all have arrived at the one before, so the sum tells that all have at this one. */
+  if (atomic_fetch_add(&header->arrivals, 1) + 1 == comm->step * (unsigned)comm->size) {
+    atomic_store(&header->phase, comm->step);
+    if (atomic_load(&header->phase_sleepers)) sl_futex_wake_all(&header->phase);
+  }
+  /* Last, so that whoever ends in the middle of this has not come, to those who look after it. */
+  atomic_store_explicit(&own->processor, sched_getcpu(), memory_order_relaxed);
   atomic_store(&own->step, comm->step);
   if (atomic_load(&own->step_sleepers)) sl_futex_wake_all(&own->step);
-  /* No rank arrives at a step before all have arrived at the one before, so the sum tells that all have at this one. */
-  unsigned arrivals = atomic_fetch_add(&header->arrivals, 1) + 1;
-  if (arrivals != comm->step * (unsigned)comm->size) return;
-  atomic_store(&header->phase, comm->step);
-  if (atomic_load(&header->phase_sleepers)) sl_futex_wake_all(&header->phase);
 }
 
 sl_status sl_step_wait(sl_comm *comm) {

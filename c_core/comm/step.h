@@ -10,7 +10,10 @@
 #ifndef SL_COMM_STEP_H
 #define SL_COMM_STEP_H
 
+#include <string.h>
+
 #include "comm/group.h"
+#include "comm/reduce.h"
 
 /* Begins a collective: refuses it if the group is broken, shows the signature to the others, sets the deadline. */
 sl_status sl_call_begin(sl_comm *comm, const sl_signature *signature, int64_t timeout);
@@ -26,6 +29,21 @@ sl_status sl_step_wait_for(sl_comm *comm, int rank);
 static inline char *sl_step_slot(const sl_comm *comm, int rank) {
   const sl_header *header = comm->header;
   return (char *)header + header->slots + ((size_t)rank * 2 + (comm->step & 1)) * header->slot_bytes;
+}
+
+/* A rank's slot of the step before, which may be read until this rank arrives at this step. */
+static inline char *sl_step_last_slot(const sl_comm *comm, int rank) {
+  const sl_header *header = comm->header;
+  return (char *)header + header->slots + ((size_t)rank * 2 + (~comm->step & 1)) * header->slot_bytes;
+}
+
+/* Into the own slot. whole: bytes that are put there at about the same time. The lines of the slot are in the caches of
+ * whoever read them last, and a plain store calls each of them back first. */
+static inline void sl_step_put(const sl_comm *comm, void *slot, const void *from, size_t bytes, size_t whole) {
+  if (whole >= comm->tuning.buffer_streaming)
+    sl_copy_streaming(slot, from, bytes);
+  else if (bytes)
+    memcpy(slot, from, bytes);
 }
 
 /* A rank's signature of this call; valid once that rank was waited for. */

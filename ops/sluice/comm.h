@@ -66,7 +66,8 @@ typedef struct sl_comm_tuning {
   size_t flat;   /* reductions up to here: every rank reads all inputs. Beyond: each reduces a share, then shares it */
   size_t piece;  /* what a rank puts into its buffer at a time; at most half of buffer_bytes */
   size_t direct; /* messages from here on are read from the sender's memory, where the system allows it */
-  size_t streaming; /* outputs from here on are written past the caches */
+  size_t streaming;        /* outputs from here on are written past the caches */
+  size_t buffer_streaming; /* what a rank puts into its buffer at a time, from here on, likewise */
 } sl_comm_tuning;
 
 /* What sl_comm_create() uses for a group of this size if it isn't told. */

@@ -97,6 +97,7 @@ def _load_tests():
         specification = importlib.util.find_spec(_MODULE)
         loaded = importlib.util.module_from_spec(specification)
         specification.loader.exec_module(loaded)
+        loaded.Barrier.sync.__func__.__defaults__ = (None, 60)  # its 10 s are too few for ranks on a busy machine
         loaded.PROFILING_SUPPORTED_BACKENDS.append("sluice")
         loaded.SEND_RECV_PROFILING_SUPPORTED_BACKENDS.append("sluice")
 

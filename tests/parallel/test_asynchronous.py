@@ -72,9 +72,8 @@ def wait_within_a_callback():
     def again(future):
         return dist.all_reduce(future.value()[0], async_op=True).get_future().wait()[0]
 
-    works = [dist.all_reduce(torch.ones(2), async_op=True).get_future().then(again) for _ in range(10)]
-    for future in works:
-        assert future.wait().tolist() == [float(size) ** 2] * 2
+    for _ in range(30):  # one after the other: in callbacks of several, ranks would come to them in different orders
+        assert dist.all_reduce(torch.ones(2), async_op=True).get_future().then(again).wait().tolist() == [size**2] * 2
 
 
 def wait_with_a_timeout():
@@ -243,3 +242,18 @@ def look_at_the_backend():
 
 def test_what_a_backend_says_of_itself(ranks):
     assert ranks(2).run(look_at_the_backend) == [0, 0]
+
+
+def split():
+    rank = dist.get_rank()
+    parts = [[0, 2], [1]]
+    part = next(part for part in parts if rank in part)
+    group = dist.group.WORLD.split_group(part, group_name=f"split{part}")
+    tensor = torch.full((3,), float(rank))
+    group.allreduce([tensor]).wait()
+    assert (group.rank(), group.size()) == (part.index(rank), len(part))
+    assert tensor.tolist() == [float(sum(part))] * 3
+
+
+def test_groups_are_split(ranks):
+    ranks(3).run(split)

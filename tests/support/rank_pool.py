@@ -26,15 +26,15 @@ class RankFailed(AssertionError):
 
 
 class Ranks:
-    """``size`` processes in one process group. ``environment(rank)`` is set before the group is made."""
+    """``size`` processes in one process group. ``hosts``: a letter for each rank, where they stand on several hosts."""
 
-    def __init__(self, size, backend="sluice", environment=None, timeout=60):
+    def __init__(self, size, backend="sluice", hosts=None, timeout=60):
         self.size, self.processes, self.pipes = size, [], []
         self._folder = tempfile.TemporaryDirectory()
         store = os.path.join(self._folder.name, "store")
         for rank in range(size):
             ours, theirs = _CONTEXT.Pipe()
-            variables = environment(rank) if environment else {}
+            variables = {"SLUICE_COMM_HOST": hosts[rank]} if hosts else {}
             arguments = (theirs, rank, size, store, backend, variables, timeout)
             process = _CONTEXT.Process(target=_serve, args=arguments, daemon=True)
             process.start()
@@ -85,15 +85,15 @@ class Ranks:
 
 
 class Pools:
-    """A pool for each size and backend, made when it is first asked for and again when it is lost."""
+    """A pool of each kind, made when it is first asked for and again when it is lost."""
 
     def __init__(self):
         self._pools = {}
 
-    def __call__(self, size, backend="sluice"):
-        pool = self._pools.get((size, backend))
+    def __call__(self, size, hosts=None):
+        pool = self._pools.get((size, hosts))
         if pool is None or not pool.alive:
-            pool = self._pools[size, backend] = Ranks(size, backend)
+            pool = self._pools[size, hosts] = Ranks(size, hosts=hosts)
         return pool
 
     def close(self):

@@ -3,6 +3,10 @@
 
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 
+#include <algorithm>
+
+#include "c10d/hierarchical.h"
+
 namespace sluice::c10d_backend {
 namespace {
 
@@ -27,9 +31,18 @@ ProcessGroupSluice::ProcessGroupSluice(Arguments arguments)
       timeout_ms_(arguments.timeout.count()),
       make_backend_(arguments.make_backend),
       hosts_(hosts_of(arguments)),
+      one_host_(hosts_.ranks.size() == 1 ? std::make_shared<OneHost>(hosts_.communicator, rank_) : nullptr),
+      fabric_(one_host_ ? one_host_ : make_several_hosts()),
       queue_(std::make_shared<OperationQueue>()),
       transfers_(std::make_shared<Transfers>(hosts_.communicator)) {
   init();
+}
+
+std::shared_ptr<Fabric> ProcessGroupSluice::make_several_hosts() {
+  auto store = c10::make_intrusive<::c10d::PrefixStore>("leaders", store_);
+  auto connect = [make = make_backend_, store, host = hosts_.host, count = static_cast<int>(hosts_.ranks.size()),
+                  timeout = options_->timeout] { return make("gloo", store, host, count, timeout); };
+  return std::make_shared<SeveralHosts>(hosts_, rank_, size_, connect);
 }
 
 ProcessGroupSluice::~ProcessGroupSluice() {
@@ -69,6 +82,20 @@ void ProcessGroupSluice::abort() {
   }
 }
 
+// A new group like any other, since groups share nothing. supportsSplitting() stays false: c10d takes it for a promise
+// to split faster than to create, which asks more of a backend than this function.
+BackendPtr ProcessGroupSluice::split(const StorePtr &store, const std::vector<int> &ranks,
+                                     const c10::intrusive_ptr<Options> &options) {
+  auto place = std::find(ranks.begin(), ranks.end(), rank_);
+  if (place == ranks.end()) return nullptr;
+  const std::vector<uint64_t> &names = options_->global_ranks_in_group;
+  std::vector<int64_t> global_ranks;
+  for (int rank : ranks) global_ranks.push_back(names.empty() ? rank : static_cast<int64_t>(names[rank]));
+  return c10::make_intrusive<ProcessGroupSluice>(Arguments{store, static_cast<int>(place - ranks.begin()),
+                                                           static_cast<int>(ranks.size()), options->timeout,
+                                                           options->group_name, global_ranks, make_backend_});
+}
+
 void ProcessGroupSluice::setTimeout(Milliseconds timeout) {
   timeout_ms_ = timeout.count();
   options_->timeout = timeout;
@@ -80,15 +107,18 @@ Milliseconds ProcessGroupSluice::timeout_or_default(Milliseconds timeout) const 
   return timeout == ::c10d::kUnsetTimeout ? Milliseconds(timeout_ms_) : timeout;
 }
 
-::c10d::Backend *ProcessGroupSluice::other_backend(const at::Tensor &like) {
-  if (!like.defined() || like.is_cpu()) return one_host() ? nullptr : backend_of_kind("gloo");
+::c10d::Backend *ProcessGroupSluice::other_backend(const at::Tensor &like, bool hierarchical) {
+  if (!like.defined() || like.is_cpu()) {
+    bool sparse = like.defined() && like.layout() != at::kStrided;
+    return one_host_ || (hierarchical && !sparse) ? nullptr : backend_of_kind("gloo");
+  }
   TORCH_CHECK(like.is_cuda(), "sluice: a collective was called with a tensor on ", like.device(),
               ", expected cpu or cuda");
   return backend_of_kind("nccl");
 }
 
-::c10d::Backend *ProcessGroupSluice::other_backend(const Tensors &tensors) {
-  return other_backend(tensors.empty() ? at::Tensor() : tensors[0]);
+::c10d::Backend *ProcessGroupSluice::other_backend(const Tensors &tensors, bool hierarchical) {
+  return other_backend(tensors.empty() ? at::Tensor() : tensors[0], hierarchical);
 }
 
 ::c10d::Backend *ProcessGroupSluice::backend_of_kind(const std::string &kind) {

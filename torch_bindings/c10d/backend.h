@@ -1,6 +1,6 @@
 // The process group "sluice" as c10d sees it. Where all its ranks share a host, collectives and transfers go through
-// shared memory; what this backend has no part in, CUDA tensors and several hosts, goes to another backend, made when it
-// is first needed.
+// shared memory; over several hosts, the commonest collectives go through shared memory inside each. The rest, and all
+// calls with CUDA tensors, go to another backend, Gloo or NCCL, made when it is first needed.
 #pragma once
 
 #include <torch/csrc/distributed/c10d/Backend.hpp>
@@ -14,8 +14,8 @@
 #include <string>
 #include <vector>
 
+#include "c10d/fabric.h"
 #include "c10d/queue.h"
-#include "c10d/reduction.h"
 #include "c10d/rendezvous.h"
 #include "c10d/transfers.h"
 
@@ -24,7 +24,6 @@ namespace sluice::c10d_backend {
 using Work = ::c10d::Work;
 using WorkPtr = c10::intrusive_ptr<Work>;
 using BackendPtr = c10::intrusive_ptr<::c10d::Backend>;
-using Tensors = std::vector<at::Tensor>;
 using StorePtr = c10::intrusive_ptr<::c10d::Store>;
 
 // Makes a backend of another kind, "gloo" or "nccl", over the same ranks.
@@ -55,6 +54,7 @@ class ProcessGroupSluice final : public ::c10d::Backend {
   ::c10d::ErrorType getError() override;
   void abort() override;
   void shutdown() override;
+  BackendPtr split(const StorePtr &, const std::vector<int> &ranks, const c10::intrusive_ptr<Options> &) override;
 
   WorkPtr broadcast(Tensors &, const ::c10d::BroadcastOptions &) override;
   WorkPtr allreduce(Tensors &, const ::c10d::AllreduceOptions &) override;
@@ -81,16 +81,16 @@ class ProcessGroupSluice final : public ::c10d::Backend {
   WorkPtr recvAnysource(Tensors &, int tag) override;
 
  private:
-  bool one_host() const { return hosts_.ranks.size() == 1; }
+  std::shared_ptr<Fabric> make_several_hosts();
   sl_comm *comm() const { return hosts_.communicator->get(); }
   Milliseconds timeout_or_default(Milliseconds timeout) const;
 
-  // The backend that takes this call instead, if one does; otherwise null.
-  ::c10d::Backend *other_backend(const at::Tensor &like);
-  ::c10d::Backend *other_backend(const Tensors &tensors);
+  // The backend that takes this call instead, if one does; otherwise null. kHierarchical: a call that fabrics have.
+  static constexpr bool kHierarchical = true;
+  ::c10d::Backend *other_backend(const at::Tensor &like, bool hierarchical = false);
+  ::c10d::Backend *other_backend(const Tensors &tensors, bool hierarchical = false);
   ::c10d::Backend *backend_of_kind(const std::string &kind);
 
-  // Makes an operation and submits it. The body is given the communicator and may throw.
   WorkPtr launch(Operation::Arguments arguments, bool asynchronous);
   WorkPtr remember(WorkPtr work);  // for endCoalescing()
 
@@ -99,8 +99,10 @@ class ProcessGroupSluice final : public ::c10d::Backend {
   std::atomic<int64_t> timeout_ms_;
   const BackendFactory make_backend_;
   const Hosts hosts_;
-  std::shared_ptr<OperationQueue> queue_;
-  std::shared_ptr<Transfers> transfers_;
+  const std::shared_ptr<OneHost> one_host_;  // null where there are several
+  const std::shared_ptr<Fabric> fabric_;
+  const std::shared_ptr<OperationQueue> queue_;
+  const std::shared_ptr<Transfers> transfers_;
   std::atomic<uint64_t> sequence_{0};
   uint32_t monitored_barriers_ = 0;
 

@@ -43,13 +43,4 @@ void Buffers::finish() {
   for (Buffer &buffer : buffers_) buffer.finish();
 }
 
-void run_all_gather(sl_comm *comm, const std::vector<at::Tensor> &outputs, const at::Tensor &input,
-                    Milliseconds timeout) {
-  Buffer in = Buffer::input(input);
-  Buffers out = Buffers::outputs(outputs);
-  check_status(sl_comm_all_gather(comm, in.data(), in.bytes(), out.mutable_data(), out.bytes(), timeout.count()),
-               timeout);
-  out.finish();
-}
-
 }  // namespace sluice::c10d_backend

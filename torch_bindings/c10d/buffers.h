@@ -49,8 +49,4 @@ class Buffers {
   std::vector<size_t> bytes_;
 };
 
-// sl_comm_all_gather() of tensors.
-void run_all_gather(sl_comm *comm, const std::vector<at::Tensor> &outputs, const at::Tensor &input,
-                    Milliseconds timeout);
-
 }  // namespace sluice::c10d_backend

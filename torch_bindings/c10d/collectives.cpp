@@ -3,7 +3,6 @@
 #include <ATen/ops/empty.h>
 
 #include "c10d/backend.h"
-#include "c10d/buffers.h"
 
 namespace sluice::c10d_backend {
 namespace {
@@ -19,43 +18,24 @@ Tensors parts_of(const at::Tensor &whole, int size) {
   return parts;
 }
 
-void run_all_reduce(sl_comm *comm, const at::Tensor &tensor, const Reduction &reduction, Milliseconds timeout) {
-  Buffer buffer = Buffer::both(tensor);
-  check_status(sl_comm_all_reduce(comm, buffer.data(), buffer.mutable_data(), reduction.count(tensor), reduction.dtype,
-                                  reduction.op, reduction.factor, timeout.count()),
-               timeout);
-  buffer.finish();
-}
-
-void run_reduce_scatter(sl_comm *comm, const at::Tensor &output, const Tensors &inputs, const Reduction &reduction,
-                        Milliseconds timeout) {
-  Buffers in = Buffers::inputs(inputs);
-  Buffer out = Buffer::output(output);
-  std::vector<size_t> counts;
-  for (const at::Tensor &input : inputs) counts.push_back(reduction.count(input));
-  check_status(sl_comm_reduce_scatter(comm, in.data(), counts.data(), out.mutable_data(), reduction.dtype, reduction.op,
-                                      reduction.factor, timeout.count()),
-               timeout);
-  out.finish();
-}
-
 }  // namespace
 
 WorkPtr ProcessGroupSluice::allreduce(Tensors &tensors, const ::c10d::AllreduceOptions &options) {
-  if (::c10d::Backend *other = other_backend(tensors)) return other->allreduce(tensors, options);
-  if (tensors.size() == 1 && tensors[0].layout() == at::kSparse) return allreduce_sparse(tensors, options);
+  if (::c10d::Backend *other = other_backend(tensors, kHierarchical)) return other->allreduce(tensors, options);
+  if (tensors.size() == 1 && tensors[0].layout() != at::kStrided) return allreduce_sparse(tensors, options);
   at::Tensor tensor = single_tensor("all_reduce", "tensors", tensors);
   Reduction reduction = make_reduction("all_reduce", tensor, options.reduceOp);
   Milliseconds timeout = timeout_or_default(options.timeout);
-  auto body = [comm = hosts_.communicator, tensor, reduction, timeout] {
-    run_all_reduce(comm->get(), tensor, reduction, timeout);
+  auto body = [fabric = fabric_, tensor = real_view(tensor), reduction, timeout] {
+    fabric->all_reduce(tensor, reduction, timeout);
   };
   return launch({OpType::ALLREDUCE, "sluice:all_reduce", tensors, {tensors}, body}, options.asyncOp);
 }
 
 // Small tensors are put into one, so that they are waited for once; large ones would only be copied about.
 WorkPtr ProcessGroupSluice::allreduce_coalesced(Tensors &tensors, const ::c10d::AllreduceCoalescedOptions &options) {
-  if (::c10d::Backend *other = other_backend(tensors)) return other->allreduce_coalesced(tensors, options);
+  if (::c10d::Backend *other = other_backend(tensors, kHierarchical))
+    return other->allreduce_coalesced(tensors, options);
   TORCH_CHECK(!tensors.empty(), "sluice: all_reduce_coalesced: tensors is empty, expected at least one");
   constexpr size_t kSmall = size_t{1} << 20;
   size_t bytes = 0;
@@ -66,15 +46,15 @@ WorkPtr ProcessGroupSluice::allreduce_coalesced(Tensors &tensors, const ::c10d::
   }
   Reduction reduction = make_reduction("all_reduce_coalesced", tensors[0], options.reduceOp);
   Milliseconds timeout = timeout_or_default(options.timeout);
-  auto body = [comm = hosts_.communicator, tensors, reduction, timeout, bytes] {
+  auto body = [fabric = fabric_, tensors, reduction, timeout, bytes] {
     if (bytes > kSmall || tensors.size() == 1) {
-      for (const at::Tensor &tensor : tensors) run_all_reduce(comm->get(), tensor, reduction, timeout);
+      for (const at::Tensor &tensor : tensors) fabric->all_reduce(real_view(tensor), reduction, timeout);
       return;
     }
     Tensors flat;
     for (const at::Tensor &tensor : tensors) flat.push_back(tensor.reshape({-1}));
     at::Tensor together = at::cat(flat);
-    run_all_reduce(comm->get(), together, reduction, timeout);
+    fabric->all_reduce(real_view(together), reduction, timeout);
     int64_t begin = 0;
     for (const at::Tensor &tensor : tensors) {
       tensor.copy_(together.narrow(0, begin, tensor.numel()).view(tensor.sizes()));
@@ -85,26 +65,27 @@ WorkPtr ProcessGroupSluice::allreduce_coalesced(Tensors &tensors, const ::c10d::
 }
 
 WorkPtr ProcessGroupSluice::allgather(TensorLists &outputs, Tensors &inputs, const ::c10d::AllgatherOptions &options) {
-  if (::c10d::Backend *other = other_backend(inputs)) return other->allgather(outputs, inputs, options);
+  if (::c10d::Backend *other = other_backend(inputs, kHierarchical)) return other->allgather(outputs, inputs, options);
   at::Tensor input = single_tensor("all_gather", "the input", inputs);
   const Tensors &list = single_list("all_gather", "the output", outputs, size_);
   for (const at::Tensor &output : list) check_dtype("all_gather", "an output", output, input);
   check_numel("all_gather", "this rank's output", list[rank_], input.numel());
   Milliseconds timeout = timeout_or_default(options.timeout);
-  auto body = [comm = hosts_.communicator, list, input, timeout] { run_all_gather(comm->get(), list, input, timeout); };
+  auto body = [fabric = fabric_, list, input, timeout] { fabric->all_gather(list, input, timeout); };
   return launch({OpType::ALLGATHER, "sluice:all_gather", inputs, outputs, body}, options.asyncOp);
 }
 
 WorkPtr ProcessGroupSluice::_allgather_base(at::Tensor &output, at::Tensor &input,
                                             const ::c10d::AllgatherOptions &options) {
-  if (::c10d::Backend *other = other_backend(input)) return other->_allgather_base(output, input, options);
+  if (::c10d::Backend *other = other_backend(input, kHierarchical))
+    return other->_allgather_base(output, input, options);
   Tensors outputs = {output}, inputs = {input};
   return allgather_into_tensor_coalesced(outputs, inputs, options);
 }
 
 WorkPtr ProcessGroupSluice::allgather_into_tensor_coalesced(Tensors &outputs, Tensors &inputs,
                                                             const ::c10d::AllgatherOptions &options) {
-  if (::c10d::Backend *other = other_backend(inputs)) {
+  if (::c10d::Backend *other = other_backend(inputs, kHierarchical)) {
     return other->allgather_into_tensor_coalesced(outputs, inputs, options);
   }
   const char *call = "all_gather_into_tensor";
@@ -117,10 +98,10 @@ WorkPtr ProcessGroupSluice::allgather_into_tensor_coalesced(Tensors &outputs, Te
     check_numel(call, "the output", outputs[i], inputs[i].numel() * size_);
   }
   Milliseconds timeout = timeout_or_default(options.timeout);
-  auto body = [comm = hosts_.communicator, outputs, inputs, timeout, size = size_] {
+  auto body = [fabric = fabric_, outputs, inputs, timeout, size = size_] {
     for (size_t i = 0; i < inputs.size(); ++i) {
       at::Tensor whole = outputs[i].is_contiguous() ? outputs[i] : at::empty(outputs[i].sizes(), outputs[i].options());
-      run_all_gather(comm->get(), parts_of(whole, size), inputs[i], timeout);
+      fabric->all_gather(parts_of(whole, size), inputs[i], timeout);
       if (!whole.is_same(outputs[i])) outputs[i].copy_(whole);
     }
   };
@@ -130,7 +111,8 @@ WorkPtr ProcessGroupSluice::allgather_into_tensor_coalesced(Tensors &outputs, Te
 // outputs[rank][i] is what that rank gave as inputs[i].
 WorkPtr ProcessGroupSluice::allgather_coalesced(TensorLists &outputs, Tensors &inputs,
                                                 const ::c10d::AllgatherOptions &options) {
-  if (::c10d::Backend *other = other_backend(inputs)) return other->allgather_coalesced(outputs, inputs, options);
+  if (::c10d::Backend *other = other_backend(inputs, kHierarchical))
+    return other->allgather_coalesced(outputs, inputs, options);
   const char *call = "all_gather_coalesced";
   TORCH_CHECK(outputs.size() == static_cast<size_t>(size_), "sluice: ", call, ": ", outputs.size(),
               " lists of outputs, expected one for each of the ", size_, " ranks");
@@ -149,37 +131,41 @@ WorkPtr ProcessGroupSluice::allgather_coalesced(TensorLists &outputs, Tensors &i
     check_numel(call, "this rank's output", outputs[rank_][i], inputs[i].numel());
   }
   Milliseconds timeout = timeout_or_default(options.timeout);
-  auto body = [comm = hosts_.communicator, by_input, inputs, timeout] {
-    for (size_t i = 0; i < inputs.size(); ++i) run_all_gather(comm->get(), by_input[i], inputs[i], timeout);
+  auto body = [fabric = fabric_, by_input, inputs, timeout] {
+    for (size_t i = 0; i < inputs.size(); ++i) fabric->all_gather(by_input[i], inputs[i], timeout);
   };
   return launch({OpType::ALLGATHER_COALESCED, "sluice:all_gather", inputs, outputs, body}, options.asyncOp);
 }
 
 WorkPtr ProcessGroupSluice::reduce_scatter(Tensors &outputs, TensorLists &inputs,
                                            const ::c10d::ReduceScatterOptions &options) {
-  if (::c10d::Backend *other = other_backend(outputs)) return other->reduce_scatter(outputs, inputs, options);
+  if (::c10d::Backend *other = other_backend(outputs, kHierarchical))
+    return other->reduce_scatter(outputs, inputs, options);
   at::Tensor output = single_tensor("reduce_scatter", "the output", outputs);
   const Tensors &list = single_list("reduce_scatter", "the input", inputs, size_);
   for (const at::Tensor &input : list) check_dtype("reduce_scatter", "an input", input, output);
   check_numel("reduce_scatter", "the output", output, list[rank_].numel());
   Reduction reduction = make_reduction("reduce_scatter", output, options.reduceOp);
   Milliseconds timeout = timeout_or_default(options.timeout);
-  auto body = [comm = hosts_.communicator, output, list, reduction, timeout] {
-    run_reduce_scatter(comm->get(), output, list, reduction, timeout);
+  Tensors parts;
+  for (const at::Tensor &input : list) parts.push_back(real_view(input));
+  auto body = [fabric = fabric_, output = real_view(output), parts, reduction, timeout] {
+    fabric->reduce_scatter(output, parts, reduction, timeout);
   };
   return launch({OpType::REDUCE_SCATTER, "sluice:reduce_scatter", list, {outputs}, body}, options.asyncOp);
 }
 
 WorkPtr ProcessGroupSluice::_reduce_scatter_base(at::Tensor &output, at::Tensor &input,
                                                  const ::c10d::ReduceScatterOptions &options) {
-  if (::c10d::Backend *other = other_backend(input)) return other->_reduce_scatter_base(output, input, options);
+  if (::c10d::Backend *other = other_backend(input, kHierarchical))
+    return other->_reduce_scatter_base(output, input, options);
   Tensors outputs = {output}, inputs = {input};
   return reduce_scatter_tensor_coalesced(outputs, inputs, options);
 }
 
 WorkPtr ProcessGroupSluice::reduce_scatter_tensor_coalesced(Tensors &outputs, Tensors &inputs,
                                                             const ::c10d::ReduceScatterOptions &options) {
-  if (::c10d::Backend *other = other_backend(inputs)) {
+  if (::c10d::Backend *other = other_backend(inputs, kHierarchical)) {
     return other->reduce_scatter_tensor_coalesced(outputs, inputs, options);
   }
   const char *call = "reduce_scatter_tensor";
@@ -194,10 +180,10 @@ WorkPtr ProcessGroupSluice::reduce_scatter_tensor_coalesced(Tensors &outputs, Te
     reductions.push_back(make_reduction(call, inputs[i], options.reduceOp));
   }
   Milliseconds timeout = timeout_or_default(options.timeout);
-  auto body = [comm = hosts_.communicator, outputs, inputs, reductions, timeout, size = size_] {
+  auto body = [fabric = fabric_, outputs, inputs, reductions, timeout, size = size_] {
     for (size_t i = 0; i < inputs.size(); ++i) {
-      Tensors parts = parts_of(inputs[i].contiguous(), size);
-      run_reduce_scatter(comm->get(), outputs[i], parts, reductions[i], timeout);
+      Tensors parts = parts_of(real_view(inputs[i]).contiguous(), size);
+      fabric->reduce_scatter(real_view(outputs[i]), parts, reductions[i], timeout);
     }
   };
   return launch({OpType::_REDUCE_SCATTER_BASE, "sluice:_reduce_scatter_base", inputs, {outputs}, body},
@@ -206,11 +192,9 @@ WorkPtr ProcessGroupSluice::reduce_scatter_tensor_coalesced(Tensors &outputs, Te
 
 WorkPtr ProcessGroupSluice::barrier(const ::c10d::BarrierOptions &options) {
   if (options.device && options.device->is_cuda()) return backend_of_kind("nccl")->barrier(options);
-  if (::c10d::Backend *other = other_backend(at::Tensor())) return other->barrier(options);
+  if (::c10d::Backend *other = other_backend(at::Tensor(), kHierarchical)) return other->barrier(options);
   Milliseconds timeout = timeout_or_default(options.timeout);
-  auto body = [comm = hosts_.communicator, timeout] {
-    check_status(sl_comm_barrier(comm->get(), timeout.count()), timeout);
-  };
+  auto body = [fabric = fabric_, timeout] { fabric->barrier(timeout); };
   return launch({OpType::BARRIER, "sluice:barrier", {}, {}, body}, options.asyncOp);
 }
 

@@ -3,6 +3,8 @@
 
 #include <torch/csrc/distributed/c10d/Types.hpp>
 
+#include <optional>
+
 #include "c10d/errors.h"
 
 namespace sluice::c10d_backend {
@@ -10,13 +12,16 @@ namespace sluice::c10d_backend {
 struct Reduction {
   sl_dtype dtype;
   sl_reduce_op op;
-  double factor;   // of PREMUL_SUM
-  size_t numbers;  // in an element: a complex one is reduced as two real ones
-
-  size_t count(const at::Tensor &tensor) const { return static_cast<size_t>(tensor.numel()) * numbers; }
+  double factor;  // of PREMUL_SUM
 };
+
+// The dtype that the C core reduces, if there is one.
+std::optional<sl_dtype> dtype_of(at::ScalarType type);
 
 // Throws where the dtype, or the operator for that dtype, is none that can be reduced.
 Reduction make_reduction(const char *call, const at::Tensor &tensor, const ::c10d::ReduceOp &op);
+
+// Complex numbers are reduced as pairs of real ones.
+at::Tensor real_view(const at::Tensor &tensor);
 
 }  // namespace sluice::c10d_backend

@@ -1,6 +1,5 @@
 // Collectives with a root, and those in which every pair of ranks exchanges something of its own.
 #include "c10d/backend.h"
-#include "c10d/buffers.h"
 
 namespace sluice::c10d_backend {
 namespace {
@@ -31,44 +30,27 @@ Tensors split_rows(const char *name, const at::Tensor &whole, const std::vector<
   return parts;
 }
 
-void run_all_to_all(sl_comm *comm, const Tensors &outputs, const Tensors &inputs, Milliseconds timeout) {
-  Buffers in = Buffers::inputs(inputs), out = Buffers::outputs(outputs);
-  check_status(sl_comm_all_to_all(comm, in.data(), in.bytes(), out.mutable_data(), out.bytes(), timeout.count()),
-               timeout);
-  out.finish();
-}
-
 }  // namespace
 
 WorkPtr ProcessGroupSluice::broadcast(Tensors &tensors, const ::c10d::BroadcastOptions &options) {
-  if (::c10d::Backend *other = other_backend(tensors)) return other->broadcast(tensors, options);
+  if (::c10d::Backend *other = other_backend(tensors, kHierarchical)) return other->broadcast(tensors, options);
   at::Tensor tensor = single_tensor("broadcast", "tensors", tensors);
   check_root("broadcast", options.rootRank, size_);
   int root = static_cast<int>(options.rootRank);
   Milliseconds timeout = timeout_or_default(options.timeout);
-  auto body = [comm = hosts_.communicator, tensor, root, timeout, is_root = root == rank_] {
-    Buffer buffer = is_root ? Buffer::input(tensor) : Buffer::output(tensor);
-    void *data = is_root ? const_cast<void *>(buffer.data()) : buffer.mutable_data();
-    check_status(sl_comm_broadcast(comm->get(), data, buffer.bytes(), root, timeout.count()), timeout);
-    buffer.finish();
-  };
+  auto body = [fabric = fabric_, tensor, root, timeout] { fabric->broadcast(tensor, root, timeout); };
   return launch({OpType::BROADCAST, "sluice:broadcast", tensors, {tensors}, body}, options.asyncOp);
 }
 
 WorkPtr ProcessGroupSluice::reduce(Tensors &tensors, const ::c10d::ReduceOptions &options) {
-  if (::c10d::Backend *other = other_backend(tensors)) return other->reduce(tensors, options);
+  if (::c10d::Backend *other = other_backend(tensors, kHierarchical)) return other->reduce(tensors, options);
   at::Tensor tensor = single_tensor("reduce", "tensors", tensors);
   check_root("reduce", options.rootRank, size_);
   Reduction reduction = make_reduction("reduce", tensor, options.reduceOp);
   int root = static_cast<int>(options.rootRank);
   Milliseconds timeout = timeout_or_default(options.timeout);
-  auto body = [comm = hosts_.communicator, tensor, reduction, root, timeout, is_root = root == rank_] {
-    Buffer buffer = is_root ? Buffer::both(tensor) : Buffer::input(tensor);
-    check_status(
-        sl_comm_reduce(comm->get(), buffer.data(), is_root ? buffer.mutable_data() : nullptr, reduction.count(tensor),
-                       reduction.dtype, reduction.op, reduction.factor, root, timeout.count()),
-        timeout);
-    buffer.finish();
+  auto body = [fabric = fabric_, tensor = real_view(tensor), reduction, root, timeout] {
+    fabric->reduce(tensor, reduction, root, timeout);
   };
   return launch({OpType::REDUCE, "sluice:reduce", tensors, {tensors}, body}, options.asyncOp);
 }
@@ -88,14 +70,7 @@ WorkPtr ProcessGroupSluice::gather(TensorLists &outputs, Tensors &inputs, const 
                 root);
   }
   Milliseconds timeout = timeout_or_default(options.timeout);
-  auto body = [comm = hosts_.communicator, list, input, root, timeout] {
-    Buffer in = Buffer::input(input);
-    Buffers out = Buffers::outputs(list);
-    check_status(
-        sl_comm_gather(comm->get(), in.data(), in.bytes(), out.mutable_data(), out.bytes(), root, timeout.count()),
-        timeout);
-    out.finish();
-  };
+  auto body = [host = one_host_, list, input, root, timeout] { host->gather(list, input, root, timeout); };
   return launch({OpType::GATHER, "sluice:gather", inputs, outputs, body}, options.asyncOp);
 }
 
@@ -113,14 +88,7 @@ WorkPtr ProcessGroupSluice::scatter(Tensors &outputs, TensorLists &inputs, const
     TORCH_CHECK(inputs.empty(), "sluice: scatter: inputs at rank ", rank_, ", expected them at the root alone, ", root);
   }
   Milliseconds timeout = timeout_or_default(options.timeout);
-  auto body = [comm = hosts_.communicator, output, list, root, timeout] {
-    Buffers in = Buffers::inputs(list);
-    Buffer out = Buffer::output(output);
-    check_status(
-        sl_comm_scatter(comm->get(), in.data(), in.bytes(), out.mutable_data(), out.bytes(), root, timeout.count()),
-        timeout);
-    out.finish();
-  };
+  auto body = [host = one_host_, output, list, root, timeout] { host->scatter(output, list, root, timeout); };
   return launch({OpType::SCATTER, "sluice:scatter", list, {outputs}, body}, options.asyncOp);
 }
 
@@ -137,9 +105,7 @@ WorkPtr ProcessGroupSluice::alltoall(Tensors &outputs, Tensors &inputs, const ::
   }
   check_numel("all_to_all", "this rank's output", outputs[rank_], inputs[rank_].numel());
   Milliseconds timeout = timeout_or_default(options.timeout);
-  auto body = [comm = hosts_.communicator, outputs, inputs, timeout] {
-    run_all_to_all(comm->get(), outputs, inputs, timeout);
-  };
+  auto body = [host = one_host_, outputs, inputs, timeout] { host->all_to_all(outputs, inputs, timeout); };
   return launch({OpType::ALLTOALL, "sluice:all_to_all", inputs, {outputs}, body}, options.asyncOp);
 }
 
@@ -155,9 +121,7 @@ WorkPtr ProcessGroupSluice::alltoall_base(at::Tensor &output, at::Tensor &input,
   Tensors inputs = split_rows("the input", input, input_splits, size_);
   check_numel("all_to_all", "this rank's part of the output", outputs[rank_], inputs[rank_].numel());
   Milliseconds timeout = timeout_or_default(options.timeout);
-  auto body = [comm = hosts_.communicator, outputs, inputs, timeout] {
-    run_all_to_all(comm->get(), outputs, inputs, timeout);
-  };
+  auto body = [host = one_host_, outputs, inputs, timeout] { host->all_to_all(outputs, inputs, timeout); };
   return launch({OpType::ALLTOALL_BASE, "sluice:all_to_all", {input}, {{output}}, body}, options.asyncOp);
 }
 

@@ -4,7 +4,6 @@
 #include <ATen/ops/sparse_coo_tensor.h>
 
 #include "c10d/backend.h"
-#include "c10d/buffers.h"
 
 namespace sluice::c10d_backend {
 namespace {
@@ -23,12 +22,12 @@ at::Tensor describe(const at::Tensor &tensor) {
   return description;
 }
 
-at::Tensor sum(sl_comm *comm, const at::Tensor &tensor, int size, Milliseconds timeout) {
+at::Tensor sum(OneHost &host, const at::Tensor &tensor, int size, Milliseconds timeout) {
   at::Tensor input = tensor.coalesce();
   at::Tensor own = describe(input);
   Tensors descriptions, indices, values;
   for (int rank = 0; rank < size; ++rank) descriptions.push_back(at::empty_like(own));
-  run_all_gather(comm, descriptions, own, timeout);
+  host.all_gather(descriptions, own, timeout);
   for (int rank = 0; rank < size; ++rank) {
     TORCH_CHECK(descriptions[rank].slice(0, 1).equal(own.slice(0, 1)), "sluice: all_reduce: rank ", rank,
                 " of the group has a sparse tensor of other dimensions than this rank, whose sizes are ", input.sizes(),
@@ -40,15 +39,18 @@ at::Tensor sum(sl_comm *comm, const at::Tensor &tensor, int size, Milliseconds t
     // Transposed, so that ranks' indices can be put end to end.
     indices.push_back(at::empty({count, input.sparse_dim()}, at::kLong));
   }
-  run_all_gather(comm, indices, input.indices().t().contiguous(), timeout);
-  run_all_gather(comm, values, input.values(), timeout);
+  host.all_gather(indices, input.indices().t().contiguous(), timeout);
+  host.all_gather(values, input.values(), timeout);
   return at::sparse_coo_tensor(at::cat(indices).t(), at::cat(values), input.sizes()).coalesce();
 }
 
 }  // namespace
 
 WorkPtr ProcessGroupSluice::allreduce_sparse(Tensors &tensors, const ::c10d::AllreduceOptions &options) {
-  if (::c10d::Backend *other = other_backend(tensors)) return other->allreduce_sparse(tensors, options);
+  if (::c10d::Backend *other = other_backend(tensors)) {
+    // Gloo knows its sparse tensors by their layout.
+    return tensors[0].is_cpu() ? other->allreduce(tensors, options) : other->allreduce_sparse(tensors, options);
+  }
   TORCH_CHECK(tensors.size() == 1, "sluice: all_reduce: ", tensors.size(), " sparse tensors, expected one");
   at::Tensor tensor = tensors[0];
   TORCH_CHECK(tensor.layout() == at::kSparse, "sluice: all_reduce: a tensor of layout ", tensor.layout(),
@@ -56,9 +58,7 @@ WorkPtr ProcessGroupSluice::allreduce_sparse(Tensors &tensors, const ::c10d::All
   TORCH_CHECK(options.reduceOp == ::c10d::ReduceOp::SUM,
               "sluice: all_reduce of sparse tensors, expected the operator SUM");
   Milliseconds timeout = timeout_or_default(options.timeout);
-  auto body = [comm = hosts_.communicator, tensor, size = size_, timeout] {
-    tensor.copy_(sum(comm->get(), tensor, size, timeout));
-  };
+  auto body = [host = one_host_, tensor, size = size_, timeout] { tensor.copy_(sum(*host, tensor, size, timeout)); };
   return launch({::c10d::OpType::_ALLREDUCE_SPARSE, "sluice:sparse_all_reduce", tensors, {tensors}, body},
                 options.asyncOp);
 }

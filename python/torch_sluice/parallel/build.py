@@ -90,6 +90,9 @@ def _compiled(built_for: str | None) -> Path:
             fcntl.flock(lock, fcntl.LOCK_EX)
             result = cache / f"{key}.so"
             if not result.is_file():
+                for remains in cache.glob(f"{key}.*"):
+                    if remains.is_dir():  # of a compilation that was killed
+                        shutil.rmtree(remains)
                 _compile(built_for, folders, [path for path in files if path.suffix == ".cpp"], result)
             return result
     except OSError as problem:
@@ -107,7 +110,7 @@ def _compile(built_for, folders, sources, result: Path) -> None:
         flush=True,
     )
     installed = Path(torch.__file__).parent
-    with tempfile.TemporaryDirectory(dir=result.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=f"{result.stem}.", dir=result.parent) as folder:
         # One file that includes them all: torch's headers take far longer than they do.
         together, output = Path(folder) / "all.cpp", Path(folder) / _NAME
         together.write_text("".join(f'#include "{path}"\n' for path in sources))
