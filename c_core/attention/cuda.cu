@@ -50,8 +50,9 @@ extern "C" sl_status sl_gated_attention_cuda(const sl_gated_attention_args *args
     case SL_BF16: return run_forward<__nv_bfloat16>(*args, stream);
     case SL_F16: return run_forward<__half>(*args, stream);
     case SL_F64: return run_forward<double>(*args, stream);
+    default:
+      return sl_fail(SL_INTERNAL, "dtype %s passed validation, but has no CUDA kernel", sl_dtype_name(args->dtype));
   }
-  return sl_fail(SL_INTERNAL, "dtype %d passed validation, but has no CUDA kernel", static_cast<int>(args->dtype));
 }
 
 extern "C" sl_status sl_gated_attention_backward_cuda_workspace_size(const sl_gated_attention_args *args,
@@ -74,6 +75,7 @@ extern "C" sl_status sl_gated_attention_backward_cuda(const sl_gated_attention_a
     case SL_BF16: return run_backward<__nv_bfloat16>(*args, stream);
     case SL_F16: return run_backward<__half>(*args, stream);
     case SL_F64: return run_backward<double>(*args, stream);
+    default:
+      return sl_fail(SL_INTERNAL, "dtype %s passed validation, but has no CUDA kernel", sl_dtype_name(args->dtype));
   }
-  return sl_fail(SL_INTERNAL, "dtype %d passed validation, but has no CUDA kernel", static_cast<int>(args->dtype));
 }

@@ -16,8 +16,8 @@ static double load(sl_dtype dtype, const void *data, int64_t index) {
     case SL_BF16: return sl_bf16_to_float(((const uint16_t *)data)[index]);
     case SL_F16: return sl_f16_to_float(((const uint16_t *)data)[index]);
     case SL_F64: return ((const double *)data)[index];
+    default: return 0; /* refused by validation */
   }
-  return 0;
 }
 
 static void store(sl_dtype dtype, void *data, int64_t index, double value) {
@@ -26,6 +26,7 @@ static void store(sl_dtype dtype, void *data, int64_t index, double value) {
     case SL_BF16: ((uint16_t *)data)[index] = sl_float_to_bf16((float)value); break;
     case SL_F16: ((uint16_t *)data)[index] = sl_float_to_f16((float)value); break;
     case SL_F64: ((double *)data)[index] = value; break;
+    default: break; /* refused by validation */
   }
 }
 

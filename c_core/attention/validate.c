@@ -18,9 +18,16 @@ static sl_status check_count(const char *name, int64_t value, int64_t least, int
   return SL_OK;
 }
 
+static sl_status check_dtype(sl_dtype dtype) {
+  static const char expected[] = "float32, bfloat16, float16 or float64";
+  SL_REQUIRE(sl_dtype_size(dtype), SL_UNSUPPORTED, "dtype is %d, expected %s", (int)dtype, expected);
+  SL_REQUIRE(dtype == SL_F32 || dtype == SL_BF16 || dtype == SL_F16 || dtype == SL_F64, SL_UNSUPPORTED,
+             "dtype is %s, expected %s", sl_dtype_name(dtype), expected);
+  return SL_OK;
+}
+
 static sl_status check_sizes(const sl_gated_attention_args *args) {
-  SL_REQUIRE(sl_dtype_size(args->dtype), SL_UNSUPPORTED, "dtype is %d, expected float32, bfloat16, float16 or float64",
-             (int)args->dtype);
+  SL_CHECK(check_dtype(args->dtype));
   SL_CHECK(check_count("batch", args->batch, 0, largest_count));
   SL_CHECK(check_count("heads_q", args->heads_q, 1, largest_count));
   SL_CHECK(check_count("heads_kv", args->heads_kv, 1, largest_count));

@@ -29,6 +29,9 @@ const char *sl_status_name(sl_status status) {
     case SL_OUT_OF_MEMORY: return "out of memory";
     case SL_UNSUPPORTED: return "unsupported";
     case SL_INTERNAL: return "internal error";
+    case SL_PEER_LOST: return "peer lost";
+    case SL_TIMEOUT: return "timeout";
+    case SL_MISMATCH: return "mismatch";
   }
   return "unknown status";
 }
@@ -39,6 +42,12 @@ size_t sl_dtype_size(sl_dtype dtype) {
     case SL_BF16: return 2;
     case SL_F16: return 2;
     case SL_F64: return 8;
+    case SL_I8: return 1;
+    case SL_U8: return 1;
+    case SL_I16: return 2;
+    case SL_I32: return 4;
+    case SL_I64: return 8;
+    case SL_BOOL: return 1;
   }
   return 0;
 }
@@ -49,6 +58,12 @@ const char *sl_dtype_name(sl_dtype dtype) {
     case SL_BF16: return "bfloat16";
     case SL_F16: return "float16";
     case SL_F64: return "float64";
+    case SL_I8: return "int8";
+    case SL_U8: return "uint8";
+    case SL_I16: return "int16";
+    case SL_I32: return "int32";
+    case SL_I64: return "int64";
+    case SL_BOOL: return "bool";
   }
   return "unknown dtype";
 }

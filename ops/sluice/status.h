@@ -20,6 +20,9 @@ typedef enum sl_status {
   SL_OUT_OF_MEMORY = 3,    /* the workspace that was handed in is too small, or the system has no memory left */
   SL_UNSUPPORTED = 4,      /* the request is well formed, but this build or this machine cannot serve it */
   SL_INTERNAL = 5,         /* a device or system call failed; the message names it */
+  SL_PEER_LOST = 6,        /* another rank's process has ended or left the group: see comm.h */
+  SL_TIMEOUT = 7,          /* another rank did not come in time */
+  SL_MISMATCH = 8,         /* ranks of a group disagree on what they are doing */
 } sl_status;
 
 /* Text of the last failure on the calling thread: names the argument, its value and what was expected.

@@ -79,8 +79,8 @@ inline double load_number(sl_dtype dtype, const void *data, int64_t index) {
     case SL_F64: return static_cast<const double *>(data)[index];
     case SL_BF16: return sl_bf16_to_float(static_cast<const uint16_t *>(data)[index]);
     case SL_F16: return sl_f16_to_float(static_cast<const uint16_t *>(data)[index]);
+    default: return 0;
   }
-  return 0;
 }
 
 inline void store_number(sl_dtype dtype, void *data, int64_t index, double value) {
@@ -90,6 +90,7 @@ inline void store_number(sl_dtype dtype, void *data, int64_t index, double value
     case SL_F64: static_cast<double *>(data)[index] = value; break;
     case SL_BF16: static_cast<uint16_t *>(data)[index] = sl_float_to_bf16(single); break;
     case SL_F16: static_cast<uint16_t *>(data)[index] = sl_float_to_f16(single); break;
+    default: break;
   }
 }
 

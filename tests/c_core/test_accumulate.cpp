@@ -346,8 +346,10 @@ TEST(Accumulate, BadArgumentsAreNamed) {
       {"count is -1, expected at least 0", SL_INVALID_ARGUMENT, [](auto *a) { a->count = -1; }},
       {"count is 9223372036854775807, expected at most 2^46", SL_OUT_OF_RANGE, [](auto *a) { a->count = INT64_MAX; }},
       {"grad is float64, expected float32", SL_UNSUPPORTED, [](auto *a) { a->grad_dtype = SL_F64; }},
+      {"grad is int8, expected float32", SL_UNSUPPORTED, [](auto *a) { a->grad_dtype = SL_I8; }},
       {"grad is NULL, expected 10 elements", SL_INVALID_ARGUMENT, [](auto *a) { a->grad = nullptr; }},
       {"accumulator is bfloat16, expected float32 or float16", SL_UNSUPPORTED, [](auto *a) { a->dtype = SL_BF16; }},
+      {"accumulator is int16, expected float32 or float16", SL_UNSUPPORTED, [](auto *a) { a->dtype = SL_I16; }},
       {"accumulator is NULL", SL_INVALID_ARGUMENT, [](auto *a) { a->accumulator = nullptr; }},
       {"exponents is NULL, expected 1 elements", SL_INVALID_ARGUMENT, [](auto *a) { a->exponents = nullptr; }},
       {"exponents are given with a float32", SL_INVALID_ARGUMENT, [](auto *a) { a->dtype = SL_F32; }},
@@ -370,6 +372,9 @@ TEST(Accumulate, BadArgumentsAreNamed) {
   EXPECT_STREQ(sl_last_error(), "scale is inf, expected a number that is finite in float32");
   sum.args.scale = 1, sum.args.out_dtype = SL_F64;
   EXPECT_EQ(sl_read_accumulator(&sum.args), SL_UNSUPPORTED);
+  sum.args.out_dtype = SL_BOOL;
+  EXPECT_EQ(sl_read_accumulator(&sum.args), SL_UNSUPPORTED);
+  EXPECT_STREQ(sl_last_error(), "out is bool, expected float32, bfloat16 or float16");
   EXPECT_EQ(sl_measure_gradient(nullptr), SL_INVALID_ARGUMENT);
   EXPECT_EQ(sl_accumulate_workspace_size(10, nullptr), SL_INVALID_ARGUMENT);
 }

@@ -97,6 +97,10 @@ TEST(AttentionErrors, HeadsThatDoNotDivide) {
 TEST(AttentionErrors, DtypeScaleAndExecutor) {
   expect_failure_everywhere([](auto &args) { args.dtype = static_cast<sl_dtype>(17); }, SL_UNSUPPORTED,
                             "dtype is 17, expected float32, bfloat16, float16 or float64");
+  expect_failure_everywhere([](auto &args) { args.dtype = SL_I8; }, SL_UNSUPPORTED,
+                            "dtype is int8, expected float32, bfloat16, float16 or float64");
+  expect_failure_everywhere([](auto &args) { args.dtype = SL_BOOL; }, SL_UNSUPPORTED,
+                            "dtype is bool, expected float32");
   expect_failure_everywhere([](auto &args) { args.scale = std::nan(""); }, SL_INVALID_ARGUMENT,
                             "scale is nan, expected a finite number");
   expect_failure_everywhere([](auto &args) { args.scale = -std::numeric_limits<double>::infinity(); },

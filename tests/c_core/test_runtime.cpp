@@ -202,6 +202,9 @@ TEST(Status, EveryCodeHasAName) {
   EXPECT_STREQ(sl_status_name(SL_OUT_OF_MEMORY), "out of memory");
   EXPECT_STREQ(sl_status_name(SL_UNSUPPORTED), "unsupported");
   EXPECT_STREQ(sl_status_name(SL_INTERNAL), "internal error");
+  EXPECT_STREQ(sl_status_name(SL_PEER_LOST), "peer lost");
+  EXPECT_STREQ(sl_status_name(SL_TIMEOUT), "timeout");
+  EXPECT_STREQ(sl_status_name(SL_MISMATCH), "mismatch");
   EXPECT_STREQ(sl_status_name(static_cast<sl_status>(77)), "unknown status");
 }
 
@@ -228,11 +231,21 @@ TEST(Status, ALongTextIsCutNotOverrun) {
 }
 
 TEST(Types, SizesAndNames) {
-  EXPECT_EQ(sl_dtype_size(SL_F32), 4u);
-  EXPECT_EQ(sl_dtype_size(SL_BF16), 2u);
-  EXPECT_EQ(sl_dtype_size(SL_F16), 2u);
-  EXPECT_EQ(sl_dtype_size(SL_F64), 8u);
-  EXPECT_EQ(sl_dtype_size(static_cast<sl_dtype>(9)), 0u);
-  EXPECT_STREQ(sl_dtype_name(SL_BF16), "bfloat16");
-  EXPECT_STREQ(sl_dtype_name(static_cast<sl_dtype>(9)), "unknown dtype");
+  const struct {
+    sl_dtype dtype;
+    int value;  // of the ABI
+    size_t size;
+    const char *name;
+  } expected[] = {
+      {SL_F32, 0, 4, "float32"}, {SL_BF16, 1, 2, "bfloat16"}, {SL_F16, 2, 2, "float16"}, {SL_F64, 3, 8, "float64"},
+      {SL_I8, 4, 1, "int8"},     {SL_U8, 5, 1, "uint8"},      {SL_I16, 6, 2, "int16"},   {SL_I32, 7, 4, "int32"},
+      {SL_I64, 8, 8, "int64"},   {SL_BOOL, 9, 1, "bool"},
+  };
+  for (const auto &type : expected) {
+    EXPECT_EQ(static_cast<int>(type.dtype), type.value);
+    EXPECT_EQ(sl_dtype_size(type.dtype), type.size) << type.name;
+    EXPECT_STREQ(sl_dtype_name(type.dtype), type.name);
+  }
+  EXPECT_EQ(sl_dtype_size(static_cast<sl_dtype>(10)), 0u);
+  EXPECT_STREQ(sl_dtype_name(static_cast<sl_dtype>(10)), "unknown dtype");
 }

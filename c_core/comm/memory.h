@@ -1,0 +1,13 @@
+/* Reading another rank's memory, where the system allows it (sl_comm.reads_memory). */
+#ifndef SL_COMM_MEMORY_H
+#define SL_COMM_MEMORY_H
+
+#include "comm/group.h"
+
+/* Whether it works, by trying. */
+bool sl_comm_try_reading(const sl_comm *comm, int rank);
+
+/* call: what the reading is for, for the error that breaks the group if the other process has gone. */
+sl_status sl_comm_read_memory(sl_comm *comm, int rank, void *to, uint64_t address, size_t bytes, const char *call);
+
+#endif

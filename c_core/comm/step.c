@@ -1,0 +1,163 @@
+/* Waiting for other ranks. A wait spins for as long as waking up would take, then sleeps in the kernel; now and then it
+ * wakes by itself to see whether the ranks that it waits for still live. */
+#include "comm/step.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "comm/futex.h"
+#include "comm/spin.h"
+#include "runtime/status.h"
+
+enum { CHECK_INTERVAL = 50000000 /* ns between looks at whether the others live */ };
+
+static inline bool has_come(atomic_uint *word, uint32_t step) {
+  return (int32_t)(atomic_load_explicit(word, memory_order_acquire) - step) >= 0;
+}
+
+sl_status sl_call_begin(sl_comm *comm, const sl_signature *signature, int64_t timeout) {
+  if (sl_comm_is_broken(comm)) return sl_comm_fault(comm);
+  comm->signature = *signature;
+  comm->signature.call = comm->calls++;
+  comm->compared = false;
+  comm->deadline = sl_comm_deadline(timeout);
+  comm->shown = false;
+  return SL_OK;
+}
+
+/* The letter that the kernel gives a process, to tell who is stopped from who is busy; 0 if it can't be had. */
+static char process_state(int process) {
+  char path[48], line[512];
+  snprintf(path, sizeof path, "/proc/%d/stat", process);
+  FILE *file = fopen(path, "r");
+  if (!file) return 0;
+  size_t length = fread(line, 1, sizeof line - 1, file);
+  fclose(file);
+  line[length] = 0;
+  char *name_end = strrchr(line, ')');
+  return name_end && name_end[1] ? name_end[2] : 0;
+}
+
+/* What the rank that does not come is doing, as far as can be seen. */
+static sl_status report_timeout(sl_comm *comm, int rank) {
+  char name[64], call[160], other[160], where[200] = "";
+  const sl_member *member = comm->member + rank;
+  char state = process_state(member->process);
+  if (atomic_load(&member->state) == SL_MEMBER_ABSENT) {
+    return sl_comm_break(comm, SL_TIMEOUT, "timeout: rank %d has not joined the group", comm->names[rank]);
+  }
+  if (comm->started) {
+    const sl_signature *last = member->signature;
+    if ((int64_t)(member->signature[1].call - last->call) > 0) last = member->signature + 1;
+    snprintf(where, sizeof where, "; the last call it made is %s", sl_signature_describe(last, other));
+  }
+  return sl_comm_break(comm, SL_TIMEOUT, "timeout in %s: rank %d waits for %s, which %s%s",
+                       sl_signature_describe(&comm->signature, call), comm->names[comm->rank],
+                       sl_comm_name_rank(comm, rank, name),
+                       state == 'T' || state == 't' ? "is stopped" : "has not come", where);
+}
+
+/* Looks after the ranks that have not come; only one, or all for rank -1. */
+static sl_status look_after(sl_comm *comm, int rank) {
+  char text[160];
+  int64_t now = sl_clock();
+  for (int i = rank < 0 ? 0 : rank; i < (rank < 0 ? comm->size : rank + 1); ++i) {
+    sl_member *member = comm->member + i;
+    if (i == comm->rank || has_come(&member->step, comm->step)) continue;
+    bool gone = atomic_load(&member->state) == SL_MEMBER_LEFT || !sl_segment_is_present(comm->segment, i);
+    /* It may have arrived, and then gone, in between. */
+    if (gone && atomic_load(&member->state) != SL_MEMBER_ABSENT && !has_come(&member->step, comm->step) &&
+        sl_comm_check_rank(comm, i, sl_signature_describe(&comm->signature, text)))
+      return sl_comm_fault(comm);
+    if (now >= comm->deadline) return report_timeout(comm, i);
+  }
+  return SL_OK;
+}
+
+static sl_status wait_for_word(sl_comm *comm, atomic_uint *word, atomic_uint *sleepers, uint32_t step, int rank) {
+  sl_spin spin = sl_spin_begin(comm->crowded);
+  do {
+    if (has_come(word, step)) return SL_OK;
+  } while (sl_spin_once(&spin));
+  sl_status status = SL_OK;
+  int64_t checked = sl_clock();
+  atomic_fetch_add(sleepers, 1);
+  while (status == SL_OK) {
+    unsigned value = atomic_load(word);
+    if ((int32_t)(value - step) >= 0) break;
+    if (sl_comm_is_broken(comm)) {
+      status = sl_comm_fault(comm);
+      break;
+    }
+    int64_t left = comm->deadline - sl_clock();
+    if (left > 0) sl_futex_wait(word, value, left < CHECK_INTERVAL ? left : CHECK_INTERVAL);
+    int64_t now = sl_clock();
+    if (now - checked >= CHECK_INTERVAL || now >= comm->deadline) {
+      if (has_come(word, step)) break;
+      status = look_after(comm, rank);
+      checked = now;
+    }
+  }
+  atomic_fetch_sub(sleepers, 1);
+  return status;
+}
+
+static bool is_alike(const sl_signature *one, const sl_signature *other) {
+  bool sized = one->kind == SL_CALL_ALL_REDUCE || one->kind == SL_CALL_REDUCE || one->kind == SL_CALL_BROADCAST ||
+               one->kind == SL_CALL_REDUCE_SCATTER;
+  return one->kind == other->kind && one->call == other->call && one->dtype == other->dtype && one->op == other->op &&
+         one->root == other->root && (!sized || one->bytes == other->bytes) &&
+         !memcmp(&one->factor, &other->factor, sizeof one->factor);
+}
+
+/* Compares this rank's signature with that of the ranks waited for: one, or all for rank -1. */
+static sl_status compare(sl_comm *comm, int rank) {
+  char own_name[64], other_name[64], own[160], other[160];
+  for (int i = rank < 0 ? 0 : rank; i < (rank < 0 ? comm->size : rank + 1); ++i) {
+    const sl_signature *theirs = sl_call_signature(comm, i);
+    if (!is_alike(&comm->signature, theirs))
+      return sl_comm_break(comm, SL_MISMATCH, "%s is in %s, but %s is in %s",
+                           sl_comm_name_rank(comm, comm->rank, own_name), sl_signature_describe(&comm->signature, own),
+                           sl_comm_name_rank(comm, i, other_name), sl_signature_describe(theirs, other));
+  }
+  comm->compared = true;
+  return SL_OK;
+}
+
+sl_status sl_step_begin(sl_comm *comm) {
+  sl_header *header = comm->header;
+  uint32_t before = comm->step;
+  SL_CHECK(wait_for_word(comm, &header->phase, &header->phase_sleepers, before, -1));
+  comm->step = before + 1;
+  if (!comm->shown) {
+    /* Only now has everybody seen the signature that this one overwrites. */
+    comm->member[comm->rank].signature[comm->signature.call & 1] = comm->signature;
+    comm->shown = true;
+  }
+  return SL_OK;
+}
+
+void sl_step_arrive(sl_comm *comm) {
+  sl_header *header = comm->header;
+  sl_member *own = comm->member + comm->rank;
+  atomic_store(&own->step, comm->step);
+  if (atomic_load(&own->step_sleepers)) sl_futex_wake_all(&own->step);
+  /* No rank arrives at a step before all have arrived at the one before, so the sum tells that all have at this one. */
+  unsigned arrivals = atomic_fetch_add(&header->arrivals, 1) + 1;
+  if (arrivals != comm->step * (unsigned)comm->size) return;
+  atomic_store(&header->phase, comm->step);
+  if (atomic_load(&header->phase_sleepers)) sl_futex_wake_all(&header->phase);
+}
+
+sl_status sl_step_wait(sl_comm *comm) {
+  sl_header *header = comm->header;
+  SL_CHECK(wait_for_word(comm, &header->phase, &header->phase_sleepers, comm->step, -1));
+  return comm->compared ? SL_OK : compare(comm, -1);
+}
+
+sl_status sl_step_wait_for(sl_comm *comm, int rank) {
+  sl_member *member = comm->member + rank;
+  SL_CHECK(wait_for_word(comm, &member->step, &member->step_sleepers, comm->step, rank));
+  return comm->compared ? SL_OK : compare(comm, rank);
+}
