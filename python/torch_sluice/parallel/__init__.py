@@ -1,0 +1,1 @@
+"""Process groups over shared memory: the backend "sluice" of torch.distributed."""
