@@ -45,7 +45,7 @@ $(PRESETS:%=native-%): native-%: packages-test .venv/package
 	@grep 'tests passed' build/$*/ctest.log
 
 .PHONY: lint
-lint: .venv/lint build/lint/compile_commands.json ## Check formatting and lint: clang-format, clang-tidy, ruff
+lint: packages-test .venv/lint build/lint/compile_commands.json ## Check formatting and lint: clang-format, clang-tidy, ruff
 	tools/lint.sh check
 
 .PHONY: format
@@ -87,6 +87,6 @@ packages-demo packages-test: packages-%:
 	$(PIP) ruff clang-format clang-tidy
 	touch $@
 
-build/lint/compile_commands.json: .venv/torch $(filter %CMakeLists.txt %.cmake,$(SOURCES))
-	cmake -S . -B build/lint -DSLUICE_BUILD_TORCH=ON -DSLUICE_BUILD_TESTS=OFF \
+build/lint/compile_commands.json: .venv/torch $(filter %CMakeLists.txt %.cmake,$(SOURCES)) $(wildcard tests/c_core/*)
+	cmake -S . -B build/lint -DSLUICE_BUILD_TORCH=ON -DSLUICE_BUILD_TESTS=ON \
 	  "-DPython3_EXECUTABLE=$$PWD/$(BIN)/python" >/dev/null

@@ -16,12 +16,10 @@ newest=$(.venv/bin/python -m pip index versions torch 2>/dev/null | sed -nE 's/^
 failed=0
 for version in 2.13.0 2.11.0 "$newest"; do
   environment=$abi/torch-$version
-  if [[ ! -e $environment/ready ]]; then
-    echo "== torch $version: setting up $environment =="
-    [[ -x $environment/bin/python ]] || .venv/bin/python -m venv "$environment"
-    "$environment/bin/python" -m pip -qq install "torch==$version" numpy pytest hypothesis torch-abi-audit transformers
-    touch "$environment/ready"
-  fi
+  echo "== torch $version: setting up $environment =="
+  [[ -x $environment/bin/python ]] || .venv/bin/python -m venv "$environment"
+  "$environment/bin/python" -m pip -qq install --constraint <(grep -v '^torch==' tools/constraints.txt) \
+    "torch==$version" numpy pytest hypothesis torch-abi-audit transformers accelerate
   "$environment/bin/python" -m pip -qq install --no-deps --force-reinstall "$wheel"
   echo "== torch $version =="
   "$environment/bin/python" - <<'PYTHON' || { failed=1; continue; }
