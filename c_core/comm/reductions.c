@@ -1,7 +1,7 @@
 /* Flat: every rank puts its input into its slot and reduces all of them; one step. Two-shot, piece by piece: each rank
  * reduces one share of the piece, then collects the others' shares. Both go on in the same step, for pieces that follow
- * each other: a step puts in piece i, reduces piece i - 1 and collects piece i - 2, so that a piece costs one barrier, and
- * two more steps end it. A rank's own input is read where it is. */
+ * each other: a step puts in piece i, reduces piece i - 1 and collects piece i - 2, so that a piece costs one barrier,
+ * and two more steps end it. A rank's own input is read where it is. */
 #include "comm/reductions.h"
 
 #include <string.h>

@@ -145,7 +145,8 @@ static sl_status open_file(const char *handle, int *file, uint64_t nonce[2]) {
 sl_status sl_segment_open(const char *handle, int size, sl_segment **segment) {
   int file = -1;
   uint64_t nonce[2];
-  /* Closing a file drops this process's marks on it, whichever descriptor it was, so a known one is not opened again. */
+  /* Closing a file drops this process's marks on it, whichever descriptor it was, so a known one is not opened
+   * again. */
   unsigned long long words[2];
   const char *digits = strrchr(handle, ':');
   pthread_mutex_lock(&lock);

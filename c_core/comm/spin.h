@@ -1,6 +1,6 @@
-/* Waiting for a moment without sleeping: for as long as waking up would take, where this rank has a processor of its own,
- * and for hardly any time where another rank may need this one. Never sched_yield(): it gives a turn away to whatever else
- * runs on the machine, where sleeping keeps the claim to it. */
+/* Waiting for a moment without sleeping: for as long as waking up would take, where this rank has a processor of its
+ * own, and for hardly any time where another rank may need this one. Never sched_yield(): it gives a turn away to
+ * whatever else runs on the machine, where sleeping keeps the claim to it. */
 #ifndef SL_COMM_SPIN_H
 #define SL_COMM_SPIN_H
 

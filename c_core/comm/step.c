@@ -82,8 +82,8 @@ static sl_status look_after(sl_comm *comm, int rank) {
   return SL_OK;
 }
 
-/* Whether a rank that has not come may need the very processor that this one keeps busy: two ranks can share one as long
- * as another is taken by something else. */
+/* Whether a rank that has not come may need the very processor that this one keeps busy: two ranks can share one as
+ * long as another is taken by something else. */
 static bool is_in_the_way(const sl_comm *comm, uint32_t step, int rank) {
   int processor = sched_getcpu();
   for (int i = rank < 0 ? 0 : rank; i < (rank < 0 ? comm->size : rank + 1); ++i) {

@@ -4,9 +4,9 @@
  *   sl_step_arrive   what is in the slot is there to be read
  *   sl_step_wait     all ranks have arrived: their slots may be read, until the next sl_step_begin but one
  *
- * Each rank has two slots and uses them in turn. A rank that begins step s + 1 has read all that it wanted of step s, so
- * its arrival tells the others that its reading is over; so step s + 2, which overwrites what s had, begins when all have
- * arrived at s + 1. One barrier a step is all the waiting there is. */
+ * Each rank has two slots and uses them in turn. A rank that begins step s + 1 has read all that it wanted of step s,
+ * so its arrival tells the others that its reading is over; so step s + 2, which overwrites what s had, begins when all
+ * have arrived at s + 1. One barrier a step is all the waiting there is. */
 #ifndef SL_COMM_STEP_H
 #define SL_COMM_STEP_H
 

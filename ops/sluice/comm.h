@@ -8,22 +8,22 @@
  *                                                        in any file system, however its processes may end
  *   ...
  *   all:     sl_comm_close(comm)                         does not wait for the others
- * Whether two ranks share a host cannot be computed, only tried: ranks with equal sl_comm_host_identity() may; those for
- * whom sl_comm_join() returns SL_OK do.
+ * Whether two ranks share a host cannot be computed, only tried: ranks with equal sl_comm_host_identity() may; those
+ * for whom sl_comm_join() returns SL_OK do.
  *
  * CALLS block until the rank's part is done. All ranks of a group make the same calls on it in the same order. A
  * communicator serves one collective at a time: two threads must not be in one together; transfers (send, receive) may
  * go on beside it, from any threads. Different communicators are independent, whatever ranks they have in common.
  *
  * REDUCTION, in the order of the ranks, by whichever rank computes an element: out = x_0 o x_1 o ... o x_(size-1).
- * bfloat16 and float16 are added up in float32 and rounded once, at the end. Hence the same bits on every rank, in every
- * run. Integers wrap around. AVG divides the sum by the size (integers: towards zero). PREMUL_SUM multiplies each input by
- * factor first, in the type of the sum. MIN and MAX give NaN if an input is NaN. BAND, BOR and BXOR are for integers and
- * booleans. Booleans: SUM and MAX are or, PRODUCT and MIN are and.
+ * bfloat16 and float16 are added up in float32 and rounded once, at the end. Hence the same bits on every rank, in
+ * every run. Integers wrap around. AVG divides the sum by the size (integers: towards zero). PREMUL_SUM multiplies each
+ * input by factor first, in the type of the sum. MIN and MAX give NaN if an input is NaN. BAND, BOR and BXOR are for
+ * integers and booleans. Booleans: SUM and MAX are or, PRODUCT and MIN are and.
  *
- * ERRORS  SL_INVALID_ARGUMENT, SL_OUT_OF_RANGE, SL_OUT_OF_MEMORY, SL_UNSUPPORTED as everywhere, at the rank that made the
- *         mistake; then the ones below, which every rank of the group gets, within a second, with a text that names the
- *         rank, its process and the call:
+ * ERRORS  SL_INVALID_ARGUMENT, SL_OUT_OF_RANGE, SL_OUT_OF_MEMORY, SL_UNSUPPORTED as everywhere, at the rank that made
+ *         the mistake; then the ones below, which every rank of the group gets, within a second, with a text that names
+ *         the rank, its process and the call:
  *   SL_PEER_LOST   a rank's process has ended, or has closed its communicator, and is waited for
  *   SL_TIMEOUT     a rank has not come within the timeout: it is stopped, or is doing something else
  *   SL_MISMATCH    ranks disagree on the call: another collective, dtype, size, operator or root
@@ -61,7 +61,8 @@ typedef enum sl_reduce_op {
 
 typedef struct sl_comm sl_comm;
 
-/* Which algorithm serves which size, in bytes. What is measured best differs between machines; all ranks use rank 0's. */
+/* Which algorithm serves which size, in bytes. What is measured best differs between machines; all ranks use rank
+ * 0's. */
 typedef struct sl_comm_tuning {
   size_t flat;   /* reductions up to here: every rank reads all inputs. Beyond: each reduces a share, then shares it */
   size_t piece;  /* what a rank puts into its buffer at a time; at most half of buffer_bytes */

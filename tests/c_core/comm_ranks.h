@@ -1,5 +1,5 @@
-/* Ranks to test collectives with: threads of this process (which the thread sanitizer sees through), or processes (which
- * can be killed and stopped). */
+/* Ranks to test collectives with: threads of this process (which the thread sanitizer sees through), or processes
+ * (which can be killed and stopped). */
 #ifndef SLUICE_TESTS_COMM_RANKS_H
 #define SLUICE_TESTS_COMM_RANKS_H
 

@@ -1,6 +1,6 @@
 // How Python makes a process group of this backend: by a few C functions, called through ctypes. Objects of c10d are
-// handed over under a name in c10d's registry of groups, so that neither Python's nor pybind11's headers are needed, and
-// one library serves every version of Python.
+// handed over under a name in c10d's registry of groups, so that neither Python's nor pybind11's headers are needed,
+// and one library serves every version of Python.
 #include <torch/version.h>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 
@@ -14,8 +14,8 @@ namespace {
 
 using ::c10d::ProcessGroup;
 
-// Makes the backend of this kind for the group of this name, and registers it there as its custom backend. Returns 0, or
-// writes why it can't.
+// Makes the backend of this kind for the group of this name, and registers it there as its custom backend. Returns 0,
+// or writes why it can't.
 using Factory = int (*)(const char *kind, const char *group, int64_t timeout_ms, char *error, size_t error_bytes);
 std::atomic<Factory> factory{nullptr};
 

@@ -1,11 +1,11 @@
 // The collectives of one group, run one after the other in the order in which they were submitted.
 //
 // Who runs them: the caller itself, where it waits anyway; a progress thread, started when the first operation is
-// submitted that nobody waits for. A thread that waits for an operation which hasn't begun runs it, and those before it,
-// instead of waiting for the progress thread to wake up.
+// submitted that nobody waits for. A thread that waits for an operation which hasn't begun runs it, and those before
+// it, instead of waiting for the progress thread to wake up.
 //
-// Callbacks of a Future run on the thread that ran the operation, and may block until later operations of the same group
-// are done. So while a progress thread runs callbacks another one takes its place if there is something to do.
+// Callbacks of a Future run on the thread that ran the operation, and may block until later operations of the same
+// group are done. So while a progress thread runs callbacks another one takes its place if there is something to do.
 #pragma once
 
 #include <condition_variable>

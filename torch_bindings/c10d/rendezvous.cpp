@@ -1,8 +1,8 @@
-// Ranks with equal identities may share a host; whether they do, they find out by trying. What is tried and what came of
-// it goes through the store, so that all ranks of the group come to the same conclusion:
+// Ranks with equal identities may share a host; whether they do, they find out by trying. What is tried and what came
+// of it goes through the store, so that all ranks of the group come to the same conclusion:
 //
-//   identity/RANK   every rank's host identity, and from rank 0 the handle of memory for the whole group, since all ranks
-//                   are on one host more often than not, and that is then all that has to be said
+//   identity/RANK   every rank's host identity, and from rank 0 the handle of memory for the whole group, since all
+//                   ranks are on one host more often than not, and that is then all that has to be said
 //   N/handle/RANK   the memory that the first rank of a set made for it, in the N-th attempt
 //   N/joined/RANK   whether a rank could open the memory of its set
 //

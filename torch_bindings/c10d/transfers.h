@@ -1,7 +1,7 @@
-// Sends and receives of one group. Each begins at once, on the thread that asks for it, and goes on whenever a thread is
-// in a function of the C core for transfers. A thread that waits for one is. For those that nobody waits for there is a
-// driver thread, started when there is the first. Transfers that are waited for at once don't wake it up, which would
-// take longer than they do: it comes by every few milliseconds, as long as there are any.
+// Sends and receives of one group. Each begins at once, on the thread that asks for it, and goes on whenever a thread
+// is in a function of the C core for transfers. A thread that waits for one is. For those that nobody waits for there
+// is a driver thread, started when there is the first. Transfers that are waited for at once don't wake it up, which
+// would take longer than they do: it comes by every few milliseconds, as long as there are any.
 #pragma once
 
 #include <atomic>

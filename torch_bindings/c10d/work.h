@@ -22,7 +22,8 @@ class LazyFuture {
  public:
   c10::intrusive_ptr<Future> get(const TensorLists &outputs);
 
-  // The result is known. Says whether complete() may run callbacks: a Future that is made from now on is born completed.
+  // The result is known. Says whether complete() may run callbacks: a Future that is made from now on is born
+  // completed.
   bool seal(std::exception_ptr failure);
   void complete(const TensorLists &outputs);
 
