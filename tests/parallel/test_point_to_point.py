@@ -49,9 +49,11 @@ def receive_from_any():
             work.wait()
             seen[work._source_rank()] = tensor.tolist()
         assert seen == {r: [float(r)] * 4 for r in range(1, size)}
+        dist.barrier()
         assert dist.recv(torch.zeros(2), src=None) in range(1, size)
     else:
         dist.send(torch.full((4,), float(rank)), 0)
+        dist.barrier()  # until then a second message of rank 1 could meet the receive meant for rank 2
         if rank == 1:
             dist.send(torch.zeros(2), 0)
 

@@ -22,7 +22,7 @@ scores = (q @ k.mT * 8**-0.5).masked_fill(torch.ones(33, 33).triu(1).bool(), -to
 expected = scores.softmax(-1) * torch.sigmoid(a[..., None] + b[..., None, :]) @ v
 torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 torch.testing.assert_close(lse, scores.logsumexp(-1), rtol=1e-4, atol=1e-5)
-assert not any(name.startswith("torch_sluice") for name in sys.modules)
+assert "torch_sluice" not in sys.modules  # torch_sluice_backend, which torch itself imports, is another package
 print("right")
 """
 
