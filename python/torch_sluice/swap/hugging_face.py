@@ -32,7 +32,9 @@ def sluice_attention(
             )
     n_q, n_k = query.shape[2], key.shape[2]
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    logits = module.__dict__.pop("_sluice_logits", None)
+    logits = getattr(module, "_sluice_logits", None)
+    if logits is not None:
+        module._sluice_logits = None
     mask = attention_mask
     if position_bias is None and mask is None and is_causal and n_k > n_q > 1:
         # The first forward into a cache of fixed size: the keys behind the queries are not there yet.
@@ -125,7 +127,7 @@ def _compute_logits(module, args, kwargs):
             f"{type(module).__name__} was called without hidden_states, expected them first or by name: the gate "
             "reads them"
         )
-    module.__dict__.pop("_sluice_logits", None)
+    module._sluice_logits = None
     a, b = module.sluice_gate(hidden_states)
     for name in _CACHE_NAMES:
         cache = kwargs.get(name)
@@ -133,7 +135,7 @@ def _compute_logits(module, args, kwargs):
             cache = GatedCache(getattr(cache, "self_attention_cache", cache), b)
             kwargs, b = {**kwargs, name: cache}, cache
             break
-    module.__dict__["_sluice_logits"] = (a, b)
+    module._sluice_logits = (a, b)
     return args, kwargs
 
 
