@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <limits.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -36,6 +37,12 @@ static const int64_t presence_offset = (int64_t)1 << 40;
 sl_header *sl_segment_header(sl_segment *segment) { return segment->header; }
 
 static size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
+
+static void free_segment(sl_segment *segment) {
+  munmap(segment->header, segment->bytes);
+  close(segment->file);
+  free(segment);
+}
 
 static sl_status add_segment(int file, size_t bytes, sl_segment **segment) {
   sl_segment *new = calloc(1, sizeof *new);
@@ -97,7 +104,7 @@ static sl_segment *find_segment(const uint64_t nonce[2]) {
 }
 
 /* What a file must be before its content is looked at. */
-static sl_status check_file(int file, const char *handle) {
+static sl_status check_file(int file, const char *handle, size_t *bytes) {
   struct stat facts;
   SL_REQUIRE(!fstat(file, &facts), SL_UNSUPPORTED, "handle %s: fstat failed: %s", handle, strerror(errno));
   SL_REQUIRE(S_ISREG(facts.st_mode) && facts.st_uid == geteuid() && !(facts.st_mode & (S_IRWXG | S_IRWXO)),
@@ -108,6 +115,7 @@ static sl_status check_file(int file, const char *handle) {
              "handle %s names a file whose size can change, expected a sealed one", handle);
   SL_REQUIRE(facts.st_size >= (off_t)sizeof(sl_header), SL_UNSUPPORTED, "handle %s names a file of %lld bytes", handle,
              (long long)facts.st_size);
+  *bytes = (size_t)facts.st_size;
   return SL_OK;
 }
 
@@ -129,56 +137,68 @@ static sl_status check_header(const sl_header *header, size_t bytes, int size, c
   return SL_OK;
 }
 
-static sl_status open_file(const char *handle, int *file, uint64_t nonce[2]) {
-  int process, number, length = 0;
-  SL_REQUIRE(sscanf(handle, "memfd:%d:%d:%16" SCNx64 "%16" SCNx64 "%n", &process, &number, &nonce[0], &nonce[1],
-                    &length) == 4 &&
-                 process > 0 && number >= 0 && !handle[length],
-             SL_INVALID_ARGUMENT, "handle is \"%.100s\", expected what sl_comm_create() wrote", handle);
+typedef struct file_location {
+  long process, file;
+  uint64_t nonce[2];
+} file_location;
+
+static sl_status parse_handle(const char *handle, file_location *location) {
+  static const char prefix[] = "memfd:";
+  char *end = NULL, digits[17] = {0};
+  bool right = !strncmp(handle, prefix, sizeof prefix - 1);
+  if (right) location->process = strtol(handle + sizeof prefix - 1, &end, 10);
+  right = right && *end == ':' && location->process > 0 && location->process <= INT_MAX;
+  if (right) location->file = strtol(end + 1, &end, 10);
+  right = right && *end == ':' && location->file >= 0 && location->file <= INT_MAX;
+  right = right && strlen(end + 1) == 32 && strspn(end + 1, "0123456789abcdef") == 32;
+  SL_REQUIRE(right, SL_INVALID_ARGUMENT, "handle is \"%.100s\", expected what sl_comm_create() wrote", handle);
+  memcpy(digits, end + 1, 16);
+  location->nonce[0] = strtoull(digits, NULL, 16);
+  location->nonce[1] = strtoull(end + 17, NULL, 16);
+  return SL_OK;
+}
+
+static sl_status open_file(const file_location *location, int *file) {
   char path[64];
-  snprintf(path, sizeof path, "/proc/%d/fd/%d", process, number);
+  snprintf(path, sizeof path, "/proc/%ld/fd/%ld", location->process, location->file);
   *file = open(path, O_RDWR | O_CLOEXEC);
   SL_REQUIRE(*file >= 0, SL_UNSUPPORTED, "the group's memory %s can't be opened: %s", path, strerror(errno));
   return SL_OK;
 }
 
-sl_status sl_segment_open(const char *handle, int size, sl_segment **segment) {
+/* Maps the file, or takes the segment that this process has of it: closing a file drops this process's marks on it,
+ * whichever descriptor it was, so a known one is not opened again. The lock is held. */
+static sl_status map_file(const file_location *location, const char *handle, int size, sl_segment **segment) {
+  sl_segment *known = find_segment(location->nonce);
+  if (known) {
+    SL_CHECK(check_header(known->header, known->bytes, size, location->nonce, handle));
+    known->users += 1;
+    *segment = known;
+    return SL_OK;
+  }
   int file = -1;
-  uint64_t nonce[2];
-  /* Closing a file drops this process's marks on it, whichever descriptor it was, so a known one is not opened
-   * again. */
-  unsigned long long words[2];
-  const char *digits = strrchr(handle, ':');
+  size_t bytes = 0;
+  SL_CHECK(open_file(location, &file));
+  sl_status status = check_file(file, handle, &bytes);
+  if (status == SL_OK) status = add_segment(file, bytes, segment);
+  if (status != SL_OK) {
+    close(file);
+    return status;
+  }
+  sl_segment *new = *segment;
+  status = check_header(new->header, new->bytes, size, location->nonce, handle);
+  if (status != SL_OK) {
+    segments = new->next;
+    free_segment(new);
+  }
+  return status;
+}
+
+sl_status sl_segment_open(const char *handle, int size, sl_segment **segment) {
+  file_location location = {0};
+  SL_CHECK(parse_handle(handle, &location));
   pthread_mutex_lock(&lock);
-  sl_status status = SL_OK;
-  if (digits && sscanf(digits + 1, "%16llx%16llx", &words[0], &words[1]) == 2) {
-    nonce[0] = words[0], nonce[1] = words[1];
-    sl_segment *known = find_segment(nonce);
-    if (known) {
-      status = check_header(known->header, known->bytes, size, nonce, handle);
-      if (status == SL_OK) known->users += 1, *segment = known;
-      pthread_mutex_unlock(&lock);
-      return status;
-    }
-  }
-  status = open_file(handle, &file, nonce);
-  if (status == SL_OK) status = check_file(file, handle);
-  struct stat facts;
-  if (status == SL_OK && fstat(file, &facts))
-    status = sl_fail(SL_UNSUPPORTED, "handle %s: fstat failed: %s", handle, strerror(errno));
-  if (status == SL_OK) status = add_segment(file, (size_t)facts.st_size, segment);
-  if (status == SL_OK) {
-    sl_segment *new = *segment;
-    file = -1;
-    status = check_header(new->header, new->bytes, size, nonce, handle);
-    if (status != SL_OK) {
-      segments = new->next;
-      munmap(new->header, new->bytes);
-      close(new->file);
-      free(new);
-    }
-  }
-  if (file >= 0) close(file);
+  sl_status status = map_file(&location, handle, size, segment);
   pthread_mutex_unlock(&lock);
   return status;
 }
@@ -189,9 +209,7 @@ void sl_segment_close(sl_segment *segment) {
     sl_segment **link = &segments;
     while (*link != segment) link = &(*link)->next;
     *link = segment->next;
-    munmap(segment->header, segment->bytes);
-    close(segment->file);
-    free(segment);
+    free_segment(segment);
   }
   pthread_mutex_unlock(&lock);
 }

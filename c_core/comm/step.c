@@ -123,12 +123,18 @@ static sl_status wait_for_word(sl_comm *comm, atomic_uint *word, atomic_uint *sl
   return status;
 }
 
+static uint64_t bits_of(double value) {
+  uint64_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
 static bool is_alike(const sl_signature *one, const sl_signature *other) {
   bool sized = one->kind == SL_CALL_ALL_REDUCE || one->kind == SL_CALL_REDUCE || one->kind == SL_CALL_BROADCAST ||
                one->kind == SL_CALL_REDUCE_SCATTER;
   return one->kind == other->kind && one->call == other->call && one->dtype == other->dtype && one->op == other->op &&
          one->root == other->root && (!sized || one->bytes == other->bytes) &&
-         !memcmp(&one->factor, &other->factor, sizeof one->factor);
+         bits_of(one->factor) == bits_of(other->factor); /* a NaN is like itself */
 }
 
 /* Compares this rank's signature with that of the ranks waited for: one, or all for rank -1. */

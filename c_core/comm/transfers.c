@@ -437,7 +437,7 @@ static sl_status look_after(sl_transfer *transfer) {
 }
 
 sl_status sl_transfer_wait(sl_transfer *transfer, int64_t timeout) {
-  bool done;
+  bool done = false;
   char text[160];
   SL_CHECK(sl_transfer_test(transfer, &done));
   if (done) return SL_OK;

@@ -32,7 +32,7 @@ at::Tensor widened(const at::Tensor &tensor) {
 // How each host reduces: averages are divided at the end.
 Reduction partial(const Reduction &reduction, const at::Tensor &wide) {
   Reduction part = reduction;
-  part.dtype = *dtype_of(wide.scalar_type());
+  part.dtype = dtype_of(wide.scalar_type()).value_or(reduction.dtype);
   if (part.op == SL_REDUCE_AVG) part.op = SL_REDUCE_SUM;
   return part;
 }

@@ -80,7 +80,6 @@ void ProcessGroupSluice::monitoredBarrier(const ::c10d::BarrierOptions &options,
     reports[rank]->begin(rank, report_tag);
   }
   std::vector<int> absent;
-  std::string reason;
   for (int rank = 1; rank < size_; ++rank) {
     while (true) {
       uint32_t seen = sl_comm_events(comm());
