@@ -232,7 +232,7 @@ TEST_P(Backward, NanAndInfinityStandWhereTheFormulaPutsThem) {
   shape.heads_q = 2;
   Tensor AttentionProblem::*const inputs[] = {&AttentionProblem::q, &AttentionProblem::k, &AttentionProblem::v,
                                               &AttentionProblem::a, &AttentionProblem::b, &AttentionProblem::dout};
-  for (auto input : inputs) {
+  for (const auto &input : inputs) {
     for (double bad : {std::nan(""), std::numeric_limits<double>::infinity()}) {
       for (int64_t token : {0, 41}) {
         AttentionProblem problem(shape, 12);
