@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_tune_comm(commands)
     _add_info(commands)
     return parser
 
@@ -145,6 +146,43 @@ def _refuse_with_resume(options: argparse.Namespace) -> None:
             f"--resume continues a run with its own settings: leave out {names} "
             "(only --json, --threads and --tensorboard go with it)"
         )
+
+
+def _add_tune_comm(commands) -> None:
+    tune = commands.add_parser(
+        "tune-comm",
+        help="measure which algorithm of the process groups serves which size on this machine",
+        description="Measures, with processes of this machine, which algorithm of the process groups serves which size "
+        "best, and keeps the result where groups that are made later find it. Takes some seconds for each number of "
+        "ranks; nothing else should be running.",
+    )
+    tune.add_argument(
+        "--ranks", type=int, nargs="+", default=[2, 4], metavar="N", help="ranks on this machine; default: 2 4"
+    )
+    tune.add_argument("--rounds", type=int, default=9, metavar="N", help="turns of the alternatives; default: 9")
+    tune.add_argument("--out", metavar="FILE", help="where to keep it; default: the user's configuration")
+    tune.add_argument("--dry-run", action="store_true", help="measure and show, write nothing")
+    tune.set_defaults(run=_tune_comm)
+
+
+def _tune_comm(options: argparse.Namespace) -> int:
+    if min(options.ranks) < 2 or max(options.ranks) > 64:
+        return _fail(f"--ranks is {' '.join(map(str, options.ranks))}, expected numbers from 2 to 64")
+    if options.rounds < 1:
+        return _fail(f"--rounds is {options.rounds}, expected 1 or more")
+    try:
+        from rich.console import Console
+
+        from torch_sluice.parallel.tune_report import run
+        from torch_sluice.parallel.tuning import tuning_path
+    except ModuleNotFoundError as error:
+        return _fail(f"'tune-comm' needs the package {error.name}: pip install 'torch-sluice[train]'")
+    path = None if options.dry_run else Path(options.out) if options.out else tuning_path()
+    try:
+        run(sorted(set(options.ranks)), options.rounds, path, Console())
+    except (OSError, RuntimeError, ImportError) as error:
+        return _fail(error)
+    return 0
 
 
 def _add_info(commands) -> None:

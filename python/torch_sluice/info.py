@@ -47,7 +47,7 @@ def describe_plugin() -> dict:
             else [],
         },
         "cpu": {
-            "model": _processor_name(),
+            "model": processor_name(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "isa_detected": library.sl_isa_name(detected).decode(),
             "isa": library.sl_isa_name(used).decode(),
@@ -91,7 +91,8 @@ def _operators() -> dict[str, list[str]]:
     }
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
+    """What the processor calls itself."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

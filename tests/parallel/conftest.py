@@ -1,7 +1,11 @@
 """Process groups of each size, shared by all tests."""
 
+import os
+
 import pytest
 from support.rank_pool import Pools
+
+os.environ["SLUICE_COMM_TUNING"] = "off"  # what this user has measured is no part of the tests
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@
 #include <mutex>
 
 #include "c10d/backend.h"
+#include "c10d/tuning.h"
 
 namespace sluice::c10d_backend {
 namespace {
@@ -43,6 +44,15 @@ extern "C" {
 SLUICE_EXPORT const char *sluice_c10d_torch_version() { return TORCH_VERSION; }
 
 SLUICE_EXPORT void sluice_c10d_set_factory(sluice::c10d_backend::Factory make) { sluice::c10d_backend::factory = make; }
+
+// How groups of so many ranks of one host choose, from now on; see sl_comm_tuning.
+SLUICE_EXPORT void sluice_c10d_set_tuning(int size, size_t flat, size_t piece, size_t direct, size_t streaming,
+                                          size_t buffer_streaming) {
+  sluice::c10d_backend::set_tuning(size, {flat, piece, direct, streaming, buffer_streaming});
+}
+
+// Back to the defaults.
+SLUICE_EXPORT void sluice_c10d_clear_tunings() { sluice::c10d_backend::clear_tunings(); }
 
 // Gives the group that is registered under this name in c10d a backend for CPU tensors. ranks: the global ranks of its
 // members; none: their ranks in the group. Returns 0, or writes why it can't: 1 where the group's ranks could not get

@@ -14,6 +14,8 @@
 #include <map>
 #include <string>
 
+#include "c10d/tuning.h"
+
 namespace sluice::c10d_backend {
 namespace {
 
@@ -64,6 +66,8 @@ class Rendezvous {
   // The handle of new memory for the set, or why there is none.
   std::string create(const Set &set) {
     sl_comm_options wanted = options(set);
+    std::optional<sl_comm_tuning> tuning = find_tuning(wanted.size);
+    if (tuning) wanted.tuning = &*tuning;
     sl_comm *comm = nullptr;
     char handle[SL_COMM_TEXT] = "";
     if (sl_comm_create(&wanted, &comm, handle) != SL_OK) return kFailed + std::string(sl_last_error());

@@ -13,7 +13,7 @@ from torch._C._distributed_c10d import _register_process_group, _resolve_process
 from torch.distributed import distributed_c10d
 
 from torch_sluice import _library
-from torch_sluice.parallel import build
+from torch_sluice.parallel import build, tuning
 
 _ERROR_BYTES = 4096
 _ERRORS = {1: distributed.DistBackendError, 2: distributed.DistStoreError}
@@ -26,7 +26,7 @@ _FACTORY = ctypes.CFUNCTYPE(
 
 def create(options) -> distributed_c10d.Backend:
     """The backend for the group that torch's ``_DistributedBackendOptions`` describe. All its ranks call this."""
-    library = _load()
+    library = load_library()
     ranks = list(options.global_ranks_in_group)
     name = f"sluice/new/{next(_numbers)}"
     group = distributed.ProcessGroup(options.store, options.group_rank, options.group_size)
@@ -50,7 +50,8 @@ def create(options) -> distributed_c10d.Backend:
 
 
 @functools.cache
-def _load():
+def load_library() -> ctypes.CDLL:
+    """The functions of libsluice_c10d.so, ready for use."""
     _library.load()  # libsluice_torch.so, which holds the C core
     library = ctypes.CDLL(str(build.library()))
     text = ctypes.c_char_p
@@ -59,6 +60,8 @@ def _load():
     ]
     library.sluice_c10d_set_factory.argtypes = [_FACTORY]
     library.sluice_c10d_set_factory(_make_other_backend)
+    library.sluice_c10d_set_tuning.argtypes = [ctypes.c_int, *[ctypes.c_size_t] * 5]
+    tuning.apply_tunings(library)
     return library
 
 
