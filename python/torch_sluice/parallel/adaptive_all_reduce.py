@@ -6,6 +6,7 @@ import torch
 from torch import distributed, nn
 
 from torch_sluice.accumulate.operators import has_kernels
+from torch_sluice.parallel import statistics
 from torch_sluice.parallel.buckets import Buckets
 from torch_sluice.parallel.channel import Channel, Options, Traffic
 from torch_sluice.parallel.lane import lane_of
@@ -102,9 +103,10 @@ class AdaptiveAllReduce:
         channel = self._buckets.channel(bucket.index(), bucket.parameters())
         future = torch.futures.Future(devices=[] if buffer.device.type == "cpu" else [buffer.device])
         if buffer.device.type == "cpu":
-            lane.thread.submit(_reduce, channel, buffer, lane.group, future)
+            launched = statistics.note_launch()
+            lane.thread.submit(_reduce, channel, buffer, lane.group, future, launched)
         else:  # an accelerator's collectives run beside the backward pass anyway, and follow the current stream
-            _reduce(channel, buffer, lane.group, future)
+            _reduce(channel, buffer, lane.group, future, launched=False)
         return future.then(lambda finished: finished.value())  # which turns an exception into one that DDP understands
 
     # ---- FSDP2
@@ -198,14 +200,16 @@ def adaptive_all_reduce_hook(
     return state.reduce_bucket(bucket)
 
 
-def _reduce(channel: Channel, buffer: torch.Tensor, group, future: torch.futures.Future) -> None:
+def _reduce(channel: Channel, buffer: torch.Tensor, group, future: torch.futures.Future, launched: bool) -> None:
+    problem = None
     try:
         with torch.no_grad():
             channel.all_reduce(buffer, group)
-    except BaseException as problem:
-        future.set_exception(problem)
-    else:
-        future.set_result(buffer)
+    except BaseException as error:
+        problem = error
+    if launched:
+        statistics.note_landing()
+    future.set_result(buffer) if problem is None else future.set_exception(problem)
 
 
 class _ReduceScatter:

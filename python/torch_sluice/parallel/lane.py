@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from torch import distributed
 
+from torch_sluice.parallel import statistics
+
 
 @dataclass(frozen=True)
 class Lane:
@@ -29,7 +31,8 @@ def lane_of(group: distributed.ProcessGroup | None) -> Lane:
         ranks = distributed.get_process_group_ranks(group)
         backend = distributed.get_backend_config(group)
         beside = distributed.new_group(ranks, backend=backend, use_local_synchronization=True)
-        lane = _lanes[group] = Lane(beside, ThreadPoolExecutor(max_workers=1, thread_name_prefix="sluice_reduce"))
+        thread = ThreadPoolExecutor(1, "sluice_reduce", initializer=statistics.mark_background_thread)
+        lane = _lanes[group] = Lane(beside, thread)
     return lane
 
 
