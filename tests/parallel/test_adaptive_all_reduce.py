@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from datetime import timedelta
 from functools import partial
 
 import pytest
@@ -225,7 +226,9 @@ def evaluate(call):
 
 def wrap(state, group=None, **options):
     wrapped = DistributedDataParallel(make_model(), bucket_cap_mb=0.04, process_group=group, **options)
-    if state is not None:
+    if state is not None and group is not None:
+        state.apply_to_ddp(wrapped)
+    elif state is not None:
         wrapped.register_comm_hook(state, adaptive_all_reduce_hook)
     return wrapped
 
@@ -233,7 +236,7 @@ def wrap(state, group=None, **options):
 def train_with_ddp(backend, policies):
     group, results = group_of(backend), {}
     for policy in (None, *policies):
-        state = policy and AdaptiveAllReduce(policy, process_group=group)
+        state = policy and AdaptiveAllReduce(policy, timeout=timedelta(seconds=60))
         wrapped = wrap(state, group, gradient_as_bucket_view=policy == "int8")
         train(wrapped, wrapped)
         results[policy] = (evaluate(wrapped.module), digest(*wrapped.parameters()))
@@ -303,9 +306,14 @@ def spoil_one_gradient(policies):
         train(wrapped, wrapped, steps=2)
         x, y = batch(50, dist.get_rank())
         wrapped.zero_grad()
-        loss = nn.functional.mse_loss(wrapped(x), y)
-        (loss * (float("inf") if dist.get_rank() == 1 else 1)).backward()
+        scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=8.0), torch.optim.SGD(wrapped.parameters(), 1.0)
+        loss, before = nn.functional.mse_loss(wrapped(x), y), digest(*wrapped.parameters())
+        scaler.scale(loss * (float("inf") if dist.get_rank() == 1 else 1)).backward()
         assert not any(p.grad.isfinite().all() for p in wrapped.parameters())
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == 4
+        assert digest(*wrapped.parameters()) == before
         train(wrapped, wrapped, steps=2)
         assert all(p.grad.isfinite().all() for p in wrapped.parameters())
         assert policy == "float32" or state.formats["bucket.1"] != "float32"
@@ -404,6 +412,10 @@ def test_bad_arguments():
         AdaptiveAllReduce(process_group="world")
     with pytest.raises(ValueError, match=r"no module of model is sharded, expected fully_shard\(\.\.\.\)"):
         AdaptiveAllReduce().apply_to_fsdp(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"timeout is 3, expected a datetime\.timedelta or None"):
+        AdaptiveAllReduce(timeout=3)
+    with pytest.raises(TypeError, match="model is a Linear, expected a DistributedDataParallel"):
+        AdaptiveAllReduce().apply_to_ddp(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="model is a int, expected a torch.nn.Module"):
         AdaptiveAllReduce().apply_to_fsdp(3)
     with pytest.raises(TypeError, match="the state of adaptive_all_reduce_hook is None, expected an AdaptiveAllReduce"):

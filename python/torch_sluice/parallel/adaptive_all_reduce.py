@@ -1,9 +1,11 @@
 """``AdaptiveAllReduce``: gradients averaged over data-parallel ranks in as few bytes as their numbers allow."""
 
 import math
+from datetime import timedelta
 
 import torch
 from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from torch_sluice.accumulate.operators import has_kernels
 from torch_sluice.parallel import statistics
@@ -26,8 +28,8 @@ class AdaptiveAllReduce:
     ::
 
         state = AdaptiveAllReduce()
-        ddp_model.register_comm_hook(state, adaptive_all_reduce_hook)      # DistributedDataParallel, or
-        state.apply_to_fsdp(model)                                         # after fully_shard(...)
+        state.apply_to_ddp(ddp_model)     # ddp_model.register_comm_hook(state, adaptive_all_reduce_hook)
+        state.apply_to_fsdp(model)        # or this, after fully_shard(...)
 
     **What is sent.** Each rank encodes the part that each other rank is to sum, all parts are exchanged
     (all_to_all), each rank decodes and adds up its part in float32, and DDP's mean is encoded once more and gathered.
@@ -41,12 +43,12 @@ class AdaptiveAllReduce:
     not a shard of it, so think twice there. Residuals are in units of the gradient: when ``GradScaler`` changes its
     scale, what is unsent at that moment counts by the old one.
 
-    **Which format.** The ranks exchange the norm, the largest magnitude and the number of non-finite elements of their
-    buckets, the error that int8 would make, and how much float16 underflowed last; each applies the same rule to the
-    same numbers (:mod:`torch_sluice.parallel.precision`), so all decide alike. A bucket with an infinity or NaN on any
-    rank goes in float32 and arrives as with plain DDP, for ``GradScaler`` to see, and the residual waits. Buckets of
-    fewer than 1024 elements for each rank, and dtypes other than float32, bfloat16 and float16, are reduced as they
-    are.
+    **Which format.** The ranks exchange the norm and the number of non-finite elements of their buckets, the error that
+    int8 would make by the largest magnitude of each block, and how much float16 underflowed last; each applies the same
+    rule to the same numbers (:mod:`torch_sluice.parallel.precision`), so all decide alike. A bucket with an infinity or
+    NaN on any rank goes in float32 and arrives as with plain DDP, for ``GradScaler`` to see, and the residual waits.
+    Buckets of fewer than 1024 elements for each rank, and dtypes other than float32, bfloat16 and float16, are reduced
+    as they are.
 
     Args:
         policy: "auto": the format of the fewest bytes within the tolerance; "int8", "float16", "bfloat16": always that;
@@ -54,18 +56,27 @@ class AdaptiveAllReduce:
         error_feedback: keep what rounding takes away, and send it with the next gradient.
         tolerance: for "auto", the relative error that a reduced gradient may have, as a ratio of norms. Default: 3e-2
             with error feedback, 2e-3 without.
-        process_group: of the DDP module, where it has one of its own. FSDP2 modules know theirs.
+        process_group: of the DDP module, for ``register_comm_hook`` with a module that has one of its own. None: the
+            default group. ``apply_to_ddp`` and ``apply_to_fsdp`` find it out.
+        timeout: of the second process group that DDP needs, see below. None: torch's default.
 
     One object serves one model. Under DDP the reduction runs on another thread while the backward pass goes on, in a
     second process group over the same ranks, made at the first bucket, so that its calls don't mix with others.
 
     Raises:
         ValueError: policy or tolerance is not allowed.
-        TypeError: error_feedback or process_group is something else.
+        TypeError: error_feedback, process_group or timeout is something else.
     """
 
-    def __init__(self, policy: str = "auto", *, error_feedback: bool = True, tolerance: float | None = None,
-                 process_group: distributed.ProcessGroup | None = None):  # fmt: skip
+    def __init__(
+        self,
+        policy: str = "auto",
+        *,
+        error_feedback: bool = True,
+        tolerance: float | None = None,
+        process_group: distributed.ProcessGroup | None = None,
+        timeout: timedelta | None = None,
+    ):
         if policy not in POLICIES:
             raise ValueError(f"policy is {policy!r}, expected one of {', '.join(map(repr, POLICIES))}")
         if not isinstance(error_feedback, bool):
@@ -88,18 +99,27 @@ class AdaptiveAllReduce:
             error_feedback and policy != "float32",
             self.traffic,
         )
-        self._group = process_group
+        if timeout is not None and not isinstance(timeout, timedelta):
+            raise TypeError(f"timeout is {timeout!r}, expected a datetime.timedelta or None")
+        self._group, self._timeout = process_group, timeout
         self._buckets = Buckets(self._options)
         self._modules: dict[str, Channel] = {}  # of FSDP2, by name
         self._shown = Traffic()
 
     # ---- DistributedDataParallel
 
+    def apply_to_ddp(self, model: DistributedDataParallel) -> None:
+        """Registers the hook with the module, for the module's process group."""
+        if not isinstance(model, DistributedDataParallel):
+            raise TypeError(f"model is a {type(model).__name__}, expected a DistributedDataParallel")
+        self._group = model.process_group
+        model.register_comm_hook(self, adaptive_all_reduce_hook)
+
     def reduce_bucket(self, bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """What the hook does; the future's value is the bucket's buffer, averaged in place."""
         buffer = bucket.buffer()
         _check_device(buffer)
-        lane = lane_of(self._group)
+        lane = lane_of(self._group, self._timeout)
         channel = self._buckets.channel(bucket.index(), bucket.parameters())
         future = torch.futures.Future(devices=[] if buffer.device.type == "cpu" else [buffer.device])
         if buffer.device.type == "cpu":

@@ -6,6 +6,7 @@ some itself (for parameters that were not used, for batch statistics), could not
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 
 from torch import distributed
 
@@ -21,8 +22,9 @@ class Lane:
 _lanes: dict[distributed.ProcessGroup, Lane] = {}
 
 
-def lane_of(group: distributed.ProcessGroup | None) -> Lane:
-    """The lane beside this group; None: the default group. The first call for a group makes it, on all its ranks."""
+def lane_of(group: distributed.ProcessGroup | None, timeout: timedelta | None) -> Lane:
+    """The lane beside this group; None: the default group. The first call for a group makes it, on all its ranks, with
+    this timeout."""
     group = group or distributed.group.WORLD
     lane = _lanes.get(group)
     if lane is None or not _is_alive(lane.group):
@@ -30,7 +32,7 @@ def lane_of(group: distributed.ProcessGroup | None) -> Lane:
             _lanes.pop(ended).thread.shutdown(wait=False)
         ranks = distributed.get_process_group_ranks(group)
         backend = distributed.get_backend_config(group)
-        beside = distributed.new_group(ranks, backend=backend, use_local_synchronization=True)
+        beside = distributed.new_group(ranks, backend=backend, timeout=timeout, use_local_synchronization=True)
         thread = ThreadPoolExecutor(1, "sluice_reduce", initializer=statistics.mark_background_thread)
         lane = _lanes[group] = Lane(beside, thread)
     return lane
