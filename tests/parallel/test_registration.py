@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,39 @@ def ask_for_nccl():
     backend = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
     with pytest.raises(torch.distributed.DistBackendError, match="has no NCCL, which CUDA tensors need"):
         backend.barrier(options)
+
+
+def stand_in_for_nccl():
+    """Gloo under NCCL's name: what a call for a CUDA device reaches, without one."""
+    distributed, made = torch.distributed, []
+
+    def create(options, backend_options):
+        made.append((options.group_rank, options.group_size, options.timeout))
+        gloo = distributed.ProcessGroupGloo
+        return gloo(options.store, options.group_rank, options.group_size, timeout=options.timeout)
+
+    before = distributed.Backend._plugins.get("NCCL")
+    distributed.Backend._plugins["NCCL"] = distributed.Backend._BackendPlugin(create, True)
+    try:
+        group = distributed.new_group(timeout=timedelta(seconds=17))
+        backend = group._get_backend(torch.device("cuda"))
+        assert backend.name() == "sluice"
+        options = distributed.BarrierOptions()
+        backend.barrier(options).wait()
+        assert made == []
+        options.device = torch.device("cuda", 0)
+        for _ in range(3):
+            backend.barrier(options).wait()
+        assert made == [(distributed.get_rank(), 2, timedelta(seconds=17))]
+        distributed.destroy_process_group(group)
+    finally:
+        del distributed.Backend._plugins["NCCL"]
+        if before is not None:
+            distributed.Backend._plugins["NCCL"] = before
+
+
+def test_calls_for_a_cuda_device_go_to_nccl_which_is_made_when_it_is_needed(ranks):
+    ranks(2).run(stand_in_for_nccl)
 
 
 @pytest.fixture

@@ -4,11 +4,13 @@
 #include <torch/version.h>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 
+#include <algorithm>
 #include <cstdio>
 #include <mutex>
 
 #include "c10d/backend.h"
 #include "c10d/tuning.h"
+#include "c10d/statistics.h"
 
 namespace sluice::c10d_backend {
 namespace {
@@ -81,5 +83,21 @@ SLUICE_EXPORT int sluice_c10d_create(const char *registered_name, const char *gr
   }
   return 1;
 }
+
+// Counters of the process, see c10d/statistics.h: collectives, their bytes, nanoseconds that they ran, nanoseconds of
+// these that they were waited for, sends, their bytes.
+SLUICE_EXPORT void sluice_c10d_read_statistics(uint64_t numbers[6]) {
+  sluice::c10d_backend::Counters now = sluice::c10d_backend::Statistics::of_process().read();
+  const uint64_t all[] = {now.collectives, now.bytes, now.busy_ns, now.waited_ns, now.sends, now.sent_bytes};
+  std::copy(std::begin(all), std::end(all), numbers);
+}
+
+// For collectives that a thread of somebody else's runs in the background, in rows: the thread says that it is one; who
+// starts a row says so, and if that returns 1 its end is to be told.
+SLUICE_EXPORT void sluice_c10d_set_background_thread() {
+  sluice::c10d_backend::Statistics::set_background_thread(true);
+}
+SLUICE_EXPORT int sluice_c10d_launch() { return sluice::c10d_backend::Statistics::of_process().launch(); }
+SLUICE_EXPORT void sluice_c10d_land() { sluice::c10d_backend::Statistics::of_process().land(); }
 
 }  // extern "C"

@@ -3,6 +3,8 @@
 
 #include <pthread.h>
 
+#include "c10d/statistics.h"
+
 namespace sluice::c10d_backend {
 namespace {
 
@@ -16,10 +18,11 @@ void OperationQueue::submit(OperationPtr operation, bool asynchronous) {
   TORCH_CHECK(!closed_, "sluice: this process group was shut down, and was asked for another collective");
   if (!asynchronous && !busy_ && waiting_.empty()) {
     busy_ = true, ++unsettled_;
-    run(lock, std::move(operation), false);
+    run(lock, std::move(operation), Runner::caller);
     return;
   }
   operation->queued_ = true;
+  if (asynchronous) operation->launched_ = Statistics::of_process().launch();
   waiting_.push_back(operation);
   if (!asynchronous) {
     lock.unlock();
@@ -32,6 +35,8 @@ void OperationQueue::submit(OperationPtr operation, bool asynchronous) {
 }
 
 void OperationQueue::wait(Operation &operation, Milliseconds timeout) {
+  if (operation.isCompleted()) return;
+  Statistics::Waiting waiting;
   auto deadline = std::chrono::steady_clock::now() + timeout;
   std::unique_lock<std::mutex> lock(mutex_);
   while (!operation.isCompleted()) {
@@ -42,7 +47,7 @@ void OperationQueue::wait(Operation &operation, Milliseconds timeout) {
                                                    "ms for an operation that is still in progress"));
       }
     } else if (operation.queued_ && !busy_) {
-      run(lock, take_first(), false);
+      run(lock, take_first(), Runner::waiter);
     } else {
       changed_.wait(lock);
     }
@@ -58,9 +63,14 @@ OperationQueue::OperationPtr OperationQueue::take_first() {
 }
 
 // The lock is held before and after, and busy_ is set.
-void OperationQueue::run(std::unique_lock<std::mutex> &lock, OperationPtr operation, bool on_progress_thread) {
+void OperationQueue::run(std::unique_lock<std::mutex> &lock, OperationPtr operation, Runner runner) {
   lock.unlock();
-  bool leaves = operation->execute() && on_progress_thread;
+  Statistics &statistics = Statistics::of_process();
+  statistics.begin_collective(runner == Runner::caller);
+  bool runs_callbacks = operation->execute();
+  statistics.end_collective(runner == Runner::caller, operation->bytes_);
+  if (operation->launched_) statistics.land();
+  bool leaves = runs_callbacks && runner == Runner::progress_thread;
   lock.lock();
   busy_ = false;
   free_threads_ -= leaves;
@@ -86,7 +96,7 @@ void OperationQueue::close() {
   int own = settling_here == this;  // called by a callback
   while (!waiting_.empty() || unsettled_ > own) {
     if (!waiting_.empty() && !busy_) {
-      run(lock, take_first(), false);
+      run(lock, take_first(), Runner::waiter);
     } else {
       changed_.wait(lock);
     }
@@ -115,7 +125,7 @@ void OperationQueue::progress(const std::shared_ptr<OperationQueue> &queue) {
   std::unique_lock<std::mutex> lock(queue->mutex_);
   while (!queue->closed_) {
     if (!queue->busy_ && !queue->waiting_.empty()) {
-      queue->run(lock, queue->take_first(), true);
+      queue->run(lock, queue->take_first(), Runner::progress_thread);
     } else {
       queue->work_available_.wait(lock);
     }

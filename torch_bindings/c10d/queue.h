@@ -33,7 +33,9 @@ class OperationQueue : public std::enable_shared_from_this<OperationQueue> {
   void close();
 
  private:
-  void run(std::unique_lock<std::mutex> &lock, OperationPtr operation, bool on_progress_thread);
+  enum class Runner { caller, waiter, progress_thread };  // of a synchronous call, in wait(), nobody who waits
+
+  void run(std::unique_lock<std::mutex> &lock, OperationPtr operation, Runner runner);
   OperationPtr take_first();
   void start_thread();
   static void progress(const std::shared_ptr<OperationQueue> &queue);

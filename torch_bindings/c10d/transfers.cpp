@@ -7,6 +7,8 @@
 
 #include <algorithm>
 
+#include "c10d/statistics.h"
+
 namespace sluice::c10d_backend {
 namespace {
 
@@ -88,6 +90,7 @@ void Transfer::conclude(sl_status status, Milliseconds timeout) {
   try {
     check_status(status, timeout);
     peer_ = sl_transfer_peer(transfer_);
+    if (kind_ == Kind::send) Statistics::of_process().count_send(dense_.nbytes());
     at::AutoDispatchBelowADInplaceOrView guard;
     if (kind_ != Kind::send && !dense_.is_same(tensor_)) tensor_.copy_(dense_);
   } catch (...) {

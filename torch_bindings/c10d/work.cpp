@@ -62,13 +62,24 @@ void ProfilerRange::end() {
   if (end_) end_();
 }
 
+namespace {
+
+uint64_t count_bytes(const std::vector<at::Tensor> &tensors) {
+  uint64_t bytes = 0;
+  for (const at::Tensor &tensor : tensors) bytes += tensor.layout() == at::kStrided ? tensor.nbytes() : 0;
+  return bytes;
+}
+
+}  // namespace
+
 Operation::Operation(std::shared_ptr<OperationQueue> queue, uint64_t sequence, Arguments arguments)
     : Work(-1, arguments.type),
       queue_(std::move(queue)),
       sequence_(sequence),
       outputs_(std::move(arguments.outputs)),
       body_(std::move(arguments.body)),
-      profile_(arguments.title, arguments.inputs) {}
+      profile_(arguments.title, arguments.inputs),
+      bytes_(count_bytes(arguments.inputs)) {}
 
 bool Operation::execute() {
   profile_.begin();

@@ -78,7 +78,9 @@ class Operation final : public ::c10d::Work {
   ProfilerRange profile_;
   std::exception_ptr failure_;
   LazyFuture future_;
-  bool queued_ = false;  // not begun; guarded by the queue's mutex
+  const uint64_t bytes_;   // of the inputs
+  bool queued_ = false;    // not begun; guarded by the queue's mutex
+  bool launched_ = false;  // by a backward pass, which goes on meanwhile
 };
 
 // Several operations that are waited for together.

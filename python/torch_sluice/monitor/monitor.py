@@ -14,6 +14,7 @@ from torch import nn
 
 from torch_sluice.monitor.flops import count_flops
 from torch_sluice.monitor.peak import measure_peak_flops
+from torch_sluice.parallel.statistics import CommunicationStatistics, communication_statistics
 
 MFU_LIMIT = 0.70  # below it the machine is not used well
 MEMORY_RATIO_LIMIT = 10.0  # above it something other than the parameters takes the memory
@@ -24,7 +25,7 @@ class MonitorWarning(UserWarning):
 
 
 class Monitor:
-    """Watches a training loop: steps, tokens, FLOPs, MFU, memory and kept-pair density.
+    """Watches a training loop: steps, tokens, FLOPs, MFU, memory, kept-pair density and communication.
 
     ::
 
@@ -45,6 +46,12 @@ class Monitor:
 
     Memory is the peak that the process has added since the monitor was made: resident memory, or what torch allocated
     on the model's CUDA device.
+
+    Communication is what this rank's process groups of the backend "sluice" did during the steps: the bytes that it
+    gave to collectives and sent, and the overlapped share, 1 - waited / busy, with busy the time that collectives ran
+    and waited the part of it during which the computation stood still, see
+    :class:`torch_sluice.parallel.CommunicationStatistics`. Both are scalars of every step too, ``communication_bytes``
+    and ``overlapped_share``; a step without communication has no share.
     """
 
     def __init__(
@@ -70,11 +77,14 @@ class Monitor:
         self.steps = self.tokens = 0
         self.seconds: list[float] = []
         self.density: float | None = None
+        self.communication = CommunicationStatistics()
+        self._communication_before = communication_statistics()
 
     @contextlib.contextmanager
     def step(self, tokens: int = 0) -> Iterator[dict[str, float]]:
         """Times one optimizer step. What is put into the yielded dict becomes scalars; ``density`` is also kept."""
         figures: dict[str, float] = {}
+        self._communication_before = communication_statistics()
         start = time.perf_counter()
         yield figures
         if self._device.type == "cuda":
@@ -82,13 +92,15 @@ class Monitor:
         self.record(time.perf_counter() - start, tokens, **figures)
 
     def record(self, seconds: float, tokens: int = 0, **figures: float) -> None:
-        """Adds a step that was timed elsewhere."""
+        """Adds a step that was timed elsewhere. Its communication is what came since the step before it."""
+        communicated = self._take_communication()
         self.steps += 1
         self.tokens += tokens
         self.seconds.append(seconds)
         self.density = figures.get("density", self.density)
         if self._writer is not None:
-            scalars = {"seconds": seconds, "tokens_per_second": tokens / seconds if seconds > 0 else 0.0, **figures}
+            scalars = {"seconds": seconds, "tokens_per_second": tokens / seconds if seconds > 0 else 0.0}
+            scalars.update(communicated, **figures)
             if self.flops_per_step is not None and seconds > 0:
                 scalars["mfu"] = self.flops_per_step / seconds / self.peak_flops
             for name, value in scalars.items():
@@ -99,6 +111,28 @@ class Monitor:
         the pairs that it computes, so count again when the density has changed."""
         self.flops_per_step = count_flops(step)
         return self.flops_per_step
+
+    def _take_communication(self) -> dict[str, float]:
+        """Adds what was communicated since the last call. Returns it as scalars; none in a job without groups."""
+        now = communication_statistics()
+        step = now - self._communication_before
+        self._communication_before = now
+        self.communication = self.communication + step
+        if not step.collectives and not step.sends:
+            return {}
+        scalars = {"communication_bytes": step.bytes + step.sent_bytes}
+        return scalars if step.overlapped_share is None else {**scalars, "overlapped_share": step.overlapped_share}
+
+    @property
+    def overlapped_share(self) -> float | None:
+        """The share of communication, over all steps, that went on beside computation; None where there was none."""
+        return self.communication.overlapped_share
+
+    @property
+    def communication_bytes_per_step(self) -> float | None:
+        """Mean over all steps of the bytes that this rank gave to collectives and sent; None before the first."""
+        given = self.communication.bytes + self.communication.sent_bytes
+        return given / self.steps if self.steps else None
 
     @property
     def peak_flops(self) -> float:
@@ -139,6 +173,8 @@ class Monitor:
             "parameter_bytes": self.parameter_bytes,
             "memory_ratio": self.memory_ratio,
             "density": self.density,
+            "communication_bytes_per_step": self.communication_bytes_per_step,
+            "overlapped_share": self.overlapped_share,
         }
 
     def check(self) -> list[str]:

@@ -58,11 +58,17 @@ def load_library() -> ctypes.CDLL:
     library.sluice_c10d_create.argtypes = [
         *(text, text, ctypes.c_int64, ctypes.POINTER(ctypes.c_int64), ctypes.c_size_t, text, ctypes.c_size_t)
     ]
+    library.sluice_c10d_read_statistics.argtypes = [ctypes.POINTER(ctypes.c_uint64)]
     library.sluice_c10d_set_factory.argtypes = [_FACTORY]
     library.sluice_c10d_set_factory(_make_other_backend)
     library.sluice_c10d_set_tuning.argtypes = [ctypes.c_int, *[ctypes.c_size_t] * 5]
     tuning.apply_tunings(library)
     return library
+
+
+def loaded_library():
+    """libsluice_c10d.so as ctypes sees it, or None in a process that has made no group with it."""
+    return _load() if _load.cache_info().currsize else None
 
 
 # Called from C++ by whichever thread first needs it; torch keeps it alive as long as this module.
