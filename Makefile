@@ -60,6 +60,10 @@ test-abi: .venv/package ## Opt-in, several GB: run one library file under torch 
 test-c10d: packages-test .venv/package ## Opt-in, long: torch's own tests of process groups, on gloo and on sluice
 	$(BIN)/python tests/parallel/c10d_suite.py $(ARGS)
 
+.PHONY: soak
+soak: packages-test .venv/package ## Opt-in, long: 100,000 random collectives against gloo
+	$(BIN)/python tests/parallel/soak.py $(ARGS)
+
 .PHONY: clean
 clean: ## Remove build/ and .venv/
 	rm -rf build .venv

@@ -21,7 +21,7 @@
 #include "runtime/status.h"
 
 /* Enough for pieces that amortise a step's waiting, and few enough bytes for two ranks' to stay in a shared cache. */
-enum { DEFAULT_BUFFER = 4 << 20, SMALLEST_BUFFER = 64 << 10, SMALLEST_PIECE = 16 << 10 };
+enum { DEFAULT_BUFFER = 4 << 20, SMALLEST_BUFFER = 64 << 10 };
 
 static const char *const call_names[] = {"the group's start", "barrier",    "broadcast", "all_reduce", "reduce",
                                          "reduce_scatter",    "all_gather", "gather",    "scatter",    "all_to_all"};
@@ -208,7 +208,7 @@ sl_status sl_comm_create(const sl_comm_options *options, sl_comm **comm, char ha
   sl_comm_default_tuning(options->size, &header->tuning);
   if (options->tuning) header->tuning = *options->tuning;
   if (header->tuning.piece > header->slot_bytes) header->tuning.piece = header->slot_bytes;
-  if (header->tuning.piece < SMALLEST_PIECE) header->tuning.piece = SMALLEST_PIECE;
+  if (header->tuning.piece < SL_COMM_SMALLEST_PIECE) header->tuning.piece = SL_COMM_SMALLEST_PIECE;
   if (header->tuning.flat > header->tuning.piece) header->tuning.flat = header->tuning.piece;
   sl_status status = attach(options, segment, comm);
   if (status != SL_OK) sl_segment_close(segment);

@@ -11,9 +11,10 @@
 #define SL_COMM_MAGIC "sluice-1"
 
 enum {
-  SL_COMM_LINE = 64,        /* bytes that processors pass around as one */
-  SL_COMM_FAULT_TEXT = 512, /* bytes of the text of an error that broke the group */
-  SL_COMM_PROCESSORS = 1024 /* that are told apart */
+  SL_COMM_LINE = 64,                /* bytes that processors pass around as one */
+  SL_COMM_FAULT_TEXT = 512,         /* bytes of the text of an error that broke the group */
+  SL_COMM_PROCESSORS = 1024,        /* that are told apart */
+  SL_COMM_SMALLEST_PIECE = 16 << 10 /* bytes that a rank puts into its buffer at a time, at least */
 };
 
 /* A call as a rank made it; ranks compare theirs. */

@@ -132,7 +132,9 @@ static sl_status check_header(const sl_header *header, size_t bytes, int size, c
   SL_REQUIRE(header->bytes == bytes && header->slots <= bytes && header->slot_bytes <= bytes &&
                  header->slots >= sizeof *header + (size_t)size * sizeof(sl_member) && header->inboxes <= bytes &&
                  (header->inboxes - header->slots) / 2 / (size_t)size == header->slot_bytes &&
-                 bytes - header->inboxes == (size_t)size * SL_INBOX_BYTES,
+                 bytes - header->inboxes == (size_t)size * SL_INBOX_BYTES &&
+                 header->tuning.piece >= SL_COMM_SMALLEST_PIECE && header->tuning.piece <= header->slot_bytes &&
+                 header->tuning.flat <= header->tuning.piece,
              SL_UNSUPPORTED, "handle %s names memory whose sizes contradict each other", handle);
   return SL_OK;
 }

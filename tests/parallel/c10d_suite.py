@@ -54,7 +54,10 @@ class Suite:
         """``{"outcome", "reason", "output", "seconds"}``; outcomes: passed, skipped, failed, timed out."""
         self._process.stdin.write(f"{backend} {name}\n")
         self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the server of torch's tests ended in {name}, with status {self._process.wait()}")
+        return json.loads(answer)
 
     def close(self):
         self._process.stdin.close()
