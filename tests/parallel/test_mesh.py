@@ -6,101 +6,30 @@ computed in float64 (norms and rotations in float32, as the model has them), so 
 rounding errors that grow with the steps.
 """
 
-import dataclasses
-
 import pytest
-import torch
-
-from torch_sluice.accumulate.policy import make_policy
-from torch_sluice.train.data import load_corpus
-from torch_sluice.train.settings import PRESETS
-from torch_sluice.train.side import Side
-from torch_sluice.train.sluice import SluiceSide
-
-SETTINGS = dataclasses.replace(
-    PRESETS["demo"], steps=50, context=40, micro_batches=4, micro_size=1, layers=2, width=16, heads=2, feedforward=24,
-    local_window=4, target_density=0.4, warmup=5, gate_learning_rate=0.1,
-)  # fmt: skip
-DEEP = dataclasses.replace(SETTINGS, layers=4, steps=8)  # for two stages a rank
-SHORT = dataclasses.replace(SETTINGS, steps=8)
+from support.mesh import DEEP, SETTINGS, SHORT, train_on_mesh, train_one_rank, write_text
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for number in range(10):
-        lines = (f"def function_{number}_{i}(x):\n    return x + {i}\n" for i in range(30))
-        (folder / f"module_{number}.py").write_text("".join(lines))
-    return str(folder)
+    return write_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
 def one_rank(folder):
-    """Losses and densities of the main job's own side, which knows nothing of meshes, for some settings."""
+    """Losses and densities of one rank, for some settings, of the dense side or of Sluice's."""
     known = {}
 
     def get(settings, dense):
         if (settings, dense) not in known:
-            before = torch.get_default_dtype(), torch.get_num_threads()
-            torch.set_default_dtype(torch.float64)
-            torch.set_num_threads(1)
-            try:
-                known[settings, dense] = _train_one_rank(settings, dense, load_corpus(folder, settings.context))
-            finally:
-                torch.set_default_dtype(before[0])
-                torch.set_num_threads(before[1])
+            known[settings, dense] = train_one_rank(folder, settings, dense)
         return known[settings, dense]
 
     return get
 
 
-def _train_one_rank(settings, dense, corpus):
-    from torch_sluice.train.mesh.stage import Position
-
-    side = (Side if dense else SluiceSide)(settings)
-    if not dense:
-        side.session.policy = make_policy("fp32", 0.0, settings.micro_batches)
-    position, micro = Position(settings.seed), iter(())
-    side.model.register_forward_pre_hook(lambda *_: numbers.append(next(micro)))
-    numbers = []
-    for index, layer in enumerate(side.model.model.layers):
-        layer.register_forward_pre_hook(lambda *_, index=index: position.reseed(numbers[-1], index))
-    for step in range(settings.steps):
-        position.step, micro = step, iter(range(settings.micro_batches))
-        batches = [
-            corpus.batch(settings.seed, step, m, settings.micro_size, settings.context)
-            for m in range(settings.micro_batches)
-        ]
-        side.train_step(batches, step)
-    side.close()
-    return side.history.loss, side.history.density
-
-
-def on_mesh(folder, settings, **options):
-    from torch_sluice.train.mesh.layout import Layout, check_fit
-    from torch_sluice.train.mesh.side import MeshSide
-
-    layout = Layout(**options)
-    check_fit(settings, layout)
-    torch.set_default_dtype(torch.float64)
-    try:
-        side, losses, densities = MeshSide(settings, layout, policy="fp32"), [], []
-        corpus, first = load_corpus(folder, settings.context), side.position.first_micro
-        for step in range(settings.steps):
-            batches = [
-                corpus.batch(settings.seed, step, first + m, settings.micro_size, settings.context)
-                for m in range(side.micro_batches)
-            ]
-            losses.append(side.train_step(batches, step)[0])
-            densities.append(side.density)
-        side.close()
-        return losses, densities
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def run_on_mesh(folder, settings, options):
-    return on_mesh(folder, settings, **options)
+def run_on_mesh(*arguments):
+    return train_on_mesh(*arguments)
 
 
 def check(ranks, folder, one_rank, settings, **options):
