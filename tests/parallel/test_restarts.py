@@ -54,6 +54,12 @@ def rank_of(pid):
     return None
 
 
+def command_of(pid):
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline") as file:
+        return file.read()
+    return ""
+
+
 def is_alive(pid):
     with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
         return file.read().rpartition(")")[2].split()[0] != "Z"
@@ -116,7 +122,6 @@ def test_ctrl_c_stops_all_ranks_and_the_run_goes_on_on_another_mesh(text, uninte
         assert process.returncode == 130, output
         assert f"torch-sluice train --resume {folder}" in output
         assert "Traceback" not in output
-        assert not [pid for pid in ranks if rank_of(pid) is not None]
         deadline = time.monotonic() + 10  # what Python itself starts beside them ends when its pipe is closed
         while any(map(is_alive, ranks)) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -128,3 +133,18 @@ def test_ctrl_c_stops_all_ranks_and_the_run_goes_on_on_another_mesh(text, uninte
     # Which sums are kept in 16 bits is measured anew on another mesh, and they are rounded at random.
     assert losses == pytest.approx(uninterrupted[0], rel=2e-3)
     assert heldout == pytest.approx(uninterrupted[1], rel=2e-3)
+
+
+def test_a_rank_that_dies_ends_the_job_and_is_named(text, tmp_path):
+    folder = tmp_path / "run"
+    with started("torch_sluice.cli", *COMMAND, "--data", text, "--out", folder) as process:
+        wait_for_step(folder, 2, process)
+        ranks = [pid for pid in descendants(process.pid) if "spawn_main" in command_of(pid)]
+        assert len(ranks) == 2
+        victim = ranks[1]
+        os.kill(victim, signal.SIGKILL)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 2, output
+        assert "rank 1 was killed by SIGKILL, and all ranks were ended" in output
+        assert f"process {victim}" in output  # of the collective that waited for it
+        assert not [pid for pid in ranks if is_alive(pid)]

@@ -3,12 +3,13 @@
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 from rich.console import Console
 
-from torch_sluice.train.checkpoint import load_checkpoint, peek_steps
+from torch_sluice.train.checkpoint import MESH_FOLDER, load_checkpoint, peek_steps
 from torch_sluice.train.compare import compare
 from torch_sluice.train.data import load_corpus
 from torch_sluice.train.errors import TrainError
@@ -23,6 +24,7 @@ def start_run(settings: Settings, data: str | None, folder: Path, overwrite: boo
     make_folder(folder)
     if not overwrite:
         refuse_to_replace(folder)
+    shutil.rmtree(folder / MESH_FOLDER, ignore_errors=True)  # of the run that this one replaces
     data = None if data is None else str(Path(data).resolve())
     return Run(settings, corpus, folder, data)
 

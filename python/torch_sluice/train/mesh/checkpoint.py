@@ -14,19 +14,26 @@ import torch
 from torch import distributed
 from torch.distributed import checkpoint as tensors_of_ranks
 
+from torch_sluice.train.checkpoint import MESH_FOLDER, NAME
 from torch_sluice.train.errors import TrainError
 from torch_sluice.train.mesh.layout import Layout
 from torch_sluice.train.mesh.side import MeshSide
 from torch_sluice.train.settings import Settings
 
 _FORMAT = "torch-sluice train --mesh, version 1"
-_FOLDER, _RUN = "checkpoints", "run.json"
+_RUN = "run.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps for each parameter, beside the number of its steps
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint of the run in ``folder``, None where there is none."""
-    return max((path for path in (folder / _FOLDER).glob("step-*") if not path.suffix), default=None)
+    return max((path for path in (folder / MESH_FOLDER).glob("step-*") if not path.suffix), default=None)
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Those of the run in ``folder`` that a new one replaces, on a mesh or not."""
+    shutil.rmtree(folder / MESH_FOLDER, ignore_errors=True)
+    (folder / NAME).unlink(missing_ok=True)
 
 
 def save_checkpoint(folder: Path, side: MeshSide, state: dict) -> None:
@@ -36,7 +43,7 @@ def save_checkpoint(folder: Path, side: MeshSide, state: dict) -> None:
         TrainError: on all ranks, if any of them can't write.
     """
     rank = distributed.get_rank()
-    path = folder / _FOLDER / f"step-{state['step']:08d}"
+    path = folder / MESH_FOLDER / f"step-{state['step']:08d}"
     unfinished = path.with_suffix(".unfinished")
     _on_rank_0(lambda: _clear(unfinished))
     try:

@@ -44,6 +44,8 @@ def start_ranks(arguments: list[str], ranks: int) -> bool:
                     for process in job.processes:
                         process.terminate()
         except (multiprocessing.ProcessExitedException, multiprocessing.ProcessRaisedException) as error:
+            if told:  # before it trained
+                return True
             raise TrainError(f"rank {error.error_index} {_describe(error)}, and all ranks were ended") from None
         finally:
             for process in job.processes:

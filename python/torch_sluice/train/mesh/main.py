@@ -3,7 +3,6 @@
 import argparse
 import os
 import shlex
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch_sluice.train.data import load_corpus
 from torch_sluice.train.errors import TrainError
 from torch_sluice.train.loop import Interrupted
 from torch_sluice.train.main import check_writable, make_folder, refuse_to_replace, write_json
-from torch_sluice.train.mesh.checkpoint import newest_checkpoint, read_state
+from torch_sluice.train.mesh.checkpoint import newest_checkpoint, read_state, remove_checkpoints
 from torch_sluice.train.mesh.launch import choose_threads, is_rank, join_group, start_ranks, was_restarted
 from torch_sluice.train.mesh.layout import Layout, check_fit, fit_micro_batches, parse_mesh
 from torch_sluice.train.mesh.loop import MeshRun
@@ -77,17 +76,6 @@ def _find_checkpoint(options: argparse.Namespace, folder: Path) -> tuple[Path | 
     if options.overwrite or was_restarted():
         return None, None
     refuse_to_replace(folder)
-    if newest_checkpoint(folder) is not None:
-        try:
-            _, state = read_state(folder)
-        except TrainError as error:
-            raise TrainError(f"{error}, or add --overwrite") from error
-        if state["step"] < state["settings"]["steps"]:
-            raise TrainError(
-                f"--out is '{folder}', which holds an unfinished run (step {state['step']} of "
-                f"{state['settings']['steps']}): continue it with 'torch-sluice train --resume {folder}', or add "
-                "--overwrite, or choose another --out"
-            )
     return None, None
 
 
@@ -97,18 +85,14 @@ def _check_text(corpus, state: dict | None) -> None:
 
 
 def _start(options: argparse.Namespace, folder: Path, layout: Layout) -> int:
-    stopped = start_ranks(options.arguments, layout.ranks)
-    if stopped:
-        try:
-            _, state = read_state(folder)
-        except TrainError:  # before the first step
-            print("Stopped.")
-            return 130
-        if state["step"] < state["settings"]["steps"]:
-            print(f"Stopped after step {state['step']} of {state['settings']['steps']}, and saved.")
-            print(f"To continue: torch-sluice train --resume {shlex.quote(str(folder))}")
-            return 130
-    return 0
+    if not start_ranks(options.arguments, layout.ranks):
+        return 0
+    try:
+        _, state = read_state(folder)
+    except TrainError:  # it was before the first step
+        print("Stopped.")
+        return 130
+    return 130 if state["step"] < state["settings"]["steps"] else 0
 
 
 def _run_rank(options, settings, layout, corpus, folder, data, checkpoint, state) -> int:
@@ -119,7 +103,7 @@ def _run_rank(options, settings, layout, corpus, folder, data, checkpoint, state
     run = None
     try:
         if leads and state is None:
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            remove_checkpoints(folder)
         distributed.barrier()
         run = MeshRun(settings, layout, corpus, folder, data, options.save_every)
         if checkpoint is not None:
@@ -135,9 +119,15 @@ def _run_rank(options, settings, layout, corpus, folder, data, checkpoint, state
             progress.summarise(results)
         distributed.barrier()
     except Interrupted:
-        pass  # who asked says so: see _start
-    except TrainError as error:
-        if leads:
+        console.print(
+            f"Stopped after step {run.step} of {run.settings.steps}, and saved.\n"
+            f"To continue: torch-sluice train --resume {shlex.quote(str(folder))}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    except (TrainError, distributed.DistError) as error:
+        if leads and isinstance(error, TrainError):
             raise
         print(f"rank {distributed.get_rank()}: {error}", file=sys.stderr)
         return 2
