@@ -23,11 +23,13 @@ _OVERRIDES = (
     ("--threads", int, "threads; default: as many as torch takes"),
 )
 _WITH_RESUME = ("resume", "json", "threads", "tensorboard")  # what may be said beside --resume
+_WITH_RESUME_ON_MESH = ("resume", "json", "threads", "mesh", "schedule", "data_parallel", "backend", "save_every")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0, 2 for a mistake of the user, 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
+    options.arguments = sys.argv[1:] if arguments is None else arguments  # for the ranks of a mesh
     try:
         return options.run(options)
     except KeyboardInterrupt:
@@ -87,6 +89,19 @@ def _add_train(commands) -> None:
     train.add_argument(
         "--tensorboard", action="store_true", default=None, help="write scalars to DIR/tensorboard while training"
     )
+    mesh = train.add_argument_group("one side on several ranks (processes); docs/parallel.md")
+    mesh.add_argument(
+        "--mesh", metavar="SIZES", help="ranks for data, tensor and pipeline parallel, as in dp=2,tp=2,pp=2"
+    )
+    mesh.add_argument(
+        "--schedule",
+        choices=("gpipe", "1f1b", "interleaved", "interleaved-zero-bubble", "zero-bubble"),
+        help="of the pipeline; default: 1f1b",
+    )
+    mesh.add_argument("--data-parallel", choices=("ddp", "fsdp"), help="DDP (default) or FSDP2")
+    mesh.add_argument("--backend", choices=("sluice", "gloo"), help="of the process group; default: sluice")
+    mesh.add_argument("--dense", action="store_true", default=None, help="train the dense side instead of Sluice's")
+    mesh.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints; default: one a minute")
     changes = train.add_argument_group("changes to the preset")
     for option, kind, text in _OVERRIDES:
         changes.add_argument(option, type=kind, metavar="N" if kind is int else "X", help=text)
@@ -99,20 +114,20 @@ def _train(options: argparse.Namespace) -> int:
 
         from torch_sluice.train.errors import TrainError
         from torch_sluice.train.main import Interrupted, execute_run, resume_run, start_run, write_report
-        from torch_sluice.train.settings import PRESETS
     except ModuleNotFoundError as error:
         return _fail(f"'train' needs the package {error.name}: pip install 'torch-sluice[train]'")
     console = Console()
     run = None
     try:
+        if _is_on_mesh(options):
+            return _train_on_mesh(options)
         if options.resume is not None:
-            _refuse_with_resume(options)
+            _refuse_with_resume(options, _WITH_RESUME)
             run = resume_run(Path(options.resume), options.threads)
         else:
-            names = [option.removeprefix("--").replace("-", "_") for option, *_ in _OVERRIDES]
-            changes = {name: getattr(options, name) for name in (*names, "with_window")}
-            settings = PRESETS[options.preset or "demo"].override(**changes)
-            run = start_run(settings, options.data, Path(options.out or "sluice-run"), bool(options.overwrite))
+            run = start_run(
+                _settings(options), options.data, Path(options.out or "sluice-run"), bool(options.overwrite)
+            )
         result = execute_run(run, console, Path(options.json) if options.json else None, bool(options.tensorboard))
         from torch_sluice.report import print_comparison
 
@@ -129,22 +144,53 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
+def _settings(options: argparse.Namespace):
+    from torch_sluice.train.settings import PRESETS
+
+    names = [option.removeprefix("--").replace("-", "_") for option, *_ in _OVERRIDES]
+    changes = {name: getattr(options, name) for name in (*names, "with_window")}
+    return PRESETS[options.preset or "demo"].override(**changes)
+
+
+def _is_on_mesh(options: argparse.Namespace) -> bool:
+    """Whether --mesh is given, or --resume names a run that was on one."""
+    if options.mesh is not None:
+        return True
+    if options.resume is not None and (Path(options.resume) / "checkpoints").is_dir():
+        return True
+    from torch_sluice.train.errors import TrainError
+
+    for name in ("schedule", "data_parallel", "backend", "dense", "save_every"):
+        if getattr(options, name) is not None:
+            raise TrainError(f"--{name.replace('_', '-')} is given without --mesh, expected both or none")
+    return False
+
+
+def _train_on_mesh(options: argparse.Namespace) -> int:
+    from torch_sluice.train.mesh.main import run_mesh
+
+    if options.resume is not None:
+        _refuse_with_resume(options, _WITH_RESUME_ON_MESH)
+    return run_mesh(options, _settings(options) if options.resume is None else None)
+
+
 def _say_how_to_resume(run) -> int:
     if run is not None and run.saved:
         print(f"To continue: torch-sluice train --resume {shlex.quote(str(run.folder))}")
     return 130
 
 
-def _refuse_with_resume(options: argparse.Namespace) -> None:
+def _refuse_with_resume(options: argparse.Namespace, allowed: tuple[str, ...]) -> None:
     """A resumed run keeps its settings: naming others is a mistake to point out, not to pass over."""
     from torch_sluice.train.errors import TrainError
 
-    given = [name for name, value in vars(options).items() if value is not None and name not in (*_WITH_RESUME, "run")]
+    own = (*allowed, "run", "arguments")
+    given = [name for name, value in vars(options).items() if value is not None and name not in own]
     if given:
         names = ", ".join("--" + name.replace("_", "-") for name in given)
         raise TrainError(
             f"--resume continues a run with its own settings: leave out {names} "
-            "(only --json, --threads and --tensorboard go with it)"
+            f"(only {', '.join('--' + name.replace('_', '-') for name in allowed[1:])} go with it)"
         )
 
 

@@ -134,11 +134,14 @@ def test_low_memory_is_refused_since_it_would_hide_gradients(one_rank):
         torch_sluice.accumulate(model, optimizer, every=2, low_memory=True)
 
 
-def test_sharded_parameters_are_refused_by_name(one_rank):
+def test_what_sharded_parameters_can_not_have_is_refused(one_rank):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_module
 
     model = distribute_module(torch.nn.Sequential(torch.nn.Linear(4, 4)), init_device_mesh("cpu", (1,)))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with pytest.raises(ValueError, match=r"parameter 0\.weight is a DTensor, expected a plain tensor"):
-        torch_sluice.accumulate(model, optimizer, every=2)
+    with pytest.raises(ValueError, match=r"low_memory=True and parameter 0\.weight is a DTensor, expected plain"):
+        torch_sluice.accumulate(model, optimizer, every=2, low_memory=True)
+    with torch_sluice.accumulate(model, optimizer, every=2) as session:
+        with pytest.raises(RuntimeError, match="count.. was called and parameters are DTensors"):
+            session.count(3)

@@ -9,8 +9,8 @@
 #include <mutex>
 
 #include "c10d/backend.h"
-#include "c10d/tuning.h"
 #include "c10d/statistics.h"
+#include "c10d/tuning.h"
 
 namespace sluice::c10d_backend {
 namespace {

@@ -12,6 +12,7 @@ from torch_sluice.accumulate import grad_scaler
 from torch_sluice.accumulate.data_parallel import DataParallel
 from torch_sluice.accumulate.policy import make_policy
 from torch_sluice.accumulate.report import SessionStats, make_stats
+from torch_sluice.accumulate.sharded import any_rank, is_dtensor, local_gradient, local_part
 from torch_sluice.accumulate.slot import Slot
 from torch_sluice.accumulate.weights import Weights
 from torch_sluice.accumulate.window import Window
@@ -95,12 +96,12 @@ class Session:
             for place, parameter in enumerate(group["params"]):
                 if parameter in self.slots or not parameter.requires_grad or not parameter.is_leaf:
                     continue
-                if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
-                    raise ValueError(
-                        f"parameter {names.get(parameter, place)} is a DTensor, expected a plain tensor: sharded "
-                        "parameters (FSDP2, tensor parallel) are not supported"
-                    )
                 name = names.get(parameter, f"optimizer.{number}.{place}")
+                if is_dtensor(parameter) and self.options.low_memory:
+                    raise ValueError(
+                        f"low_memory=True and parameter {name} is a DTensor, expected plain tensors: a step that goes "
+                        "through sharded parameters one by one can't agree with the other ranks"
+                    )
                 self.slots[parameter] = Slot(len(self.slots), name, parameter)
                 if self._open:
                     self._hook(self.slots[parameter])
@@ -112,10 +113,12 @@ class Session:
 
     def _take(self, slot: Slot) -> None:
         """Adds the gradient that autograd has just finished to its sum, and frees it."""
-        grad = slot.parameter.grad
-        if grad is None:
+        if slot.parameter.grad is None:
             return
         self._notice_backward()
+        if slot.shown is not None and is_dtensor(slot.parameter):
+            self._notice_unannounced(slot)
+        grad = local_gradient(slot.parameter)
         slot.parameter.grad = None
         record, accumulator = slot.record, slot.accumulator
         if accumulator.empty and slot.supported:
@@ -129,6 +132,17 @@ class Session:
         self.window.note_gradient(record.folds)
         if self.window.is_last(record.folds) or self.parallel.reduces_now:
             self._show(slot)
+
+    def _notice_unannounced(self, slot: Slot) -> None:
+        """FSDP2 writes gradients itself: nothing tells beforehand that one comes to where a sum is shown."""
+        if slot.parameter.grad is slot.shown:
+            raise RuntimeError(
+                f"parameter {slot.name} got a gradient although its sum was in .grad already, expected step() or "
+                f"zero_grad() after every {self.window.every} micro-batches: FSDP2 has added the two"
+            )
+        grad, slot.parameter.grad = slot.parameter.grad, None
+        self._before_gradient(slot)
+        slot.parameter.grad = grad
 
     def _notice_backward(self) -> None:
         task = torch._C._current_graph_task_id()
@@ -204,8 +218,11 @@ class Session:
 
         Raises:
             ValueError: tokens is negative or not finite.
-            RuntimeError: earlier micro-batches of this window were not counted.
+            RuntimeError: earlier micro-batches of this window were not counted; or parameters are DTensors, whose
+                gradients are averaged over ranks before they are weighed.
         """
+        if any(is_dtensor(parameter) for parameter in self.slots):
+            raise RuntimeError("count() was called and parameters are DTensors, expected plain tensors")
         self._weights.count(tokens, self._pending_slots() != [])
 
     def publish(self) -> None:
@@ -271,8 +288,9 @@ class Session:
         self._show_all()
         self._read_statistics()
         spoiled = [] if hasattr(self.optimizer, "found_inf") else self._find_spoiled()
-        if spoiled:
+        if any_rank(bool(spoiled), self.slots):
             names = ", ".join(slot.name for slot in spoiled[:3]) + (", ..." if len(spoiled) > 3 else "")
+            names = names or "on another rank"
             warnings.warn(
                 f"step skipped: {len(spoiled)} of {len(self.slots)} gradients are not finite ({names}); "
                 "the gradients of this window are dropped, nothing else is",
@@ -296,6 +314,7 @@ class Session:
             if self.options.low_memory:
                 spoiled += [slot] if suspect and slot.pending else []
             elif grad is not None and (suspect or grad.dtype == torch.float16):
+                grad = local_part(grad)
                 values = grad.coalesce().values() if grad.is_sparse else grad
                 spoiled += [] if values.isfinite().all() else [slot]
         return spoiled

@@ -6,6 +6,7 @@ import torch
 
 from torch_sluice.accumulate.accumulator import Accumulator, is_supported
 from torch_sluice.accumulate.policy import Record
+from torch_sluice.accumulate.sharded import like_parameter, local_part
 
 _MASK = (1 << 63) - 1
 
@@ -20,9 +21,10 @@ class Slot:
 
     def __init__(self, index: int, name: str, parameter: torch.nn.Parameter):
         self.index, self.name, self.parameter = index, name, parameter
-        self.supported = is_supported(parameter)
-        self.accumulator = Accumulator(parameter, "fp32" if self.supported else "torch")
-        self.record = Record(parameter.numel())
+        local = local_part(parameter)  # of a DTensor each rank accumulates its part
+        self.supported = is_supported(local)
+        self.accumulator = Accumulator(local, "fp32" if self.supported else "torch")
+        self.record = Record(local.numel())
         self.draws = 0  # gradients added so far, over all windows: each rounds with random numbers of its own
         self.shown: torch.Tensor | None = None  # what is, or was put, in parameter.grad
         self.divisor = 1.0  # of what is shown
@@ -41,16 +43,16 @@ class Slot:
 
     def show(self, divisor: float, before_gradient: Callable[["Slot"], None]) -> None:
         """Puts sum / divisor into ``parameter.grad``; ``before_gradient`` is called if another gradient comes."""
-        self._watch(self.accumulator.take(1 / divisor), divisor, before_gradient)
+        self._watch(like_parameter(self.accumulator.take(1 / divisor), self.parameter), divisor, before_gradient)
         self.parameter.grad = self.shown
 
     def _watch(self, grad: torch.Tensor, divisor: float, before_gradient: Callable[["Slot"], None]) -> None:
-        self.shown, self.divisor, self._version = grad, divisor, grad._version
+        self.shown, self.divisor, self._version = grad, divisor, local_part(grad)._version
         self._handle = self.parameter.register_hook(lambda _: before_gradient(self))
 
     @property
     def _unchanged(self) -> bool:
-        return self.parameter.grad is self.shown and self.shown._version == self._version
+        return self.parameter.grad is self.shown and local_part(self.shown)._version == self._version
 
     @property
     def dropped(self) -> bool:
@@ -60,7 +62,7 @@ class Slot:
     def hide(self) -> None:
         """Takes what is in ``parameter.grad`` back into the sum."""
         grad, same = self.parameter.grad, self.parameter.grad is self.shown
-        self.accumulator.put_back(grad.detach(), self.divisor, same, self._unchanged)
+        self.accumulator.put_back(local_part(grad.detach()), self.divisor, same, self._unchanged)
         self.parameter.grad = None
         self._stop_showing()
 
@@ -77,7 +79,7 @@ class Slot:
     def leave(self, divisor: float) -> None:
         """Leaves sum / divisor in ``parameter.grad`` for good."""
         if self.shown is None:
-            self.parameter.grad = self.accumulator.take(1 / divisor)
+            self.parameter.grad = like_parameter(self.accumulator.take(1 / divisor), self.parameter)
         self.start_window()
 
     def start_window(self) -> None:
@@ -89,7 +91,7 @@ class Slot:
     def state_dict(self) -> dict:
         state = {"draws": self.draws, "record": self.record.state_dict(), **self.accumulator.state_dict()}
         if self.shown is not None and self.parameter.grad is not None:
-            state["shown"], state["divisor"] = self.parameter.grad, self.divisor
+            state["shown"], state["divisor"] = local_part(self.parameter.grad), self.divisor
             if not self._unchanged:
                 state["buffer"] = state["exponents"] = None  # what is shown now counts
         return state
@@ -101,6 +103,6 @@ class Slot:
         self.draws = int(state["draws"])
         self.parameter.grad = None
         if "shown" in state:
-            grad = state["shown"].to(self.parameter.device, copy=True)
+            grad = like_parameter(state["shown"].to(self.parameter.device, copy=True), self.parameter)
             self.parameter.grad = grad
             self._watch(grad, float(state["divisor"]), before_gradient)

@@ -10,6 +10,7 @@ import torch
 from torch_sluice.train.errors import TrainError
 
 NAME = "checkpoint.pt"
+MESH_FOLDER = "checkpoints"  # of a run on a mesh: torch_sluice.train.mesh.checkpoint
 _FORMAT = "torch-sluice train, version 1"
 
 
@@ -69,14 +70,21 @@ def _check_sums(file) -> None:
 
 
 def peek_steps(folder: Path) -> tuple[int, int] | None:
-    """(steps done, steps wanted) of the folder's checkpoint, None where there is none.
+    """(steps done, steps wanted) of the run in a folder, on a mesh or not; None where there is none.
 
     Raises:
         TrainError: there is one, and it cannot be read.
     """
-    if not (folder / NAME).exists():
+    if (folder / MESH_FOLDER).is_dir():
+        from torch_sluice.train.mesh.checkpoint import newest_checkpoint, read_state
+
+        if newest_checkpoint(folder) is None:
+            return None
+        _, state = read_state(folder)
+    elif (folder / NAME).exists():
+        state = load_checkpoint(folder)
+    else:
         return None
-    state = load_checkpoint(folder)
     try:
         return int(state["step"]), int(state["settings"]["steps"])
     except (KeyError, TypeError, ValueError) as error:

@@ -3,12 +3,13 @@
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 from rich.console import Console
 
-from torch_sluice.train.checkpoint import load_checkpoint, peek_steps
+from torch_sluice.train.checkpoint import MESH_FOLDER, load_checkpoint, peek_steps
 from torch_sluice.train.compare import compare
 from torch_sluice.train.data import load_corpus
 from torch_sluice.train.errors import TrainError
@@ -20,14 +21,15 @@ from torch_sluice.train.settings import Settings
 def start_run(settings: Settings, data: str | None, folder: Path, overwrite: bool) -> Run:
     """A new run whose files go to ``folder``, which is made if need be."""
     corpus = load_corpus(data, settings.context)
-    _make_folder(folder)
+    make_folder(folder)
     if not overwrite:
-        _refuse_to_replace(folder)
+        refuse_to_replace(folder)
+    shutil.rmtree(folder / MESH_FOLDER, ignore_errors=True)  # of the run that this one replaces
     data = None if data is None else str(Path(data).resolve())
     return Run(settings, corpus, folder, data)
 
 
-def _refuse_to_replace(folder: Path) -> None:
+def refuse_to_replace(folder: Path) -> None:
     """A finished run may be replaced; one that is unfinished, damaged or somebody else's is not ours to lose."""
     try:
         done = peek_steps(folder)
@@ -50,7 +52,7 @@ def resume_run(folder: Path, threads: int | None) -> Run:
         raise TrainError(f"the checkpoint in '{folder}' lacks {error}; train anew") from error
     except TypeError as error:
         raise TrainError(f"the checkpoint in '{folder}' holds a value of a wrong type ({error}); train anew") from error
-    _make_folder(folder)
+    make_folder(folder)
     run = Run(settings, corpus, folder, state["data"])
     try:
         run.load_state_dict(state)
@@ -76,7 +78,7 @@ def execute_run(run: Run, console: Console, json_path: Path | None, tensorboard:
 
 def _train_and_compare(run: Run, console: Console, json_path: Path | None, tensorboard: bool) -> dict:
     if json_path is not None:
-        _check_writable(json_path)
+        check_writable(json_path)
     threads = set_threads(run.settings)
     run.watch(tensorboard)
     settings, corpus = run.settings, run.corpus
@@ -128,7 +130,8 @@ def _write_whole(path: Path, text: str) -> None:
         raise TrainError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Makes the folder of a run; TrainError where nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -137,7 +140,7 @@ def _make_folder(folder: Path) -> None:
         raise TrainError(f"--out is '{folder}', where nothing can be written: {error.strerror or error}") from error
 
 
-def _check_writable(path: Path) -> None:
+def check_writable(path: Path) -> None:
     """Before an hour of training, not after it."""
     try:
         if path.is_dir():

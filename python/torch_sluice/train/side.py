@@ -49,7 +49,7 @@ class Side:
 
     def train_step(self, batches: list[torch.Tensor], step: int) -> None:
         """One optimizer step over the micro-batches, int64 [size, context + 1] each; its figures go to the history."""
-        rate = self._rate(step)
+        rate = learning_rate(self.settings, step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate_factor"]
         with self.own_random_numbers():
@@ -96,14 +96,6 @@ class Side:
         """Share of the gradient elements that are accumulated in 16 bits."""
         return 0.0
 
-    def _rate(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to a twentieth."""
-        settings = self.settings
-        if step < settings.warmup:
-            return settings.learning_rate * (step + 1) / settings.warmup
-        progress = (step - settings.warmup) / max(settings.steps - settings.warmup, 1)
-        return settings.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
-
     @contextlib.contextmanager
     def own_random_numbers(self):
         outside = torch.get_rng_state()
@@ -132,3 +124,11 @@ class Side:
         """Ends what the side holds open."""
         if self.monitor is not None:
             self.monitor.close()
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """Linear warm-up, then a cosine down to a twentieth."""
+    if step < settings.warmup:
+        return settings.learning_rate * (step + 1) / settings.warmup
+    progress = (step - settings.warmup) / max(settings.steps - settings.warmup, 1)
+    return settings.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
