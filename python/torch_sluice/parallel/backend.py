@@ -68,7 +68,7 @@ def load_library() -> ctypes.CDLL:
 
 def loaded_library():
     """libsluice_c10d.so as ctypes sees it, or None in a process that has made no group with it."""
-    return _load() if _load.cache_info().currsize else None
+    return load_library() if load_library.cache_info().currsize else None
 
 
 # Called from C++ by whichever thread first needs it; torch keeps it alive as long as this module.
