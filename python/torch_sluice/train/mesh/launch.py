@@ -11,6 +11,8 @@ from torch_sluice.train.errors import TrainError
 from torch_sluice.train.loop import StopRequest
 
 _GRACE_SECONDS = 60.0  # for ranks to end once another has failed
+# Ranks are forked from a process that has imported these: each by itself would take seconds of a processor.
+_PRELOADED = ["torch_sluice.train.mesh.main", "transformers.models.llama.modeling_llama"]
 
 
 def is_rank() -> bool:
@@ -32,9 +34,10 @@ def start_ranks(arguments: list[str], ranks: int) -> bool:
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is here, and no rank has to make one
     }
+    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
     with StopRequest() as stop:
         job = multiprocessing.start_processes(
-            _run_rank, (arguments, shared), nprocs=ranks, join=False, start_method="spawn"
+            _run_rank, (arguments, shared), nprocs=ranks, join=False, start_method="forkserver"
         )
         try:
             told = False
