@@ -32,24 +32,24 @@ sl_status sl_call_begin(sl_comm *comm, const sl_signature *signature, int64_t ti
   return SL_OK;
 }
 
-/* The letter that the kernel gives a process, to tell who is stopped from who is busy; 0 if it can't be had. */
-static char process_state(int process) {
+/* By the letter that the kernel gives a process. */
+bool sl_comm_is_stopped(const sl_comm *comm, int rank) {
   char path[48], line[512];
-  snprintf(path, sizeof path, "/proc/%d/stat", process);
+  snprintf(path, sizeof path, "/proc/%d/stat", (int)comm->member[rank].process);
   FILE *file = fopen(path, "r");
-  if (!file) return 0;
+  if (!file) return false;
   size_t length = fread(line, 1, sizeof line - 1, file);
   fclose(file);
   line[length] = 0;
-  char *name_end = strrchr(line, ')');
-  return name_end && name_end[1] ? name_end[2] : 0;
+  const char *name_end = strrchr(line, ')');
+  char state = name_end && name_end[1] ? name_end[2] : 0;
+  return state == 'T' || state == 't';
 }
 
 /* What the rank that does not come is doing, as far as can be seen. */
 static sl_status report_timeout(sl_comm *comm, int rank) {
   char name[64], call[160], other[160], where[200] = "";
   const sl_member *member = comm->member + rank;
-  char state = process_state(member->process);
   if (atomic_load(&member->state) == SL_MEMBER_ABSENT) {
     return sl_comm_break(comm, SL_TIMEOUT, "timeout: rank %d has not joined the group", comm->names[rank]);
   }
@@ -61,7 +61,7 @@ static sl_status report_timeout(sl_comm *comm, int rank) {
   return sl_comm_break(comm, SL_TIMEOUT, "timeout in %s: rank %d waits for %s, which %s%s",
                        sl_signature_describe(&comm->signature, call), comm->names[comm->rank],
                        sl_comm_name_rank(comm, rank, name),
-                       state == 'T' || state == 't' ? "is stopped" : "has not come", where);
+                       sl_comm_is_stopped(comm, rank) ? "is stopped" : "has not come", where);
 }
 
 /* Looks after the ranks that have not come; only one, or all for rank -1. */

@@ -25,6 +25,9 @@ sl_status sl_step_wait(sl_comm *comm);
 /* Waits for one rank only: its slot alone may be read. */
 sl_status sl_step_wait_for(sl_comm *comm, int rank);
 
+/* Whether the rank's process is stopped, as far as can be seen: to tell that from one that is busy. */
+bool sl_comm_is_stopped(const sl_comm *comm, int rank);
+
 /* A rank's slot of this step. */
 static inline char *sl_step_slot(const sl_comm *comm, int rank) {
   const sl_header *header = comm->header;

@@ -15,6 +15,7 @@
 #include "comm/inbox.h"
 #include "comm/memory.h"
 #include "comm/spin.h"
+#include "comm/step.h"
 #include "runtime/status.h"
 
 enum { LOOK_INTERVAL = 50000000 /* ns between looks at whether the other side lives */ };
@@ -459,8 +460,9 @@ sl_status sl_transfer_wait(sl_transfer *transfer, int64_t timeout) {
     if (!done && now >= deadline) {
       char name[64];
       const sl_transfer copy = copy_of(transfer);
-      return sl_comm_break(comm, SL_TIMEOUT, "timeout in %s at %s", describe(&copy, text),
-                           sl_comm_name_rank(comm, comm->rank, name));
+      bool stopped = copy.rank >= 0 && sl_comm_is_stopped(comm, copy.rank);
+      return sl_comm_break(comm, SL_TIMEOUT, "timeout in %s at %s%s", describe(&copy, text),
+                           sl_comm_name_rank(comm, comm->rank, name), stopped ? "; the other rank is stopped" : "");
     }
   }
   return SL_OK;

@@ -77,6 +77,30 @@ def test_ranks_that_disagree_hear_of_both_sides(two):
     two.run(disagree)
 
 
+def call_in_another_order():
+    rank, group = dist.get_rank(), dist.new_group()
+    first, second = torch.ones(3), torch.ones(500)
+    with pytest.raises(dist.DistBackendError, match="(?s)12 bytes.*2000 bytes|2000 bytes.*12 bytes"):
+        for tensor in (first, second) if rank == 0 else (second, first):
+            dist.all_reduce(tensor, group=group)
+    group = dist.new_group()
+    calls = [lambda: dist.all_reduce(first, group=group), lambda: dist.broadcast(first, 0, group)]
+    with pytest.raises(dist.DistBackendError, match="(?s)all_reduce.*broadcast|broadcast.*all_reduce"):
+        for call in calls if rank == 0 else reversed(calls):
+            call()
+        dist.barrier(group)
+    group = dist.new_group()
+    with pytest.raises(dist.DistBackendError, match="(?s)12 bytes.*2000 bytes|2000 bytes.*12 bytes"):
+        works = [dist.all_reduce(t, group=group, async_op=True) for t in ((first, second) if rank else (second, first))]
+        for work in works:
+            work.wait()
+    dist.barrier()
+
+
+def test_another_order_of_calls_is_an_error_that_names_both_sides(two):
+    two.run(call_in_another_order)
+
+
 def come_too_late():
     group = dist.new_group(timeout=timedelta(seconds=0.3))
     if dist.get_rank() == 0:

@@ -46,11 +46,19 @@ class Ranks:
     def alive(self):
         return all(process.is_alive() for process in self.processes)
 
+    def send(self, rank, function, *arguments):
+        """Has one rank call it; ``receive`` waits for what it returns."""
+        self.pipes[rank].send((inspect.getsourcefile(function), function.__name__, arguments))
+
     def run(self, function, *arguments, seconds=60, only=None):
         """The results by rank. ``only``: the ranks that call it; None stands for what the others return."""
+        for rank in range(self.size) if only is None else only:
+            self.send(rank, function, *arguments)
+        return self.receive(seconds, only)
+
+    def receive(self, seconds=60, only=None):
+        """What these ranks return, or all; fails as soon as one of them does."""
         ranks = range(self.size) if only is None else only
-        for rank in ranks:
-            self.pipes[rank].send((inspect.getsourcefile(function), function.__name__, arguments))
         results, failures = [None] * self.size, []
         waiting = {self.pipes[rank]: rank for rank in ranks}
         deadline = time.monotonic() + seconds

@@ -54,9 +54,11 @@ class Rendezvous {
     TORCH_INTERNAL_ASSERT(false, "rank ", member_.rank, " is in no set");
   }
 
+  int name_of(int rank) const { return member_.names.empty() ? rank : member_.names[rank]; }
+
   sl_comm_options options(const Set &set) {
     names_.clear();
-    for (int rank : set) names_.push_back(member_.names.empty() ? rank : member_.names[rank]);
+    for (int rank : set) names_.push_back(name_of(rank));
     int place = static_cast<int>(std::find(set.begin(), set.end(), member_.rank) - set.begin());
     sl_comm_options options{};
     options.rank = place, options.size = static_cast<int>(set.size()), options.names = names_.data();
@@ -97,8 +99,7 @@ class Rendezvous {
     std::string text;
     for (size_t i = 0; i < keys.size(); ++i) {
       if (store_.check({keys[i]})) continue;
-      int name = member_.names.empty() ? ranks[i] : member_.names[ranks[i]];
-      text += (text.empty() ? "" : ", ") + std::to_string(name);
+      text += (text.empty() ? "" : ", ") + std::to_string(name_of(ranks[i]));
     }
     return text.empty() ? "0 to " + std::to_string(member_.size - 1) + " in time" : text;
   }
@@ -141,7 +142,7 @@ class Rendezvous {
     return handle;
   }
 
-  // Which ranks of the group could open the memory of their set; throws on all where one could not be made.
+  // Which ranks of the group could open the memory of their set; throws on all where one could not be made, or mapped.
   std::vector<bool> exchange_joined(const std::string &prefix, const Set &set) {
     std::string problem;
     if (handle_.front() == kFailed) {
@@ -149,10 +150,13 @@ class Rendezvous {
     } else if (set[0] != member_.rank) {
       sl_comm_options wanted = options(set);
       sl_comm *comm = nullptr;
-      if (sl_comm_join(&wanted, handle_.c_str(), &comm) == SL_OK) {
+      sl_status status = sl_comm_join(&wanted, handle_.c_str(), &comm);
+      if (status == SL_OK) {
         communicator_ = std::make_shared<Communicator>(comm);
-      } else {
+      } else if (status == SL_UNSUPPORTED) {
         problem = sl_last_error();
+      } else {  // it is this host, but something is in short supply here
+        problem = kFailed + ("rank " + std::to_string(name_of(member_.rank)) + ": ") + sl_last_error();
       }
     }
     std::vector<std::string> problems = {problem};
