@@ -2,12 +2,14 @@
 
 import hashlib
 import io
+import os
 from datetime import timedelta
 from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
+from support.rank_pool import RankFailed, Ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -65,6 +67,11 @@ def reduce_once(backend):
 def test_a_mean_is_within_the_error_of_its_format_and_the_same_on_every_rank(ranks, size, backend):
     by_rank = ranks(size).run(reduce_once, backend)
     assert all(found == by_rank[0] for found in by_rank)
+
+
+def test_over_several_hosts(ranks):
+    by_rank = ranks(3, hosts="aab").run(reduce_once, "sluice")
+    assert by_rank[0] == by_rank[1] == by_rank[2]
 
 
 def reduce_what_is_not_compressed():
@@ -397,6 +404,26 @@ def fail_in_the_thread():
 
 def test_what_fails_in_the_thread_fails_the_backward_pass(ranks):
     ranks(2).run(fail_in_the_thread)
+
+
+def go_on_alone():
+    wrapped = wrap(AdaptiveAllReduce("int8"))
+    wrapped(batch(0, 0)[0]).sum().backward()
+    dist.barrier()
+    if dist.get_rank() == 1:
+        os._exit(0)
+    with pytest.raises(RuntimeError, match=r"sluice: rank 1 \(process \d+\)"):
+        wrapped(batch(0, 0)[0]).sum().backward()
+
+
+def test_a_rank_that_ends_fails_the_backward_pass_of_the_others():
+    pool = Ranks(2)
+    try:
+        with pytest.raises(RankFailed) as failure:
+            pool.run(go_on_alone)
+        assert str(failure.value) == "rank 1: its process ended"
+    finally:
+        pool.close()
 
 
 def test_bad_arguments():
