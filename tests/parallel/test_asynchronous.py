@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import time
 from datetime import timedelta
 
 import pytest
@@ -248,12 +249,32 @@ def split():
     rank = dist.get_rank()
     parts = [[0, 2], [1]]
     part = next(part for part in parts if rank in part)
-    group = dist.group.WORLD.split_group(part, group_name=f"split{part}")
-    tensor = torch.full((3,), float(rank))
-    group.allreduce([tensor]).wait()
-    assert (group.rank(), group.size()) == (part.index(rank), len(part))
-    assert tensor.tolist() == [float(sum(part))] * 3
+    for i in range(20):  # c10d splits once for each kind of device, with the same keys in the store every time
+        group = dist.group.WORLD.split_group(part, group_name=f"split{part}{i}")
+        tensor = torch.full((3,), float(rank))
+        group.allreduce([tensor]).wait()
+        assert (group.rank(), group.size()) == (part.index(rank), len(part))
+        assert tensor.tolist() == [float(sum(part))] * 3
 
 
 def test_groups_are_split(ranks):
     ranks(3).run(split)
+
+
+def make_a_group_again():
+    """c10d gives the name of a group that was destroyed to the next one of the same ranks."""
+    rank, names = dist.get_rank(), set()
+    for i in range(3):
+        if rank == 0:
+            time.sleep(0.1 * i)  # the other finds only what an earlier group left in the store
+        group = dist.new_group([0, 1], use_local_synchronization=True)
+        names.add(group.group_name)
+        tensor = torch.full((3,), float(rank))
+        dist.all_reduce(tensor, group=group)
+        assert tensor.tolist() == [1.0] * 3
+        dist.destroy_process_group(group)
+    return len(names)
+
+
+def test_a_name_that_was_used_before(ranks):
+    assert ranks(3).run(make_a_group_again, only=[0, 1]) == [1, 1, None]

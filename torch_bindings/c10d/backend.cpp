@@ -17,20 +17,19 @@ c10::intrusive_ptr<::c10d::Backend::Options> make_options(const ProcessGroupSlui
   return options;
 }
 
-Hosts hosts_of(const ProcessGroupSluice::Arguments &arguments) {
-  Member member{arguments.rank, arguments.size, {arguments.global_ranks.begin(), arguments.global_ranks.end()}};
-  return find_hosts(*arguments.store, member, arguments.timeout);
+Member member_of(const ProcessGroupSluice::Arguments &arguments) {
+  return {arguments.rank, arguments.size, {arguments.global_ranks.begin(), arguments.global_ranks.end()}};
 }
 
 }  // namespace
 
 ProcessGroupSluice::ProcessGroupSluice(Arguments arguments)
     : Backend(arguments.rank, arguments.size),
-      store_(arguments.store),
+      store_(begin_generation(arguments.store, member_of(arguments))),
       options_(make_options(arguments)),
       timeout_ms_(arguments.timeout.count()),
       make_backend_(arguments.make_backend),
-      hosts_(hosts_of(arguments)),
+      hosts_(find_hosts(*store_, member_of(arguments), arguments.timeout)),
       one_host_(hosts_.ranks.size() == 1 ? std::make_shared<OneHost>(hosts_.communicator, rank_) : nullptr),
       fabric_(one_host_ ? one_host_ : make_several_hosts()),
       queue_(std::make_shared<OperationQueue>()),

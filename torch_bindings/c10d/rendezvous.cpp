@@ -194,6 +194,12 @@ class Rendezvous {
 
 }  // namespace
 
+StorePtr begin_generation(const StorePtr &store, const Member &member) {
+  if (member.size == 1) return store;
+  int64_t generation = store->add("generation/" + std::to_string(member.rank), 1);
+  return c10::make_intrusive<::c10d::PrefixStore>("generation " + std::to_string(generation), store);
+}
+
 Hosts find_hosts(::c10d::Store &store, const Member &member, Milliseconds timeout) {
   return Rendezvous(store, member, timeout).find();
 }
