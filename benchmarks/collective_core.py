@@ -13,7 +13,8 @@ SUM = 0
 
 
 class _Tuning(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in ("flat", "piece", "direct", "streaming", "buffer_streaming")]
+    _names = ("flat", "piece", "direct", "direct_send", "streaming", "buffer_streaming")
+    _fields_ = [(name, ctypes.c_size_t) for name in _names]
 
 
 class _Options(ctypes.Structure):

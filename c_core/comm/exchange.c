@@ -78,7 +78,7 @@ static size_t smaller(size_t x, size_t y) { return x < y ? x : y; }
 
 /* Puts the pieces of this step into the own slot. */
 static void write_pieces(const exchange_pass *pass, size_t done) {
-  const sl_comm *comm = pass->comm;
+  sl_comm *comm = pass->comm;
   char *slot = sl_step_slot(comm, comm->rank) + pass->table_bytes;
   for (int i = 0; i < (pass->exchange->same ? 1 : comm->size); ++i) {
     size_t bytes = in_bytes(pass, i);

@@ -101,7 +101,9 @@ void sl_comm_default_tuning(int size, sl_comm_tuning *tuning) {
   size_t flat = crowded ? 1 << 20 : 256 << 10;
   /* Reading another process's memory makes the kernel look up every page, which takes longer than both copies through
    * a slot that stays in the cache: no size is large enough. */
-  *tuning = (sl_comm_tuning){.piece = 1 << 20, .direct = SIZE_MAX, .streaming = 4 << 20};
+  *tuning = (sl_comm_tuning){.piece = 1 << 20, .direct = SIZE_MAX, .direct_send = SIZE_MAX, .streaming = 4 << 20};
+  /* Where sender and receiver can't copy at the same time, it takes about as long, and wakes the sender less often. */
+  if (crowded) tuning->direct_send = 0;
   tuning->flat = flat / (size_t)(size > 1 ? size - 1 : 1);
   /* Taking lines away from another processor's cache can take more than twice as long as writing to memory, and reading
    * from there. It depends on which processors, and ranks that share one hand small things over in its cache. */

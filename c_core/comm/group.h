@@ -3,6 +3,7 @@
 #ifndef SL_COMM_GROUP_H
 #define SL_COMM_GROUP_H
 
+#include "comm/pace.h"
 #include "comm/segment.h"
 
 typedef enum sl_call_kind {
@@ -17,6 +18,8 @@ typedef enum sl_call_kind {
   SL_CALL_SCATTER,
   SL_CALL_ALL_TO_ALL,
 } sl_call_kind;
+
+_Static_assert((int)SL_CALL_ALL_TO_ALL < (int)SL_PACE_KINDS, "each kind has a pace");
 
 struct sl_comm {
   int rank, size;
@@ -34,6 +37,8 @@ struct sl_comm {
   sl_signature signature;
   bool shown, compared;      /* signature: to the others; with those of all ranks that are waited for */
   int64_t timeout, deadline; /* deadline: 0 as long as the call has not had to sleep */
+
+  sl_pace pace;
 
   struct sl_transfers *transfers;
 };

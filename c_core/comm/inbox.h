@@ -12,7 +12,7 @@
 typedef enum sl_message_kind {
   SL_MESSAGE_WHOLE = 1, /* a transfer with all of its content */
   SL_MESSAGE_OFFER,     /* a transfer whose content is at address in the sender's process */
-  SL_MESSAGE_ASK,       /* the receiver of an offer can't read there: please send it */
+  SL_MESSAGE_ASK,       /* the receiver of an offer won't read there: please send it */
   SL_MESSAGE_PIECE,     /* the next piece of what was asked for */
   SL_MESSAGE_TAKEN,     /* the receiver of an offer has read it */
 } sl_message_kind;

@@ -12,7 +12,13 @@
 
 static size_t smaller(size_t x, size_t y) { return x < y ? x : y; }
 
-enum { BLOCK = 16 << 10 /* bytes that stay in the nearest cache from one pass over them to the next */ };
+static size_t larger(size_t x, size_t y) { return x > y ? x : y; }
+
+enum {
+  BLOCK = 16 << 10,        /* bytes that stay in the nearest cache from one pass over them to the next */
+  OVERLAPPING = 4,         /* pieces that a reduction of middling size is divided into, for the two shots to overlap */
+  SMALL_PIECE = 256 << 10, /* smaller ones take longer to wait for than that gains */
+};
 
 /* out = the reduction of own input and, at the same offset, these slots of the others. */
 static void reduce_slots(const sl_comm *comm, const sl_reduction *reduction, const void *own, bool last_slots,
@@ -141,7 +147,8 @@ sl_status sl_reduction_run(sl_comm *comm, const void *in, void *out, size_t coun
   if (bytes <= comm->tuning.flat) return run_flat(comm, in, out, bytes, reduction, root);
   two_shot pass = {.comm = comm, .reduction = reduction, .in = in, .out = out, .bytes = bytes};
   size_t room = (comm->header->slot_bytes - SL_COMM_LINE) / ((size_t)comm->size + 1) * (size_t)comm->size;
-  pass.piece = smaller(comm->tuning.piece, room) / SL_COMM_LINE * SL_COMM_LINE;
+  pass.piece = smaller(smaller(comm->tuning.piece, room), larger(bytes / OVERLAPPING, SMALL_PIECE));
+  pass.piece = pass.piece / SL_COMM_LINE * SL_COMM_LINE;
   pass.wanted = root < 0 || root == comm->rank;
   pass.shared = root != comm->rank && comm->size > 1;
   pass.streaming = bytes >= comm->tuning.streaming && in != out; /* in place it is in the cache already */

@@ -1,6 +1,6 @@
 target_sources(sluice_objects PRIVATE
-  comm/collectives.c comm/exchange.c comm/group.c comm/inbox.c comm/memory.c comm/reductions.c comm/segment.c
-  comm/step.c comm/transfers.c comm/reduce.c comm/reduce_validate.c comm/reference.c comm/scalar.c)
+  comm/collectives.c comm/exchange.c comm/group.c comm/inbox.c comm/memory.c comm/pace.c comm/reductions.c
+  comm/segment.c comm/step.c comm/transfers.c comm/reduce.c comm/reduce_validate.c comm/reference.c comm/scalar.c)
 
 # Products and sums are rounded one by one: fused multiply-adds would give other bits on other tiers.
 set_source_files_properties(comm/reference.c comm/scalar.c PROPERTIES COMPILE_OPTIONS -ffp-contract=off)

@@ -41,9 +41,11 @@ static inline char *sl_step_last_slot(const sl_comm *comm, int rank) {
 }
 
 /* Into the own slot. whole: bytes that are put there at about the same time. The lines of the slot are in the caches of
- * whoever read them last, and a plain store calls each of them back first. */
-static inline void sl_step_put(const sl_comm *comm, void *slot, const void *from, size_t bytes, size_t whole) {
-  if (whole >= comm->tuning.buffer_streaming)
+ * whoever read them last, and a plain store calls each of them back first: see pace.h. */
+static inline void sl_step_put(sl_comm *comm, void *slot, const void *from, size_t bytes, size_t whole) {
+  bool large = whole >= comm->tuning.buffer_streaming;
+  if (large) comm->pace.bytes += bytes;
+  if (large && comm->pace.streaming)
     sl_copy_streaming(slot, from, bytes);
   else if (bytes)
     memcpy(slot, from, bytes);

@@ -1,5 +1,5 @@
 /* Sending and receiving. A transfer that fits into a message travels in it. A larger one is offered: its receiver reads
- * it out of the sender's memory and says so or, where reading is not allowed, asks for it piece by piece. */
+ * it out of the sender's memory and says so or, where that is slower or not allowed, asks for it piece by piece. */
 #define _GNU_SOURCE
 #include "comm/transfers.h"
 
@@ -14,6 +14,7 @@
 #include "comm/futex.h"
 #include "comm/inbox.h"
 #include "comm/memory.h"
+#include "comm/reduce.h"
 #include "comm/spin.h"
 #include "comm/step.h"
 #include "runtime/status.h"
@@ -207,7 +208,7 @@ static sl_status accept(sl_comm *comm, sl_transfer *transfer, const sl_message *
     return SL_OK;
   }
   sl_message answer = {.kind = SL_MESSAGE_ASK, .transfer = message->transfer, .destination = transfer->number};
-  if (comm->reads_memory) {
+  if (comm->reads_memory && message->bytes >= comm->tuning.direct_send) {
     uint64_t address = message->address, number = message->transfer;
     int from = message->from;
     transfer->state = READING;
@@ -246,7 +247,11 @@ static sl_status take_piece(sl_comm *comm, const sl_message *message, const char
   sl_transfer *transfer = find_number(comm->transfers, message->destination);
   if (!transfer || transfer->sends || message->bytes > transfer->bytes - transfer->moved)
     return sl_comm_break(comm, SL_INTERNAL, "rank %d got a piece that it had not asked for", comm->names[comm->rank]);
-  memcpy(transfer->buffer + transfer->moved, content, message->bytes);
+  char *to = transfer->buffer + transfer->moved;
+  if (transfer->bytes >= comm->tuning.streaming)
+    sl_copy_streaming(to, content, message->bytes);
+  else
+    memcpy(to, content, message->bytes);
   transfer->moved += message->bytes;
   if (transfer->moved == transfer->bytes) finish(comm->transfers, transfer);
   return SL_OK;

@@ -64,11 +64,13 @@ typedef struct sl_comm sl_comm;
 /* Which algorithm serves which size, in bytes. What is measured best differs between machines; all ranks use rank
  * 0's. */
 typedef struct sl_comm_tuning {
-  size_t flat;   /* reductions up to here: every rank reads all inputs. Beyond: each reduces a share, then shares it */
-  size_t piece;  /* what a rank puts into its buffer at a time; at most half of buffer_bytes */
-  size_t direct; /* messages from here on are read from the sender's memory, where the system allows it */
+  size_t flat;  /* reductions up to here: every rank reads all inputs. Beyond: each reduces a share, then shares it */
+  size_t piece; /* what a rank puts into its buffer at a time, at most; half of buffer_bytes, at most */
+  size_t
+      direct; /* messages of collectives from here on are read from the sender's memory, where the system allows it */
+  size_t direct_send;      /* what is sent and received, likewise */
   size_t streaming;        /* outputs from here on are written past the caches */
-  size_t buffer_streaming; /* what a rank puts into its buffer at a time, from here on, likewise */
+  size_t buffer_streaming; /* what a rank puts into its buffer at a time, from here on, may be, if that is faster */
 } sl_comm_tuning;
 
 /* What sl_comm_create() uses for a group of this size if it isn't told. */

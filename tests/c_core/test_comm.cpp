@@ -40,7 +40,7 @@ class Comm : public testing::TestWithParam<Shape> {
     sl_comm_default_tuning(GetParam().size, &tuning);
     tuning.piece = 16 << 10;
     tuning.flat = 1 << 10;
-    tuning.direct = GetParam().direct ? 2 << 10 : SIZE_MAX;
+    tuning.direct = tuning.direct_send = GetParam().direct ? 2 << 10 : SIZE_MAX;
     tuning.streaming = 8 << 10;
     tuning.buffer_streaming = 4 << 10;
     run_threads(GetParam().size, body, 64 << 10, &tuning);
@@ -212,7 +212,7 @@ INSTANTIATE_TEST_SUITE_P(Ranks, CommSequence, testing::Values(1, 2, 3, 5, 8));
 
 TEST_P(CommSequence, ManyCallsInARow) {
   int size = GetParam();
-  sl_comm_tuning tuning = {1 << 10, 16 << 10, 24 << 10, 8 << 10, 12 << 10};
+  sl_comm_tuning tuning = {1 << 10, 16 << 10, 24 << 10, 24 << 10, 8 << 10, 12 << 10};
   auto body = [&](sl_comm *comm, int rank) {
     std::mt19937 random(11);
     for (int call = 0; call < 300; ++call) {

@@ -261,8 +261,9 @@ void run_round(unsigned seed, unsigned operations) {
   std::mt19937 random(seed);
   int size = 2 + static_cast<int>(random() % 7);
   size_t flat = 64u << random() % 8;
-  sl_comm_tuning tuning = {flat, 16 << 10, random() % 2 ? SIZE_MAX : 1024u << random() % 8, 8u << 10 << random() % 4,
-                           4u << 10 << random() % 4};
+  size_t direct = random() % 2 ? SIZE_MAX : 1024u << random() % 8;
+  size_t direct_send = random() % 2 ? SIZE_MAX : 1024u << random() % 8;
+  sl_comm_tuning tuning = {flat, 16 << 10, direct, direct_send, 8u << 10 << random() % 4, 4u << 10 << random() % 4};
   if (random() % 4 == 0) setenv("SLUICE_COMM_READS", "0", 1);
   std::vector<Message> messages = random_messages(random, size, operations);
   Subset subset(random, size);

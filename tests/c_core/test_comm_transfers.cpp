@@ -9,7 +9,6 @@ namespace {
 
 using ranks::Outcome;
 using ranks::run_processes;
-using ranks::run_threads;
 
 const int64_t timeout = 30000;
 
@@ -40,10 +39,13 @@ sl_status receive(sl_comm *comm, std::vector<char> *buffer, int rank, uint64_t t
 /* With reading of other processes' memory, and without. */
 class Transfers : public testing::TestWithParam<bool> {
  protected:
-  void SetUp() override {
-    if (!GetParam()) setenv("SLUICE_COMM_READS", "0", 1);
+  void run_threads(int size, const ranks::Body &body) {
+    sl_comm_tuning tuning;
+    sl_comm_default_tuning(size, &tuning);
+    tuning.direct_send = GetParam() ? 0 : SIZE_MAX;
+    tuning.streaming = 1 << 20;
+    ranks::run_threads(size, body, 0, &tuning);
   }
-  void TearDown() override { unsetenv("SLUICE_COMM_READS"); }
 };
 INSTANTIATE_TEST_SUITE_P(Ways, Transfers, testing::Bool(),
                          [](const testing::TestParamInfo<bool> &way) { return way.param ? "direct" : "pieces"; });
@@ -302,7 +304,7 @@ TEST(TransferFaults, WhatWasSentBeforeLeavingArrives) {
 }
 
 TEST(TransferArguments, AreChecked) {
-  run_threads(2, [](sl_comm *comm, int rank) {
+  ranks::run_threads(2, [](sl_comm *comm, int rank) {
     sl_transfer *transfer;
     char byte = 0;
     EXPECT_EQ(sl_comm_send(comm, &byte, 1, rank, 0, &transfer), SL_INVALID_ARGUMENT);

@@ -13,7 +13,8 @@ from torch_sluice.parallel.tuning import NEVER, Tuning
 
 SMALL = tune.Question("flat", (1, 2, 4), ("all_reduce",), serves_small=True)
 LARGE = tune.Question("direct", (1, 2, 4), ("all_gather",))
-EXAMPLE = Tuning(flat=1 << 14, piece=1 << 18, direct=NEVER, streaming=1 << 22, buffer_streaming=0)
+ONES = dict.fromkeys(("flat", "piece", "direct", "direct_send", "streaming", "buffer_streaming"), 1)
+EXAMPLE = Tuning(flat=1 << 14, piece=1 << 18, direct=NEVER, direct_send=NEVER, streaming=1 << 22, buffer_streaming=0)
 
 
 @pytest.mark.parametrize(
@@ -57,8 +58,8 @@ def test_file_keeps_what_it_had_of_other_machines_and_numbers_of_ranks(tmp_path)
         ('{"two": {}}', "two"),
         ('{"0": {}}', "0 ranks, expected 1 to 1024"),
         ('{"2": {"flat": 1}}', "an entry has flat, expected flat, piece"),
-        ('{"2": {"flat": -1, "piece": 1, "direct": 1, "streaming": 1, "buffer_streaming": 1}}', "flat is -1"),
-        ('{"2": {"flat": 1, "piece": "1", "direct": 1, "streaming": 1, "buffer_streaming": 1}}', "piece is '1'"),
+        (json.dumps({"2": ONES | {"flat": -1}}), "flat is -1"),
+        (json.dumps({"2": ONES | {"piece": "1"}}), "piece is '1'"),
     ],
 )
 def test_file_that_is_none_is_warned_of_and_changes_nothing(tmp_path, monkeypatch, content, problem):
@@ -132,7 +133,8 @@ def collectives_under(chosen):
         {"flat": NEVER},
         {"piece": 1},
         {"piece": NEVER},
-        {"direct": 0},
+        {"direct": 0, "direct_send": 0},
+        {"direct": NEVER, "direct_send": NEVER},
         {"streaming": 0, "buffer_streaming": 0},
         {"streaming": NEVER, "buffer_streaming": NEVER},
     ],

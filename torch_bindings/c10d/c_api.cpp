@@ -48,9 +48,9 @@ SLUICE_EXPORT const char *sluice_c10d_torch_version() { return TORCH_VERSION; }
 SLUICE_EXPORT void sluice_c10d_set_factory(sluice::c10d_backend::Factory make) { sluice::c10d_backend::factory = make; }
 
 // How groups of so many ranks of one host choose, from now on; see sl_comm_tuning.
-SLUICE_EXPORT void sluice_c10d_set_tuning(int size, size_t flat, size_t piece, size_t direct, size_t streaming,
-                                          size_t buffer_streaming) {
-  sluice::c10d_backend::set_tuning(size, {flat, piece, direct, streaming, buffer_streaming});
+SLUICE_EXPORT void sluice_c10d_set_tuning(int size, size_t flat, size_t piece, size_t direct, size_t direct_send,
+                                          size_t streaming, size_t buffer_streaming) {
+  sluice::c10d_backend::set_tuning(size, {flat, piece, direct, direct_send, streaming, buffer_streaming});
 }
 
 // Back to the defaults.

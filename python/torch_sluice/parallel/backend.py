@@ -6,6 +6,7 @@ Objects of c10d go to and fro under a name in torch's own registry of process gr
 import ctypes
 import functools
 import itertools
+from dataclasses import fields
 
 import torch
 from torch import distributed
@@ -61,7 +62,7 @@ def load_library() -> ctypes.CDLL:
     library.sluice_c10d_read_statistics.argtypes = [ctypes.POINTER(ctypes.c_uint64)]
     library.sluice_c10d_set_factory.argtypes = [_FACTORY]
     library.sluice_c10d_set_factory(_make_other_backend)
-    library.sluice_c10d_set_tuning.argtypes = [ctypes.c_int, *[ctypes.c_size_t] * 5]
+    library.sluice_c10d_set_tuning.argtypes = [ctypes.c_int, *[ctypes.c_size_t] * len(fields(tuning.Tuning))]
     tuning.apply_tunings(library)
     return library
 

@@ -27,7 +27,7 @@ _LEAST_GAIN = 0.02  # of the time; less isn't worth leaving the default for
 
 @dataclass(frozen=True)
 class Question:
-    """One of the five sizes, and how it is decided: calls of these sizes, with it and without it."""
+    """One of the six sizes, and how it is decided: calls of these sizes, with it and without it."""
 
     name: str
     sizes: tuple[int, ...]
@@ -40,6 +40,7 @@ QUESTIONS = (
     Question("buffer_streaming", (32 * KB, 128 * KB, 512 * KB, 2 * MB), ("all_reduce",)),
     Question("flat", (KB, 4 * KB, 16 * KB, 64 * KB, 256 * KB, MB), ("all_reduce",), serves_small=True),
     Question("direct", (16 * KB, 128 * KB, MB, 8 * MB), ("all_gather", "broadcast")),
+    Question("direct_send", (32 * KB, 256 * KB, 2 * MB, 16 * MB), ("send",)),
     Question("streaming", (256 * KB, MB, 4 * MB, 16 * MB), ("all_gather",)),
 )
 
@@ -208,5 +209,12 @@ def _operation(call: str, size: int, ranks: int, group) -> Callable[[], object]:
         return lambda: distributed.all_reduce(tensor, group=group)
     if call == "broadcast":
         return lambda: distributed.broadcast(tensor, 0, group=group)
+    if call == "send":  # between neighbours in pairs
+        rank = distributed.get_rank()
+        if rank ^ 1 >= ranks:
+            return lambda: None
+        if rank % 2 == 0:
+            return lambda: distributed.send(tensor, rank + 1, group=group)
+        return lambda: distributed.recv(tensor, rank - 1, group=group)
     gathered = list(torch.empty(ranks, tensor.numel()))
     return lambda: distributed.all_gather(gathered, tensor, group=group)

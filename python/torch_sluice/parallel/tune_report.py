@@ -14,6 +14,7 @@ _WORDS = {
     "buffer_streaming": "pieces are written past the caches from",
     "flat": "every rank reduces everything up to",
     "direct": "memory of other processes is read from",
+    "direct_send": "what is sent is read from the sender's memory from",
     "streaming": "results are written past the caches from",
 }
 

@@ -31,6 +31,7 @@ class Tuning:
     flat: int
     piece: int
     direct: int
+    direct_send: int
     streaming: int
     buffer_streaming: int
 
