@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.devices import DEVICES
+from support.devices import DEVICES, INDUCTOR
 
 from torch_sluice.accumulate import operators
 from torch_sluice.accumulate.operators import BLOCK, STATS, count_blocks
@@ -196,7 +196,7 @@ def test_opcheck(name, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=INDUCTOR)])
 def test_the_operators_trace_into_a_whole_graph(backend, device):
     torch._dynamo.reset()
 

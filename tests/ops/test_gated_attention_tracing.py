@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.attention import random_inputs
-from support.devices import DEVICES
+from support.devices import DEVICES, INDUCTOR
 
 from torch_sluice import gated_attention
 
@@ -60,6 +60,7 @@ def test_compile(options, dynamic, device):
             assert torch.equal(ours, eager)
 
 
+@INDUCTOR
 @pytest.mark.parametrize("device", DEVICES)
 def test_inductor(device):
     """The code generator behind torch.compile, with the operator amid what it generates code for."""
