@@ -1,5 +1,10 @@
-"""Times training steps in parallel, data parallel and tensor parallel: Sluice against Gloo, in the same processes."""
+"""Times training steps in parallel, data parallel and tensor parallel: Sluice against Gloo.
 
+The backends take turns in processes of their own: DTensor takes meshes of the same ranks for the same one, and would
+send the calls of the second backend's model to the first one's group.
+"""
+
+import math
 import signal
 import statistics
 import sys
@@ -10,8 +15,9 @@ from benchmarks.collective_report import median_ratio
 
 
 def parse_options():
-    parser = harness.make_parser(__doc__.splitlines()[0], repeats=11)
+    parser = harness.make_parser(__doc__.splitlines()[0], repeats=5)
     parser.set_defaults(threads=1)
+    parser.add_argument("--rounds", type=int, default=3, help="of processes, for each backend")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--kind", nargs="+", choices=["data", "tensor"], default=["data", "tensor"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[16, 128, 1024], help="of a rank's batch")
@@ -28,8 +34,10 @@ def parse_options():
         )
     if options.backend == options.peer:
         parser.error("--backend and --peer must differ")
+    if options.rounds < 1:
+        parser.error(f"--rounds is {options.rounds}, expected 1 or more")
     if options.quick:
-        options.tokens, options.repeats = options.tokens[:1], min(options.repeats, 3)
+        options.tokens, options.repeats, options.rounds = options.tokens[:1], min(options.repeats, 3), 1
     return options
 
 
@@ -38,11 +46,19 @@ def measure(kind: str, tokens: int, options, machine: dict) -> dict:
     facts = {"tokens": tokens, "hidden": options.hidden, "layers": options.layers}
     arguments = ["--kind", kind, "--repeats", str(options.repeats)]
     arguments += [word for name, value in facts.items() for word in (f"--{name}", str(value))]
-    peers = f"torch:{options.backend},{options.peer}"
-    with Run(peers, options.ranks, arguments, program="benchmarks.parallel_step_rank") as run:
-        seconds = next(run.rows())
-        for _ in run.rows():  # until its ranks have ended
-            pass
+    backends = [options.backend, options.peer]
+    seconds, losses = {backend: [] for backend in backends}, {}
+    for turn in range(options.rounds):
+        for backend in reversed(backends) if turn % 2 else backends:
+            with Run(f"torch:{backend}", options.ranks, arguments, program="benchmarks.parallel_step_rank") as run:
+                result = next(run.rows())
+                for _ in run.rows():  # until its ranks have ended
+                    pass
+            seconds[backend] += result["seconds"]
+            losses[backend] = result["losses"]
+    for one, other in zip(*losses.values(), strict=True):
+        if not math.isclose(one, other, rel_tol=1e-4):
+            raise RunFailed(f"{' and '.join(backends)} come to different losses: {losses}")
     row = {"operation": "step", "parallel": kind, **facts, "ranks": options.ranks}
     row["seconds"] = statistics.median(seconds[options.backend])
     row["peers"] = {options.peer: statistics.median(seconds[options.peer])}

@@ -1,4 +1,4 @@
-"""One rank of the benchmark of training steps: the same model on two backends of torch.distributed, in turn.
+"""One rank of the benchmark of training steps: a model on one backend of torch.distributed.
 
 The model is a stack of Llama-like blocks in plain torch. Data parallel: DistributedDataParallel. Tensor parallel: plans
 of DTensor that cut heads and hidden units, with one all_reduce each after attention and MLP, forward and backward.
@@ -108,28 +108,21 @@ def time_step(step, times: int) -> float:
 def main() -> None:
     die_with_parent()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peer", required=True, help="torch:BACKEND,PEER")
+    parser.add_argument("--peer", required=True, help="torch:BACKEND")
     parser.add_argument("--kind", choices=["data", "tensor"], required=True)
     for name in ("tokens", "hidden", "layers", "repeats"):
         parser.add_argument(f"--{name}", type=int, required=True)
     options = parser.parse_args()
     begin_torch(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["MASTER_PORT"]))
-    backends = options.peer.removeprefix("torch:").split(",")
-    steps = {backend: make_step(options.kind, backend, options) for backend in backends}
-    losses = [[step() for _ in range(3)] for step in steps.values()]
-    if not torch.allclose(*(torch.tensor(each) for each in losses), rtol=1e-4):
-        raise RuntimeError(f"the backends {' and '.join(backends)} come to different losses: {losses}")
-    once = torch.tensor([time_step(step, 2) for step in steps.values()], dtype=torch.float64)
+    step = make_step(options.kind, options.peer.removeprefix("torch:"), options)
+    losses = [step() for _ in range(3)]
+    once = torch.tensor(time_step(step, 2))
     distributed.all_reduce(once, distributed.ReduceOp.MAX)
-    times = max(1, round(0.05 / once.min().item()))
-    seconds = {backend: [] for backend in backends}
-    for turn in range(options.repeats):
-        for backend in backends if turn % 2 else reversed(backends):
-            seconds[backend].append(time_step(steps[backend], times))
-    slowest = torch.tensor(list(seconds.values()), dtype=torch.float64)
+    times = max(1, round(0.05 / once.item()))
+    slowest = torch.tensor([time_step(step, times) for _ in range(options.repeats)], dtype=torch.float64)
     distributed.all_reduce(slowest, distributed.ReduceOp.MAX)
     if distributed.get_rank() == 0:
-        print(MARK + json.dumps(dict(zip(backends, slowest.tolist(), strict=True))), flush=True)
+        print(MARK + json.dumps({"seconds": slowest.tolist(), "losses": losses}), flush=True)
     distributed.barrier()
     os._exit(0)  # what is left of a backend's threads must not hold up the end
 
