@@ -7,12 +7,15 @@ from functools import partial
 
 import pytest
 import torch
+from support import rank_pool
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn import functional
 from torch.testing._internal.distributed._tensor import common_dtensor as helpers
+
+rank_pool.preload("torch.testing._internal.distributed._tensor.common_dtensor")
 
 HAS_EXPERTS = hasattr(helpers, "ExpertLayer")
 without_experts = pytest.mark.skipif(not HAS_EXPERTS, reason="the helpers of this torch have no experts")
