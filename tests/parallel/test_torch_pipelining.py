@@ -80,7 +80,7 @@ def test_schedule_in_the_shape_of_a_v(ranks, name):
 
 
 def split_by_tracing():
-    """Torch traces the model and cuts the graph; tied weights lie in two stages, one of which owns them."""
+    """Torch traces the model and cuts its graph before each layer but the first."""
     rank, size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(2)
     whole = Transformer(ModelArgs(n_layers=4, dropout_p=0.0, weight_tying=False))
