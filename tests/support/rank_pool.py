@@ -18,7 +18,15 @@ from functools import cache
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch_sluice", "support.rank_pool"])
+_preloaded = ["torch", "torch.distributed.tensor", "torch_sluice", "support.rank_pool"]
+_CONTEXT.set_forkserver_preload(_preloaded)
+
+
+def preload(*modules):
+    """Has the server import these, too, which every rank would have to by itself otherwise. For test files, while they
+    are loaded: later the server runs."""
+    _preloaded.extend(module for module in modules if module not in _preloaded)
+    _CONTEXT.set_forkserver_preload(_preloaded)
 
 
 class RankFailed(AssertionError):
