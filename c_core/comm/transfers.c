@@ -415,12 +415,14 @@ static sl_transfer copy_of(const sl_transfer *transfer) {
   return copy;
 }
 
-/* Whether the ranks that could complete the transfer still can. */
-static sl_status look_after(sl_transfer *transfer) {
+sl_status sl_transfer_look_after(sl_transfer *transfer) {
+  bool done = false;
+  SL_CHECK(sl_transfer_test(transfer, &done));
+  if (done) return SL_OK;
   sl_comm *comm = transfer->comm;
   const sl_transfer copy = copy_of(transfer);
   char text[160];
-  bool done, any = copy.rank == SL_COMM_ANY_RANK, hope = false;
+  bool any = copy.rank == SL_COMM_ANY_RANK, hope = false;
   for (int i = any ? 0 : copy.rank; i < (any ? comm->size : copy.rank + 1); ++i) {
     if (i == comm->rank) continue;
     bool left = atomic_load(&comm->member[i].state) == SL_MEMBER_LEFT;
@@ -442,6 +444,17 @@ static sl_status look_after(sl_transfer *transfer) {
                               describe(&copy, text));
 }
 
+/* The end of a sentence on a timeout: a rank that is stopped, and kept others waiting if not this one. */
+static const char *describe_stopped(const sl_comm *comm, char text[96]) {
+  text[0] = 0;
+  for (int i = 0; i < comm->size && !*text; ++i) {
+    char name[64];
+    if (i != comm->rank && sl_comm_is_stopped(comm, i))
+      snprintf(text, 96, "; %s is stopped", sl_comm_name_rank(comm, i, name));
+  }
+  return text;
+}
+
 sl_status sl_transfer_wait(sl_transfer *transfer, int64_t timeout) {
   bool done = false;
   char text[160];
@@ -460,14 +473,13 @@ sl_status sl_transfer_wait(sl_transfer *transfer, int64_t timeout) {
     int64_t now = sl_clock();
     if (now - checked < LOOK_INTERVAL && now < deadline) continue;
     checked = now;
-    SL_CHECK(look_after(transfer));
+    SL_CHECK(sl_transfer_look_after(transfer));
     SL_CHECK(sl_transfer_test(transfer, &done));
     if (!done && now >= deadline) {
-      char name[64];
+      char name[64], stopped[96];
       const sl_transfer copy = copy_of(transfer);
-      bool stopped = copy.rank >= 0 && sl_comm_is_stopped(comm, copy.rank);
       return sl_comm_break(comm, SL_TIMEOUT, "timeout in %s at %s%s", describe(&copy, text),
-                           sl_comm_name_rank(comm, comm->rank, name), stopped ? "; the other rank is stopped" : "");
+                           sl_comm_name_rank(comm, comm->rank, name), describe_stopped(comm, stopped));
     }
   }
   return SL_OK;

@@ -165,6 +165,10 @@ SL_API sl_status sl_transfer_test(sl_transfer *transfer, bool *done);
 /* Waits until it is done. SL_TIMEOUT breaks the group, as everywhere. */
 SL_API sl_status sl_transfer_wait(sl_transfer *transfer, int64_t timeout);
 
+/* Breaks the group if a rank that could complete it has ended or left, as sl_transfer_wait() does in between. For those
+ * who only test: a few times a second will do. */
+SL_API sl_status sl_transfer_look_after(sl_transfer *transfer);
+
 /* The rank of the other side; SL_COMM_ANY_RANK as long as it isn't known. */
 SL_API int sl_transfer_peer(const sl_transfer *transfer);
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import torch_sluice.info
-from benchmarks import accumulate, gated_attention, recall
+from benchmarks import accumulate, gated_attention, import_time, recall
 
 WHERE = {"threads", "isa", "processor", "torch"}
 
@@ -70,6 +70,18 @@ def test_accumulate(rows_of, monkeypatch, capsys):
     assert errors["float32"] < errors["scaled float16, nearest"] < errors["float16"]
     assert {(row["seconds"], row["ratio"]) for row in kinds["error"]} == {(None, None)}
     assert "error of the sum of a window" in capsys.readouterr().out
+
+
+def test_import_time(rows_of, capsys):
+    (row,) = rows_of(import_time, "--repeats=1")
+    assert (row["operation"], row["repeats"]) == ("import torch", 1)
+    off, absent = row["peers"]["autoload off"], row["peers"]["no entry points"]
+    assert (absent is None) == import_time.is_installed()
+    assert row["ratio"] == pytest.approx(off / row["seconds"])
+    assert row["added_seconds"]["autoload off"] == pytest.approx(row["seconds"] - off)
+    assert row["spread"]["registered"] == [row["seconds"]] * 2
+    assert import_time.middle_half([5.0, 1.0, 3.0, 2.0, 4.0]) == [2.0, 4.0]
+    assert "registering adds" in capsys.readouterr().out
 
 
 def test_recall(rows_of, capsys):

@@ -441,6 +441,8 @@ def test_bad_arguments():
         AdaptiveAllReduce().apply_to_fsdp(nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"timeout is 3, expected a datetime\.timedelta or None"):
         AdaptiveAllReduce(timeout=3)
+    with pytest.raises(TypeError, match=r"grad_scaler is 2\.0, expected a torch\.amp\.GradScaler or None"):
+        AdaptiveAllReduce(grad_scaler=2.0)
     with pytest.raises(TypeError, match="model is a Linear, expected a DistributedDataParallel"):
         AdaptiveAllReduce().apply_to_ddp(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="model is a int, expected a torch.nn.Module"):

@@ -52,7 +52,21 @@ def receive_alone(pid):
     return hear_of_a_loss(lambda: dist.recv(torch.ones(100), 1), pid)
 
 
-@pytest.mark.parametrize("alone", [all_reduce_alone, wait_alone, receive_alone], ids=lambda alone: alone.__name__)
+def receive_without_waiting(pid):
+    """Nobody is in a call of the group: the driver thread hears of it."""
+    work = dist.irecv(torch.ones(100), 1)
+    future = dist.irecv(torch.ones(100), 1).get_future()
+    with pytest.raises(RuntimeError, match=rf"rank 1 \(process {pid}\) has ended"):
+        future.wait()
+    while not work.is_completed():
+        time.sleep(0.01)
+    assert not work.is_success()
+
+
+LONELY = [all_reduce_alone, wait_alone, receive_alone, receive_without_waiting]
+
+
+@pytest.mark.parametrize("alone", LONELY, ids=lambda alone: alone.__name__)
 def test_a_rank_that_was_killed_is_named(two, alone):
     pid = two.run(process_number)[1]
     os.kill(pid, signal.SIGKILL)

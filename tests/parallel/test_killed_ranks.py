@@ -48,7 +48,20 @@ def send_or_receive(group):
         (dist.send if rank == 2 else dist.recv)(whole(), 3 - rank, group)
 
 
-SPOKEN = {"send": "(?:send|recv)"}  # what errors call it, where it is something else
+def receive_from_any_and_answer(group):
+    """The one that answers waits for both of the others."""
+    if dist.get_rank() == 0:
+        for _ in range(2):
+            dist.recv(whole(), group=group)
+        for rank in (1, 2):
+            dist.send(torch.ones(1), rank, group)
+    else:
+        dist.send(whole(), 0, group)
+        dist.recv(torch.ones(1), 0, group)
+
+
+# What errors call it, where it is something else.
+SPOKEN = dict.fromkeys(("send", "recv from any", "monitored_barrier"), "(?:send|recv)")
 
 # The victim is the root where others wait for the root alone, and no root where the root waits for the others.
 CALLS = {
@@ -62,6 +75,8 @@ CALLS = {
     "all_to_all": lambda group: dist.all_to_all(parts(), parts(), group),
     "barrier": lambda group: dist.barrier(group),
     "send": send_or_receive,
+    "recv from any": receive_from_any_and_answer,
+    "monitored_barrier": lambda group: group.monitored_barrier(),
 }
 
 
@@ -81,7 +96,7 @@ def call_until_it_fails(name, seconds, marker, number):
     try:
         while True:
             CALLS[name](group)
-    except dist.DistBackendError as error:
+    except RuntimeError as error:  # DistBackendError, but from monitored_barrier
         return time.monotonic(), str(error)
 
 
@@ -104,14 +119,17 @@ def test_a_rank_killed_in_the_middle_is_named_at_once(three, tmp_path, name):
         assert seconds < AT_ONCE
 
 
-@pytest.mark.parametrize("name", ["all_reduce", "all_gather", "broadcast", "barrier", "send"])
-def test_a_stopped_rank_is_named_at_the_timeout(three, tmp_path, name):
-    pid = three.processes[VICTIM].pid
-    for seconds, text in strike(three, tmp_path / "time", name, 1, signal.SIGSTOP):
-        assert re.search(rf"Timed out waiting 1000ms: .*rank 1 \(process {pid}\).* is stopped", text), text
-        assert seconds > 0.5
-    os.kill(pid, signal.SIGCONT)
-    assert "is stopped" in three.receive(only=[VICTIM])[VICTIM][1]  # it hears of it too, once it goes on
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "monitored_barrier"])  # which names the absent
+def test_a_stopped_rank_is_named_at_the_timeout(ranks, tmp_path, name):
+    pool = ranks(3)
+    pid = pool.processes[VICTIM].pid
+    try:
+        for seconds, text in strike(pool, tmp_path / "time", name, 1, signal.SIGSTOP):
+            assert re.search(rf"Timed out waiting 1000ms: .*rank 1 \(process {pid}\).* is stopped", text), text
+            assert seconds > 0.5
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert "is stopped" in pool.receive(only=[VICTIM])[VICTIM][1]  # it hears of it too, once it goes on
 
 
 def count_what_is_held():

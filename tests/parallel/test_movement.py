@@ -150,6 +150,16 @@ def test_data_arrives(ranks, check, size):
     ranks(size).run(check)
 
 
+def in_inference_mode(name):
+    with torch.inference_mode():
+        globals()[name]()
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_data_arrives_in_inference_mode(ranks, check):
+    ranks(2).run(in_inference_mode, check.__name__)
+
+
 def move_objects():
     rank, size = dist.get_rank(), dist.get_world_size()
     own = {"rank": rank, "text": "x" * 1000 * rank}

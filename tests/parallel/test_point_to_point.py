@@ -58,6 +58,23 @@ def receive_from_any():
             dist.send(torch.zeros(2), 0)
 
 
+def receive_from_any_by_tag():
+    """A message with another tag stays for the receive that wants it."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if rank:
+        works = [dist.isend(torch.full((50_000,), float(10 * tag + rank)), 0, tag=tag) for tag in (3, 5)]
+        for work in works:
+            work.wait()
+        return
+    for tag in (5, 3):
+        seen = {}
+        for _ in range(size - 1):
+            tensor = torch.zeros(50_000)
+            sender = dist.recv(tensor, tag=tag)
+            seen[sender] = tensor.unique().tolist()
+        assert seen == {r: [10.0 * tag + r] for r in range(1, size)}
+
+
 def transfer_without_waiting():
     """Nobody waits, and collectives go on meanwhile: the driver thread does it."""
     rank = dist.get_rank()
@@ -118,7 +135,7 @@ def test_between_two(ranks, check):
     ranks(2).run(check)
 
 
-@pytest.mark.parametrize("check", [receive_from_any, batch])
+@pytest.mark.parametrize("check", [receive_from_any, receive_from_any_by_tag, batch])
 def test_between_three(ranks, check):
     ranks(3).run(check)
 
@@ -150,6 +167,26 @@ def mismatch():
 
 def test_sizes_that_differ_are_an_error_on_both_sides(ranks):
     ranks(2).run(mismatch)
+
+
+def wait_with_a_timeout():
+    """It counts as that of the group: both sides hear of it."""
+    group = dist.new_group()
+    if dist.get_rank() == 0:
+        work = dist.irecv(torch.zeros(10), 1, group)
+        with pytest.raises(dist.DistBackendError, match="Timed out waiting 100ms: timeout in recv of 40 bytes from"):
+            work.wait(timedelta(seconds=0.1))
+        assert work.is_completed()
+        assert not work.is_success()
+        dist.barrier()
+    else:
+        dist.barrier()
+        with pytest.raises(dist.DistBackendError, match="timeout in recv of 40 bytes"):
+            dist.send(torch.zeros(10), 0, group)
+
+
+def test_a_transfer_is_waited_for_with_a_timeout(ranks):
+    ranks(2).run(wait_with_a_timeout)
 
 
 def monitor(absent, wait_all_ranks):

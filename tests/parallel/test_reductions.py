@@ -107,14 +107,33 @@ def test_reduce_scatter_gives_each_rank_its_part_of_the_sum(ranks, size):
     ranks(size).run(check_reduce_scatter, CASES, [0, 3, 5001])
 
 
+def reduce_in_inference_mode():
+    with torch.inference_mode():
+        check_all_reduce(CASES, [5])
+        check_reduce(CASES)
+        check_reduce_scatter(CASES, [3])
+        check_premultiplied()
+        reduce_coalesced(torch.float32)
+        sum_sparse()
+
+
+def test_all_of_it_in_inference_mode(ranks):
+    ranks(2).run(reduce_in_inference_mode)
+
+
 def check_premultiplied():
     rank, size = dist.get_rank(), dist.get_world_size()
-    for dtype in FLOATS:
-        tensor = example(rank, dtype, 999)
-        dist.all_reduce(tensor, op=dist._make_nccl_premul_sum(0.3))
-        wide = torch.float32 if dtype.itemsize < 4 else dtype
+    for dtype, factor in itertools.product(FLOATS, (0.3, torch.tensor(0.3, dtype=torch.float64))):
+        op, wide = dist._make_nccl_premul_sum(factor), torch.float32 if dtype.itemsize < 4 else dtype
         inputs = [example(r, dtype, 999).to(wide) * torch.tensor(0.3, dtype=wide) for r in range(size)]
-        assert tensor.equal(reduced("SUM", inputs).to(dtype)), dtype
+        expected = reduced("SUM", inputs).to(dtype)
+        tensor, kept, part = example(rank, dtype, 999), example(rank, dtype, 999), torch.zeros(333, dtype=dtype)
+        dist.all_reduce(tensor, op=op)
+        dist.reduce(kept, 1, op=op)
+        dist.reduce_scatter_tensor(part, example(rank, dtype, 999)[: 333 * size], op=op)
+        assert tensor.equal(expected), dtype
+        assert rank != 1 or kept.equal(expected), dtype
+        assert part.equal(expected[333 * rank : 333 * (rank + 1)]), dtype
 
 
 def test_premultiplied_sum(ranks):

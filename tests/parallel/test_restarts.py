@@ -95,6 +95,16 @@ def uninterrupted(text, tmp_path_factory):
     return losses_of(folder)
 
 
+def test_one_flag_runs_the_same_over_gloo(text, uninterrupted, tmp_path):
+    """To the same losses: the sum of two ranks' gradients is the same in either order."""
+    folder = tmp_path / "run"
+    with started("torch_sluice.cli", *COMMAND, "--backend=gloo", "--data", text, "--out", folder) as process:
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert json.loads((folder / "results.json").read_text())["layout"]["backend"] == "gloo"
+    assert losses_of(folder) == uninterrupted
+
+
 def test_a_job_whose_rank_was_killed_ends_with_the_losses_it_would_have_had(text, uninterrupted, tmp_path):
     folder = tmp_path / "run"
     torchrun = ("torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1", "--monitor-interval=0.1")

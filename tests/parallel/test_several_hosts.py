@@ -99,14 +99,55 @@ def use_what_is_delegated():
     dist.group.WORLD.monitored_barrier()
 
 
+def coalesce():
+    """Calls that are delegated are waited for like others, also where their backend is made for the first of them."""
+    from torch.distributed.distributed_c10d import _coalescing_manager
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    group, device = dist.new_group(), torch.device("cpu")
+    after, before, elements = (rank + 1) % size, (rank - 1) % size, 300_000
+    for _ in range(2):
+        received, given = torch.zeros(elements), torch.full((elements,), float(rank))
+        whole, total = torch.zeros(size * 3), torch.full((elements,), float(rank))
+        with _coalescing_manager(group, device, async_ops=True) as manager:
+            dist.isend(given, after, group)
+            dist.irecv(received, before, group)
+            dist.all_reduce(total, group=group, async_op=True)
+            dist.all_to_all_single(whole, torch.full((size * 3,), float(rank)), group=group, async_op=True)
+        (work,) = manager.works
+        work.wait()
+        assert work.is_completed()
+        assert work.is_success()
+        assert received.unique().tolist() == [float(before)]
+        assert total.unique().tolist() == [float(sum(range(size)))]
+        assert whole.tolist() == [float(r) for r in range(size) for _ in range(3)]
+    received = torch.zeros(elements)
+    with _coalescing_manager(group, device):  # which waits itself
+        dist.isend(given, after, group)
+        dist.irecv(received, before, group)
+    assert received.unique().tolist() == [float(before)]
+    received = torch.zeros(elements)
+    transfers = [dist.P2POp(dist.isend, given, after, group), dist.P2POp(dist.irecv, received, before, group)]
+    for work in dist.batch_isend_irecv(transfers):
+        work.wait()
+    assert received.unique().tolist() == [float(before)]
+    tensors = [torch.full((n,), float(rank)) for n in (1, 500)]
+    with _coalescing_manager(group):  # those that torch itself makes one call of
+        for tensor in tensors:
+            dist.all_reduce(tensor, group=group)
+    assert [tensor.unique().tolist() for tensor in tensors] == [[float(sum(range(size)))]] * 2
+    dist.destroy_process_group(group)
+
+
 @pytest.mark.parametrize("hosts", LAYOUTS)
-@pytest.mark.parametrize("check", [reduce_everything, move_everything, use_what_is_delegated])
+@pytest.mark.parametrize("check", [reduce_everything, move_everything, use_what_is_delegated, coalesce])
 def test_across_hosts(ranks, check, hosts):
     ranks(len(hosts), hosts).run(check)
 
 
 def make_groups():
-    """Of one host, across, and of one rank: each finds out for itself."""
+    """Of one host, across, and of one rank: each finds out for itself, whatever a launcher says."""
+    os.environ.update(LOCAL_WORLD_SIZE="4", LOCAL_RANK=os.environ["RANK"], GROUP_RANK="0")
     rank = dist.get_rank()
     for members in ([0, 2], [1, 3], [0, 1], [1, 2, 3], [2]):
         group = dist.new_group(members)

@@ -29,8 +29,8 @@ def may_mount():
     return subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
 
 
-def move_into_own_namespace(options):
-    """This rank alone sees another /dev/shm from now on, or, for no options, a /dev without one."""
+def mount_over(folder, options=""):
+    """This rank alone sees an empty folder there from now on."""
     system = ctypes.CDLL(None, use_errno=True)
 
     def check(result):
@@ -39,14 +39,11 @@ def move_into_own_namespace(options):
 
     check(system.unshare(NEW_NAMESPACE))
     check(system.mount(None, b"/", None, ctypes.c_ulong(PRIVATE_AND_BELOW), None))
-    if options:
-        check(system.mount(b"none", b"/dev/shm", b"tmpfs", ctypes.c_ulong(NO_EXECUTION), options.encode()))
-    else:
-        check(system.mount(b"none", b"/dev", b"tmpfs", ctypes.c_ulong(0), None))
+    check(system.mount(b"none", folder.encode(), b"tmpfs", ctypes.c_ulong(NO_EXECUTION), options.encode()))
 
 
 def use_everything(options):
-    move_into_own_namespace(options)
+    mount_over("/dev/shm" if options else "/dev", options or "")
     if options:
         with pytest.raises(OSError, match="No space left"):
             Path("/dev/shm/full").write_bytes(bytes(1 << 20))
@@ -74,6 +71,37 @@ def use_everything(options):
 @pytest.mark.parametrize("options", ["size=4k", None], ids=["tiny, noexec", "missing"])
 def test_nothing_depends_on_dev_shm(two, options):
     assert two.run(use_everything, options) == [[], []]
+
+
+def memories():
+    """By inode: what this process has mapped of groups."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {line.split()[4] for line in lines if "memfd:sluice" in line}
+
+
+def hide_the_first_rank(pid):
+    """From the others, so that what it makes can't be opened by them, though all say that they are on one host."""
+    if dist.get_rank():
+        mount_over(f"/proc/{pid}")
+    before, group = memories(), dist.new_group()
+    found = memories() - before
+    tensor = torch.full((3000,), dist.get_rank() + 1.0)
+    dist.all_reduce(tensor, group=group)
+    assert tensor.unique().tolist() == [6.0]
+    dist.destroy_process_group(group)
+    return found
+
+
+@pytest.mark.skipif(not may_mount(), reason="making a mount namespace isn't allowed here")
+def test_ranks_share_memory_if_they_can_open_it_whatever_they_say_of_their_host():
+    pool = Ranks(3)
+    try:
+        first, *others = pool.run(hide_the_first_rank, pool.processes[0].pid)
+        assert others[0] == others[1]
+        assert len(others[0]) == 1
+        assert not first & others[0]
+    finally:
+        pool.close()
 
 
 @contextlib.contextmanager

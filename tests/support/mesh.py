@@ -4,6 +4,7 @@ import dataclasses
 
 import torch
 
+from support import rank_pool
 from torch_sluice.accumulate.policy import make_policy
 from torch_sluice.train.data import load_corpus
 from torch_sluice.train.mesh.layout import Layout, check_fit
@@ -12,12 +13,16 @@ from torch_sluice.train.settings import PRESETS
 from torch_sluice.train.side import Side
 from torch_sluice.train.sluice import SluiceSide
 
+rank_pool.preload("torch_sluice.train.mesh.side", "transformers.models.llama.modeling_llama")
+
 SETTINGS = dataclasses.replace(
-    PRESETS["demo"], steps=50, context=40, micro_batches=4, micro_size=1, layers=2, width=16, heads=2, feedforward=24,
+    PRESETS["demo"], steps=50, context=40, micro_batches=4, micro_size=1, layers=2, width=16, heads=4, feedforward=24,
     local_window=4, target_density=0.4, warmup=5, gate_learning_rate=0.1,
 )  # fmt: skip
-DEEP = dataclasses.replace(SETTINGS, layers=4, steps=8)  # for two stages a rank
+DEEP = dataclasses.replace(SETTINGS, layers=4)  # for four stages
+FEW = dataclasses.replace(SETTINGS, micro_batches=2)  # for tensor parallel, where each rank computes on all of them
 SHORT = dataclasses.replace(SETTINGS, steps=8)
+WIDE = dataclasses.replace(DEEP, steps=5, micro_batches=8)  # for 8 ranks, and for two pipelines of four stages
 
 
 def write_text(folder):

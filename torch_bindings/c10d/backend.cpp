@@ -127,7 +127,7 @@ Milliseconds ProcessGroupSluice::timeout_or_default(Milliseconds timeout) const 
   if (!backend) {
     auto store = c10::make_intrusive<::c10d::PrefixStore>(kind, store_);
     backend = make_backend_(kind, store, rank_, size_, Milliseconds(timeout_ms_));
-    if (coalesced_) backend->startCoalescing();
+    if (coalesced_ && backend->supportsCoalescing()) backend->startCoalescing();
   }
   return backend.get();
 }
@@ -142,6 +142,11 @@ WorkPtr ProcessGroupSluice::remember(WorkPtr work) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (coalesced_) coalesced_->push_back(work);
   return work;
+}
+
+// A backend that coalesces says at the end what there is to wait for; for one that doesn't, this one does.
+WorkPtr ProcessGroupSluice::delegate(const ::c10d::Backend &other, WorkPtr work) {
+  return other.supportsCoalescing() ? work : remember(work);
 }
 
 // Calls in between begin as they come; what is gained is one object to wait for.

@@ -92,7 +92,8 @@ class ProcessGroupSluice final : public ::c10d::Backend {
   ::c10d::Backend *backend_of_kind(const std::string &kind);
 
   WorkPtr launch(Operation::Arguments arguments, bool asynchronous);
-  WorkPtr remember(WorkPtr work);  // for endCoalescing()
+  WorkPtr remember(WorkPtr work);                                // for endCoalescing()
+  WorkPtr delegate(const ::c10d::Backend &other, WorkPtr work);  // what the other backend made of a call
 
   const StorePtr store_;
   const c10::intrusive_ptr<Options> options_;

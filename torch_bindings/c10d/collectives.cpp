@@ -21,7 +21,8 @@ Tensors parts_of(const at::Tensor &whole, int size) {
 }  // namespace
 
 WorkPtr ProcessGroupSluice::allreduce(Tensors &tensors, const ::c10d::AllreduceOptions &options) {
-  if (::c10d::Backend *other = other_backend(tensors, kHierarchical)) return other->allreduce(tensors, options);
+  if (::c10d::Backend *other = other_backend(tensors, kHierarchical))
+    return delegate(*other, other->allreduce(tensors, options));
   if (tensors.size() == 1 && tensors[0].layout() != at::kStrided) return allreduce_sparse(tensors, options);
   at::Tensor tensor = single_tensor("all_reduce", "tensors", tensors);
   Reduction reduction = make_reduction("all_reduce", tensor, options.reduceOp);
@@ -35,7 +36,7 @@ WorkPtr ProcessGroupSluice::allreduce(Tensors &tensors, const ::c10d::AllreduceO
 // Small tensors are put into one, so that they are waited for once; large ones would only be copied about.
 WorkPtr ProcessGroupSluice::allreduce_coalesced(Tensors &tensors, const ::c10d::AllreduceCoalescedOptions &options) {
   if (::c10d::Backend *other = other_backend(tensors, kHierarchical))
-    return other->allreduce_coalesced(tensors, options);
+    return delegate(*other, other->allreduce_coalesced(tensors, options));
   TORCH_CHECK(!tensors.empty(), "sluice: all_reduce_coalesced: tensors is empty, expected at least one");
   constexpr size_t kSmall = size_t{1} << 20;
   size_t bytes = 0;
@@ -65,7 +66,8 @@ WorkPtr ProcessGroupSluice::allreduce_coalesced(Tensors &tensors, const ::c10d::
 }
 
 WorkPtr ProcessGroupSluice::allgather(TensorLists &outputs, Tensors &inputs, const ::c10d::AllgatherOptions &options) {
-  if (::c10d::Backend *other = other_backend(inputs, kHierarchical)) return other->allgather(outputs, inputs, options);
+  if (::c10d::Backend *other = other_backend(inputs, kHierarchical))
+    return delegate(*other, other->allgather(outputs, inputs, options));
   at::Tensor input = single_tensor("all_gather", "the input", inputs);
   const Tensors &list = single_list("all_gather", "the output", outputs, size_);
   for (const at::Tensor &output : list) check_dtype("all_gather", "an output", output, input);
@@ -78,7 +80,7 @@ WorkPtr ProcessGroupSluice::allgather(TensorLists &outputs, Tensors &inputs, con
 WorkPtr ProcessGroupSluice::_allgather_base(at::Tensor &output, at::Tensor &input,
                                             const ::c10d::AllgatherOptions &options) {
   if (::c10d::Backend *other = other_backend(input, kHierarchical))
-    return other->_allgather_base(output, input, options);
+    return delegate(*other, other->_allgather_base(output, input, options));
   Tensors outputs = {output}, inputs = {input};
   return allgather_into_tensor_coalesced(outputs, inputs, options);
 }
@@ -86,7 +88,7 @@ WorkPtr ProcessGroupSluice::_allgather_base(at::Tensor &output, at::Tensor &inpu
 WorkPtr ProcessGroupSluice::allgather_into_tensor_coalesced(Tensors &outputs, Tensors &inputs,
                                                             const ::c10d::AllgatherOptions &options) {
   if (::c10d::Backend *other = other_backend(inputs, kHierarchical)) {
-    return other->allgather_into_tensor_coalesced(outputs, inputs, options);
+    return delegate(*other, other->allgather_into_tensor_coalesced(outputs, inputs, options));
   }
   const char *call = "all_gather_into_tensor";
   TORCH_CHECK(outputs.size() == inputs.size(), "sluice: ", call, ": ", outputs.size(), " outputs for ", inputs.size(),
@@ -112,7 +114,7 @@ WorkPtr ProcessGroupSluice::allgather_into_tensor_coalesced(Tensors &outputs, Te
 WorkPtr ProcessGroupSluice::allgather_coalesced(TensorLists &outputs, Tensors &inputs,
                                                 const ::c10d::AllgatherOptions &options) {
   if (::c10d::Backend *other = other_backend(inputs, kHierarchical))
-    return other->allgather_coalesced(outputs, inputs, options);
+    return delegate(*other, other->allgather_coalesced(outputs, inputs, options));
   const char *call = "all_gather_coalesced";
   TORCH_CHECK(outputs.size() == static_cast<size_t>(size_), "sluice: ", call, ": ", outputs.size(),
               " lists of outputs, expected one for each of the ", size_, " ranks");
@@ -140,7 +142,7 @@ WorkPtr ProcessGroupSluice::allgather_coalesced(TensorLists &outputs, Tensors &i
 WorkPtr ProcessGroupSluice::reduce_scatter(Tensors &outputs, TensorLists &inputs,
                                            const ::c10d::ReduceScatterOptions &options) {
   if (::c10d::Backend *other = other_backend(outputs, kHierarchical))
-    return other->reduce_scatter(outputs, inputs, options);
+    return delegate(*other, other->reduce_scatter(outputs, inputs, options));
   at::Tensor output = single_tensor("reduce_scatter", "the output", outputs);
   const Tensors &list = single_list("reduce_scatter", "the input", inputs, size_);
   for (const at::Tensor &input : list) check_dtype("reduce_scatter", "an input", input, output);
@@ -158,7 +160,7 @@ WorkPtr ProcessGroupSluice::reduce_scatter(Tensors &outputs, TensorLists &inputs
 WorkPtr ProcessGroupSluice::_reduce_scatter_base(at::Tensor &output, at::Tensor &input,
                                                  const ::c10d::ReduceScatterOptions &options) {
   if (::c10d::Backend *other = other_backend(input, kHierarchical))
-    return other->_reduce_scatter_base(output, input, options);
+    return delegate(*other, other->_reduce_scatter_base(output, input, options));
   Tensors outputs = {output}, inputs = {input};
   return reduce_scatter_tensor_coalesced(outputs, inputs, options);
 }
@@ -166,7 +168,7 @@ WorkPtr ProcessGroupSluice::_reduce_scatter_base(at::Tensor &output, at::Tensor 
 WorkPtr ProcessGroupSluice::reduce_scatter_tensor_coalesced(Tensors &outputs, Tensors &inputs,
                                                             const ::c10d::ReduceScatterOptions &options) {
   if (::c10d::Backend *other = other_backend(inputs, kHierarchical)) {
-    return other->reduce_scatter_tensor_coalesced(outputs, inputs, options);
+    return delegate(*other, other->reduce_scatter_tensor_coalesced(outputs, inputs, options));
   }
   const char *call = "reduce_scatter_tensor";
   TORCH_CHECK(outputs.size() == inputs.size(), "sluice: ", call, ": ", outputs.size(), " outputs for ", inputs.size(),
@@ -191,8 +193,12 @@ WorkPtr ProcessGroupSluice::reduce_scatter_tensor_coalesced(Tensors &outputs, Te
 }
 
 WorkPtr ProcessGroupSluice::barrier(const ::c10d::BarrierOptions &options) {
-  if (options.device && options.device->is_cuda()) return backend_of_kind("nccl")->barrier(options);
-  if (::c10d::Backend *other = other_backend(at::Tensor(), kHierarchical)) return other->barrier(options);
+  if (options.device && options.device->is_cuda()) {
+    ::c10d::Backend *nccl = backend_of_kind("nccl");
+    return delegate(*nccl, nccl->barrier(options));
+  }
+  if (::c10d::Backend *other = other_backend(at::Tensor(), kHierarchical))
+    return delegate(*other, other->barrier(options));
   Milliseconds timeout = timeout_or_default(options.timeout);
   auto body = [fabric = fabric_, timeout] { fabric->barrier(timeout); };
   return launch({OpType::BARRIER, "sluice:barrier", {}, {}, body}, options.asyncOp);

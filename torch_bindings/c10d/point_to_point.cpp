@@ -4,6 +4,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 
+#include <algorithm>
+
 namespace sluice::c10d_backend {
 namespace {
 
@@ -26,7 +28,7 @@ std::string join(const std::vector<int> &ranks) {
 }  // namespace
 
 WorkPtr ProcessGroupSluice::send(Tensors &tensors, int destination, int tag) {
-  if (::c10d::Backend *other = other_backend(tensors)) return other->send(tensors, destination, tag);
+  if (::c10d::Backend *other = other_backend(tensors)) return delegate(*other, other->send(tensors, destination, tag));
   at::Tensor tensor = single_tensor("send", "tensors", tensors);
   TORCH_CHECK(destination >= 0 && destination < size_ && destination != rank_, "sluice: send to rank ", destination,
               " of the group, expected another rank than this one, ", rank_, ", of 0 to ", size_ - 1);
@@ -35,7 +37,7 @@ WorkPtr ProcessGroupSluice::send(Tensors &tensors, int destination, int tag) {
 }
 
 WorkPtr ProcessGroupSluice::recv(Tensors &tensors, int source, int tag) {
-  if (::c10d::Backend *other = other_backend(tensors)) return other->recv(tensors, source, tag);
+  if (::c10d::Backend *other = other_backend(tensors)) return delegate(*other, other->recv(tensors, source, tag));
   at::Tensor tensor = single_tensor("recv", "tensors", tensors);
   TORCH_CHECK(source >= 0 && source < size_ && source != rank_, "sluice: recv from rank ", source,
               " of the group, expected another rank than this one, ", rank_, ", of 0 to ", size_ - 1);
@@ -44,7 +46,7 @@ WorkPtr ProcessGroupSluice::recv(Tensors &tensors, int source, int tag) {
 }
 
 WorkPtr ProcessGroupSluice::recvAnysource(Tensors &tensors, int tag) {
-  if (::c10d::Backend *other = other_backend(tensors)) return other->recvAnysource(tensors, tag);
+  if (::c10d::Backend *other = other_backend(tensors)) return delegate(*other, other->recvAnysource(tensors, tag));
   at::Tensor tensor = single_tensor("recv", "tensors", tensors);
   return remember(transfers_->begin(Transfer::Kind::receive_any, tensor, SL_COMM_ANY_RANK, check_tag("recv", tag),
                                     Milliseconds(timeout_ms_)));
@@ -86,7 +88,8 @@ void ProcessGroupSluice::monitoredBarrier(const ::c10d::BarrierOptions &options,
       if (reports[rank]->isCompleted()) break;
       auto left = std::chrono::duration_cast<Milliseconds>(deadline - Clock::now());
       if (left.count() <= 0) break;
-      check_status(sl_comm_wait_for_event(comm(), seen, left.count()), left);
+      check_status(sl_comm_wait_for_event(comm(), seen, std::min(left, Transfer::kLookInterval).count()), left);
+      for (int other = rank; other < size_; ++other) reports[other]->look_after();
     }
     if (!reports[rank]->isCompleted()) absent.push_back(rank);
     if (reports[rank]->isCompleted() && !reports[rank]->isSuccess()) reports[rank]->wait();  // throws why

@@ -33,7 +33,8 @@ Tensors split_rows(const char *name, const at::Tensor &whole, const std::vector<
 }  // namespace
 
 WorkPtr ProcessGroupSluice::broadcast(Tensors &tensors, const ::c10d::BroadcastOptions &options) {
-  if (::c10d::Backend *other = other_backend(tensors, kHierarchical)) return other->broadcast(tensors, options);
+  if (::c10d::Backend *other = other_backend(tensors, kHierarchical))
+    return delegate(*other, other->broadcast(tensors, options));
   at::Tensor tensor = single_tensor("broadcast", "tensors", tensors);
   check_root("broadcast", options.rootRank, size_);
   int root = static_cast<int>(options.rootRank);
@@ -43,7 +44,8 @@ WorkPtr ProcessGroupSluice::broadcast(Tensors &tensors, const ::c10d::BroadcastO
 }
 
 WorkPtr ProcessGroupSluice::reduce(Tensors &tensors, const ::c10d::ReduceOptions &options) {
-  if (::c10d::Backend *other = other_backend(tensors, kHierarchical)) return other->reduce(tensors, options);
+  if (::c10d::Backend *other = other_backend(tensors, kHierarchical))
+    return delegate(*other, other->reduce(tensors, options));
   at::Tensor tensor = single_tensor("reduce", "tensors", tensors);
   check_root("reduce", options.rootRank, size_);
   Reduction reduction = make_reduction("reduce", tensor, options.reduceOp);
@@ -56,7 +58,7 @@ WorkPtr ProcessGroupSluice::reduce(Tensors &tensors, const ::c10d::ReduceOptions
 }
 
 WorkPtr ProcessGroupSluice::gather(TensorLists &outputs, Tensors &inputs, const ::c10d::GatherOptions &options) {
-  if (::c10d::Backend *other = other_backend(inputs)) return other->gather(outputs, inputs, options);
+  if (::c10d::Backend *other = other_backend(inputs)) return delegate(*other, other->gather(outputs, inputs, options));
   at::Tensor input = single_tensor("gather", "the input", inputs);
   check_root("gather", options.rootRank, size_);
   int root = static_cast<int>(options.rootRank);
@@ -75,7 +77,8 @@ WorkPtr ProcessGroupSluice::gather(TensorLists &outputs, Tensors &inputs, const 
 }
 
 WorkPtr ProcessGroupSluice::scatter(Tensors &outputs, TensorLists &inputs, const ::c10d::ScatterOptions &options) {
-  if (::c10d::Backend *other = other_backend(outputs)) return other->scatter(outputs, inputs, options);
+  if (::c10d::Backend *other = other_backend(outputs))
+    return delegate(*other, other->scatter(outputs, inputs, options));
   at::Tensor output = single_tensor("scatter", "the output", outputs);
   check_root("scatter", options.rootRank, size_);
   int root = static_cast<int>(options.rootRank);
@@ -93,7 +96,8 @@ WorkPtr ProcessGroupSluice::scatter(Tensors &outputs, TensorLists &inputs, const
 }
 
 WorkPtr ProcessGroupSluice::alltoall(Tensors &outputs, Tensors &inputs, const ::c10d::AllToAllOptions &options) {
-  if (::c10d::Backend *other = other_backend(inputs)) return other->alltoall(outputs, inputs, options);
+  if (::c10d::Backend *other = other_backend(inputs))
+    return delegate(*other, other->alltoall(outputs, inputs, options));
   size_t size = static_cast<size_t>(size_);
   TORCH_CHECK(outputs.size() == size && inputs.size() == size, "sluice: all_to_all: ", outputs.size(), " outputs and ",
               inputs.size(), " inputs, expected one for each of the ", size_, " ranks");
@@ -112,7 +116,7 @@ WorkPtr ProcessGroupSluice::alltoall(Tensors &outputs, Tensors &inputs, const ::
 WorkPtr ProcessGroupSluice::alltoall_base(at::Tensor &output, at::Tensor &input, std::vector<int64_t> &output_splits,
                                           std::vector<int64_t> &input_splits, const ::c10d::AllToAllOptions &options) {
   if (::c10d::Backend *other = other_backend(input)) {
-    return other->alltoall_base(output, input, output_splits, input_splits, options);
+    return delegate(*other, other->alltoall_base(output, input, output_splits, input_splits, options));
   }
   check_dense("all_to_all", "the input", input);
   check_dense("all_to_all", "the output", output);

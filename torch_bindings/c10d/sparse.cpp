@@ -49,7 +49,8 @@ at::Tensor sum(OneHost &host, const at::Tensor &tensor, int size, Milliseconds t
 WorkPtr ProcessGroupSluice::allreduce_sparse(Tensors &tensors, const ::c10d::AllreduceOptions &options) {
   if (::c10d::Backend *other = other_backend(tensors)) {
     // Gloo knows its sparse tensors by their layout.
-    return tensors[0].is_cpu() ? other->allreduce(tensors, options) : other->allreduce_sparse(tensors, options);
+    return delegate(
+        *other, tensors[0].is_cpu() ? other->allreduce(tensors, options) : other->allreduce_sparse(tensors, options));
   }
   TORCH_CHECK(tensors.size() == 1, "sluice: all_reduce: ", tensors.size(), " sparse tensors, expected one");
   at::Tensor tensor = tensors[0];

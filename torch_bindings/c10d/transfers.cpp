@@ -69,6 +69,17 @@ Transfer::State Transfer::advance() {
   return State::done;
 }
 
+void Transfer::look_after() {
+  {
+    std::unique_lock<std::mutex> lock(driving_, std::try_to_lock);
+    if (!lock || !transfer_) return;  // whoever waits for it does that
+    sl_status status = sl_transfer_look_after(transfer_);
+    if (status == SL_OK) return;
+    conclude(status, timeout_);
+  }
+  settle();
+}
+
 bool Transfer::isCompleted() {
   advance();
   return Work::isCompleted();
@@ -132,7 +143,8 @@ void Transfers::drive(const std::shared_ptr<Transfers> &transfers) {
 }
 
 void Transfers::drive_until_closed() {
-  constexpr Milliseconds kTick(1), kLongestTick(16), kEventTimeout(100), kSleepAfter(200);
+  constexpr Milliseconds kTick(1), kLongestTick(16), kSleepAfter(200);
+  auto looked = std::chrono::steady_clock::now();
   Milliseconds tick = kTick, idle{0};
   std::unique_lock<std::mutex> lock(mutex_);
   while (!closed_) {
@@ -140,8 +152,13 @@ void Transfers::drive_until_closed() {
     lock.unlock();
     uint32_t seen = sl_comm_events(communicator_->get());
     if (advance_all(transfers)) {
-      sl_comm_wait_for_event(communicator_->get(), seen, kEventTimeout.count());
+      sl_comm_wait_for_event(communicator_->get(), seen, Transfer::kLookInterval.count());
       tick = kTick;
+      auto now = std::chrono::steady_clock::now();
+      if (now - looked >= Transfer::kLookInterval) {
+        looked = now;
+        for (const TransferPtr &transfer : transfers) transfer->look_after();
+      }
     }
     idle = transfers.empty() ? idle + tick : Milliseconds(0);
     transfers.clear();

@@ -27,6 +27,10 @@ class Transfer final : public ::c10d::Work {
   void begin(int rank, uint64_t tag);
   State advance();  // without waiting
 
+  // Fails it if the ranks that could complete it can't any more. For who doesn't wait(), in these intervals.
+  void look_after();
+  static constexpr Milliseconds kLookInterval{100};
+
   bool isCompleted() override;
   bool wait(Milliseconds timeout = kNoTimeout) override;
   int sourceRank() const override { return peer_; }

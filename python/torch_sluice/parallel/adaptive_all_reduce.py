@@ -1,6 +1,7 @@
 """``AdaptiveAllReduce``: gradients averaged over data-parallel ranks in as few bytes as their numbers allow."""
 
 import math
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch_sluice.accumulate.operators import has_kernels
 from torch_sluice.parallel import statistics
 from torch_sluice.parallel.buckets import Buckets
-from torch_sluice.parallel.channel import Channel, Options, Traffic
+from torch_sluice.parallel.channel import Channel, Options, Traffic, rescale
 from torch_sluice.parallel.lane import lane_of
 from torch_sluice.parallel.precision import LEVELS, AutoPrecision, FixedPrecision
 
@@ -40,8 +41,12 @@ class AdaptiveAllReduce:
     and is added to the next gradient: x = g + r, send Q(x), r = x - Q(x). Over T steps the sum of what was delivered
     differs from the sum of the gradients by the last residuals alone (Seide et al. 2014; Karimireddy et al., ICML 2019,
     "Error Feedback Fixes SignSGD"). The residual takes 4 bytes an element; under FSDP2 that is the whole gradient and
-    not a shard of it, so think twice there. Residuals are in units of the gradient: when ``GradScaler`` changes its
-    scale, what is unsent at that moment counts by the old one.
+    not a shard of it, so think twice there. The identity holds in units of the loss, so where a ``GradScaler``
+    changes its scale from s to s', r has to become r s' / s, which is exact for its powers of two: give it as
+    ``grad_scaler``. Without it, what is unsent at that moment counts s / s' of what it should: at the usual
+    factors 2 and 1/2, an error of half of it or of all of it; to drop it would be one of all of it each time. In a step
+    that the scaler skips, buckets that were finite lose what was unsent of them; it went with the gradient that nobody
+    used.
 
     **Which format.** The ranks exchange the norm and the number of non-finite elements of their buckets, the error that
     int8 would make by the largest magnitude of each block, and how much float16 underflowed last; each applies the same
@@ -59,13 +64,14 @@ class AdaptiveAllReduce:
         process_group: of the DDP module, for ``register_comm_hook`` with a module that has one of its own. None: the
             default group. ``apply_to_ddp`` and ``apply_to_fsdp`` find it out.
         timeout: of the second process group that DDP needs, see below. None: torch's default.
+        grad_scaler: the ``torch.amp.GradScaler`` of the training loop, whose scale residuals then follow.
 
     One object serves one model. Under DDP the reduction runs on another thread while the backward pass goes on, in a
     second process group over the same ranks, made at the first bucket, so that its calls don't mix with others.
 
     Raises:
         ValueError: policy or tolerance is not allowed.
-        TypeError: error_feedback, process_group or timeout is something else.
+        TypeError: error_feedback, process_group, timeout or grad_scaler is something else.
     """
 
     def __init__(
@@ -76,6 +82,7 @@ class AdaptiveAllReduce:
         tolerance: float | None = None,
         process_group: distributed.ProcessGroup | None = None,
         timeout: timedelta | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
     ):
         if policy not in POLICIES:
             raise ValueError(f"policy is {policy!r}, expected one of {', '.join(map(repr, POLICIES))}")
@@ -101,7 +108,11 @@ class AdaptiveAllReduce:
         )
         if timeout is not None and not isinstance(timeout, timedelta):
             raise TypeError(f"timeout is {timeout!r}, expected a datetime.timedelta or None")
+        if grad_scaler is not None and not callable(getattr(grad_scaler, "get_scale", None)):
+            raise TypeError(f"grad_scaler is {grad_scaler!r}, expected a torch.amp.GradScaler or None")
         self._group, self._timeout = process_group, timeout
+        self._scaler = grad_scaler
+        self._scale: float | None = None  # of the gradients that residuals are left of
         self._buckets = Buckets(self._options)
         self._modules: dict[str, Channel] = {}  # of FSDP2, by name
         self._shown = Traffic()
@@ -119,6 +130,7 @@ class AdaptiveAllReduce:
         """What the hook does; the future's value is the bucket's buffer, averaged in place."""
         buffer = bucket.buffer()
         _check_device(buffer)
+        self._follow_scale()
         lane = lane_of(self._group, self._timeout)
         channel = self._buckets.channel(bucket.index(), bucket.parameters())
         future = torch.futures.Future(devices=[] if buffer.device.type == "cpu" else [buffer.device])
@@ -149,7 +161,22 @@ class AdaptiveAllReduce:
             raise ValueError("no module of model is sharded, expected fully_shard(...) to be called before")
         for name, module in sharded.items():
             channel = self._modules.setdefault(name, Channel(self._options))
-            module.set_custom_reduce_scatter(_ReduceScatter(channel))
+            module.set_custom_reduce_scatter(_ReduceScatter(channel, self._follow_scale))
+
+    # ---- GradScaler
+
+    def _follow_scale(self) -> None:
+        """Brings residuals to the scale of the gradients that come. It never changes within a backward pass."""
+        if self._scaler is None:
+            return
+        scale = self._scaler.get_scale()
+        if self._scale is not None and scale != self._scale:
+            factor = scale / self._scale if self._scale else 0.0
+            self._buckets.rescale(factor)
+            for channel in self._modules.values():
+                if channel.residual is not None:
+                    rescale(channel.residual, factor)
+        self._scale = scale
 
     # ---- looking in, and coming back
 
@@ -185,7 +212,7 @@ class AdaptiveAllReduce:
                    "residual": None if channel.residual is None else channel.residual.clone()}
             for name, channel in self._modules.items()
         }  # fmt: skip
-        return {"version": 1, "buckets": self._buckets.state_dict(), "modules": modules}
+        return {"version": 1, "scale": self._scale, "buckets": self._buckets.state_dict(), "modules": modules}
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on where ``state_dict()`` was taken, in a job of as many ranks. FSDP2: after ``apply_to_fsdp``.
@@ -203,6 +230,7 @@ class AdaptiveAllReduce:
             if unknown:
                 raise ValueError(f"the state has a module {min(unknown)!r}, which apply_to_fsdp() has not seen")
             self._buckets.load_state_dict(state["buckets"])
+            self._scale = state["scale"]
             for name, saved in state["modules"].items():
                 channel, residual = self._modules[name], saved["residual"]
                 channel.record.load_state_dict(saved["record"])
@@ -235,14 +263,15 @@ def _reduce(channel: Channel, buffer: torch.Tensor, group, future: torch.futures
 class _ReduceScatter:
     """What FSDP2 calls instead of its own reduce-scatter: the protocol of ``set_custom_reduce_scatter``."""
 
-    def __init__(self, channel: Channel):
-        self.channel = channel
+    def __init__(self, channel: Channel, prepare: Callable[[], None]):
+        self.channel, self.prepare = channel, prepare
 
     def allocate(self, size, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(self, output_tensor, input_tensor, group, op, async_op=False):
         _check_device(input_tensor)
+        self.prepare()
         with torch.no_grad():
             self.channel.reduce_scatter(output_tensor, input_tensor, group, op)
 

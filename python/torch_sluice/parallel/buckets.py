@@ -7,7 +7,7 @@ by the order of their first appearance, which is the same when the same model is
 
 import torch
 
-from torch_sluice.parallel.channel import Channel, Options
+from torch_sluice.parallel.channel import Channel, Options, rescale
 from torch_sluice.parallel.precision import Record
 
 
@@ -51,6 +51,12 @@ class Buckets:
             return {}
         numbers, sizes = zip(*self._layouts[index], strict=True)
         return dict(zip(numbers, residual.split(sizes), strict=True))
+
+    def rescale(self, factor: float) -> None:
+        """Gradients are larger by this factor from now on, and so is what is unsent of them."""
+        residuals = [channel.residual for channel in self.channels.values() if channel.residual is not None]
+        for unsent in (*residuals, *self._unsent.values()):
+            rescale(unsent, factor)
 
     def state_dict(self) -> dict:
         unsent = dict(self._unsent)

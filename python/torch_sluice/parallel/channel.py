@@ -36,6 +36,11 @@ class Options:
     traffic: Traffic
 
 
+def rescale(unsent: torch.Tensor, factor: float) -> None:
+    """Multiplies a residual by the factor by which gradients grow; drops what float32 has no number for then."""
+    unsent.mul_(factor).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+
+
 class Channel:
     """One bucket. ``residual``: float32 in the shape of the gradient, what other ranks have not yet been told of it."""
 

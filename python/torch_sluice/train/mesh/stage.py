@@ -42,7 +42,8 @@ class Position:
     def reseed(self, micro: int, layer: int) -> None:
         """Random numbers for a layer in the micro-batch with this number on this rank."""
         key = np.random.SeedSequence([self.seed, self.step, self.first_micro + micro, layer])
-        torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
+        # torch.manual_seed would also note the seed, with a stack trace, for each kind of device that there might be.
+        torch.default_generator.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
 
 
 class Stage(nn.Module):
