@@ -8,7 +8,6 @@
 namespace {
 
 using ranks::Outcome;
-using ranks::run_processes;
 
 const int64_t timeout = 30000;
 
@@ -40,11 +39,22 @@ sl_status receive(sl_comm *comm, std::vector<char> *buffer, int rank, uint64_t t
 class Transfers : public testing::TestWithParam<bool> {
  protected:
   void run_threads(int size, const ranks::Body &body) {
+    sl_comm_tuning tuning = make_tuning(size);
+    ranks::run_threads(size, body, 0, &tuning);
+  }
+  std::vector<Outcome> run_processes(int size, const ranks::Call &call,
+                                     const std::function<void(const std::vector<int> &)> &meddle = nullptr) {
+    sl_comm_tuning tuning = make_tuning(size);
+    return ranks::run_processes(size, call, meddle, 0, &tuning);
+  }
+
+ private:
+  static sl_comm_tuning make_tuning(int size) {
     sl_comm_tuning tuning;
     sl_comm_default_tuning(size, &tuning);
     tuning.direct_send = GetParam() ? 0 : SIZE_MAX;
     tuning.streaming = 1 << 20;
-    ranks::run_threads(size, body, 0, &tuning);
+    return tuning;
   }
 };
 INSTANTIATE_TEST_SUITE_P(Ways, Transfers, testing::Bool(),
@@ -274,8 +284,32 @@ TEST_P(Transfers, AKilledRankIsNoticed) {
   }
 }
 
+TEST_P(Transfers, AKilledRankIsFoundByLookingAfterATransferThatNobodyWaitsFor) {
+  std::vector<Outcome> outcomes = run_processes(
+      2,
+      [](sl_comm *comm, int rank) {
+        std::vector<char> buffer(1 << 20);
+        if (rank == 1) pause();
+        sl_transfer *transfer;
+        sl_status status = sl_comm_send(comm, buffer.data(), buffer.size(), 1, 0, &transfer);
+        if (status == SL_OK) status = sl_transfer_look_after(transfer); /* all is well so far */
+        if (status != SL_OK) return SL_INTERNAL;
+        for (int tries = 0; tries < 1000 && status == SL_OK; ++tries) {
+          usleep(10000);
+          status = sl_transfer_look_after(transfer);
+        }
+        return status;
+      },
+      [](const std::vector<int> &processes) {
+        usleep(30000);
+        kill(processes[1], SIGKILL);
+      });
+  EXPECT_EQ(outcomes[0].status, SL_PEER_LOST) << outcomes[0].text;
+  EXPECT_NE(outcomes[0].text.find("has ended; it was awaited for send of"), std::string::npos) << outcomes[0].text;
+}
+
 TEST(TransferFaults, TimeoutNamesTheTransfer) {
-  std::vector<Outcome> outcomes = run_processes(2, [](sl_comm *comm, int rank) {
+  std::vector<Outcome> outcomes = ranks::run_processes(2, [](sl_comm *comm, int rank) {
     std::vector<char> buffer(10);
     if (rank == 0) return receive(comm, &buffer, 1, 7, nullptr, 100);
     usleep(300000);
@@ -288,7 +322,7 @@ TEST(TransferFaults, TimeoutNamesTheTransfer) {
 }
 
 TEST(TransferFaults, WhatWasSentBeforeLeavingArrives) {
-  std::vector<Outcome> outcomes = run_processes(2, [](sl_comm *comm, int rank) {
+  std::vector<Outcome> outcomes = ranks::run_processes(2, [](sl_comm *comm, int rank) {
     std::vector<char> buffer(10);
     if (rank == 0) {
       sl_status status = send(comm, buffer, 1);
