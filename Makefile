@@ -92,5 +92,5 @@ packages-demo packages-test: packages-%:
 	touch $@
 
 build/lint/compile_commands.json: .venv/torch $(filter %CMakeLists.txt %.cmake,$(SOURCES)) $(wildcard tests/c_core/*)
-	cmake -S . -B build/lint -DSLUICE_BUILD_TORCH=ON -DSLUICE_BUILD_TESTS=ON \
+	cmake -S . -B build/lint -DSLUICE_BUILD_TORCH=ON -DSLUICE_BUILD_TESTS=ON -DCMAKE_UNITY_BUILD=OFF \
 	  "-DPython3_EXECUTABLE=$$PWD/$(BIN)/python" >/dev/null

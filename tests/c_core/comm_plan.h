@@ -136,7 +136,8 @@ inline double reduced(const Operation &operation, int size, int part, size_t i) 
   if (operation.op != SL_REDUCE_AVG) return sum;
   if (operation.dtype == SL_F64) return sum / size;
   if (is_float(operation.dtype)) return static_cast<float>(sum) / static_cast<float>(size);
-  return static_cast<double>(static_cast<int64_t>(sum) / size);
+  int64_t mean = static_cast<int64_t>(sum) / size; /* towards zero */
+  return static_cast<double>(mean);
 }
 
 }  // namespace plan

@@ -6,6 +6,8 @@
 
 #include <cstring>
 #include <fstream>
+#include <memory>
+#include <regex>
 
 #include "comm_ranks.h"
 
@@ -15,9 +17,10 @@ struct Handle {
   int process = 0, file = -1;
   std::string nonce;
   explicit Handle(const std::string &text) {
-    char digits[64] = "";
-    EXPECT_EQ(sscanf(text.c_str(), "memfd:%d:%d:%63s", &process, &file, digits), 3) << text;
-    nonce = digits;
+    std::smatch parts;
+    bool good = std::regex_match(text, parts, std::regex("memfd:([0-9]+):([0-9]+):([0-9a-f]+)"));
+    EXPECT_TRUE(good) << text;
+    if (good) process = std::stoi(parts[1]), file = std::stoi(parts[2]), nonce = parts[3];
   }
   static std::string write(int file, const std::string &nonce) {
     return "memfd:" + std::to_string(getpid()) + ":" + std::to_string(file) + ":" + nonce;
@@ -98,13 +101,12 @@ TEST_F(ForeignFile, ThatCanBeCutShortIsRefused) {
 }
 
 TEST_F(ForeignFile, ThatIsNoMemoryIsRefused) {
-  FILE *file = tmpfile();
+  std::unique_ptr<FILE, int (*)(FILE *)> file(tmpfile(), fclose);
   ASSERT_NE(file, nullptr);
-  EXPECT_EQ(fwrite(content_.data(), 1, content_.size(), file), content_.size());
-  fflush(file);
-  fchmod(fileno(file), 0600);
-  expect_refused(Handle::write(fileno(file), nonce_), "a file whose size can change");
-  fclose(file);
+  EXPECT_EQ(fwrite(content_.data(), 1, content_.size(), file.get()), content_.size());
+  fflush(file.get());
+  fchmod(fileno(file.get()), 0600);
+  expect_refused(Handle::write(fileno(file.get()), nonce_), "a file whose size can change");
   int null = open("/dev/null", O_RDWR);
   expect_refused(Handle::write(null, nonce_), "expected one of user");
   close(null);
@@ -168,12 +170,16 @@ sl_status create_with_limit(int resource, rlim_t limit, std::string *text) {
   return static_cast<sl_status>(WEXITSTATUS(status));
 }
 
+/* The number that the pattern has in brackets; 0 if the text doesn't match it. */
+unsigned long long bytes_in(const std::string &text, const char *pattern) {
+  std::smatch parts;
+  return std::regex_search(text, parts, std::regex(pattern)) ? std::stoull(parts[1]) : 0;
+}
+
 TEST(CommLimits, TooLittleMemoryIsAnErrorWithWhatIsNeeded) {
   std::string text;
   EXPECT_EQ(create_with_limit(RLIMIT_FSIZE, 1 << 20, &text), SL_OUT_OF_MEMORY);
-  unsigned long long bytes = 0;
-  EXPECT_EQ(sscanf(text.c_str(), "%llu bytes of shared memory for a group of 4 could not be had", &bytes), 1) << text;
-  EXPECT_GT(bytes, 4ull << 30);
+  EXPECT_GT(bytes_in(text, "^([0-9]+) bytes of shared memory for a group of 4 could not be had"), 4ull << 30) << text;
 }
 
 #ifndef __SANITIZE_THREAD__
@@ -181,9 +187,7 @@ TEST(CommLimits, TooLittleMemoryIsAnErrorWithWhatIsNeeded) {
 TEST(CommLimits, TooLittleAddressSpaceIsAnErrorWithWhatIsNeeded) {
   std::string text;
   EXPECT_EQ(create_with_limit(RLIMIT_AS, 1 << 30, &text), SL_OUT_OF_MEMORY);
-  unsigned long long bytes = 0;
-  EXPECT_EQ(sscanf(text.c_str(), "mapping %llu bytes of shared memory failed", &bytes), 1) << text;
-  EXPECT_GT(bytes, 4ull << 30);
+  EXPECT_GT(bytes_in(text, "^mapping ([0-9]+) bytes of shared memory failed"), 4ull << 30) << text;
 }
 #endif
 #endif
