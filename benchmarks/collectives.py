@@ -122,12 +122,12 @@ def find_mpis(options) -> list[str]:
     return found
 
 
-def measure(options, machine: dict) -> list[dict]:
+def measure(options, machine: dict, rows: list[dict]) -> None:
+    """Adds to the rows as they come, so that those are left which came before an interruption."""
     cases, mpis = list_cases(options), find_mpis(options)
     placements = ([True] if options.pin else []) + ([False] if options.no_pin or not options.pin else [])
     trees = (options.level != "core") + len(mpis)
     steps = [(pinned, ranks) for pinned in placements for ranks in cases if cases[ranks]]
-    rows = []
     with harness.Progress(console=harness.console, transient=True, disable=not harness.console.is_terminal) as progress:
         task = progress.add_task("", total=trees * sum(len(cases[ranks]) for _, ranks in steps))
 
@@ -139,7 +139,6 @@ def measure(options, machine: dict) -> list[dict]:
                 rows += measure_torch(cases[ranks], pinned, options, machine, advance)
             if mpis:
                 rows += measure_core(cases[ranks], pinned, mpis, options, machine, advance)
-    return rows
 
 
 def main() -> None:
@@ -148,18 +147,23 @@ def main() -> None:
     machine = harness.describe_machine(options.threads)
     machine |= {"processors": len(os.sched_getaffinity(0))}
     harness.print_machine(machine)
+    rows, problem = [], None
     try:
-        rows = measure(options, machine)
+        measure(options, machine, rows)
     except RunFailed as failure:
-        sys.exit(f"collectives: {failure}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+        problem = f"collectives: {failure}"
+    except (KeyboardInterrupt, SystemExit) as end:
+        problem = 130 if isinstance(end, KeyboardInterrupt) else end.code
+    if problem and not rows:
+        sys.exit(problem)
     bandwidths = {(row["ranks"], row["pinned"]): row["bandwidth"] for row in rows if "bandwidth" in row}
     for (ranks, pinned), bandwidth in bandwidths.items():
         where = "pinned processes" if pinned else "processes"
         harness.console.print(f"{ranks} {where} copy at {bandwidth / 1e9:.1f} GB/s, reads and writes together")
     collective_report.print_tables(rows)
     harness.write_json(options.json, rows)
+    if problem:
+        sys.exit(problem)
     if options.plot:
         collective_report.plot(rows, options.plot)
 

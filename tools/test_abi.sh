@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Usage: test_abi.sh [pytest arguments]. Builds one wheel against the torch of .venv and runs the operator tests on that
-# same file under torch 2.13, 2.11 and the newest, each in an environment under build/abi/. Fetches several GB, once.
+# same file under torch 2.13, 2.11 and the newest, each in an environment under build/abi/; then the tests of the
+# process groups, whose library is compiled there for that torch. Fetches several GB, once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 abi=build/abi
@@ -19,7 +20,7 @@ for version in 2.13.0 2.11.0 "$newest"; do
   echo "== torch $version: setting up $environment =="
   [[ -x $environment/bin/python ]] || .venv/bin/python -m venv "$environment"
   "$environment/bin/python" -m pip -qq install --constraint <(grep -v '^torch==' tools/constraints.txt) \
-    "torch==$version" numpy pytest hypothesis torch-abi-audit transformers accelerate
+    "torch==$version" numpy pytest hypothesis torch-abi-audit transformers accelerate tensorboard expecttest
   "$environment/bin/python" -m pip -qq install --no-deps --force-reinstall "$wheel"
   echo "== torch $version =="
   "$environment/bin/python" - <<'PYTHON' || { failed=1; continue; }
@@ -28,6 +29,7 @@ library = pathlib.Path(torch_sluice.library_path())
 print(f"torch {torch.__version__}, CUDA build: {torch.version.cuda}, {library.name} sha256", end=" ")
 print(hashlib.sha256(library.read_bytes()).hexdigest()[:16])
 PYTHON
-  "$environment/bin/python" -m pytest -q tests/ops tests/structure/test_loading.py tests/structure/test_abi.py "$@" || failed=1
+  "$environment/bin/python" -m pytest -q tests/ops tests/structure/test_{loading,abi}.py "$@" || failed=1
+  XDG_CACHE_HOME=$PWD/$abi/cache "$environment/bin/python" -m pytest -q tests/parallel "$@" || failed=1
 done
 exit $failed
