@@ -30,6 +30,8 @@ print(f"torch {torch.__version__}, CUDA build: {torch.version.cuda}, {library.na
 print(hashlib.sha256(library.read_bytes()).hexdigest()[:16])
 PYTHON
   "$environment/bin/python" -m pytest -q tests/ops tests/structure/test_{loading,abi}.py "$@" || failed=1
-  XDG_CACHE_HOME=$PWD/$abi/cache "$environment/bin/python" -m pytest -q tests/parallel "$@" || failed=1
+  export XDG_CACHE_HOME=$PWD/$abi/cache
+  "$environment/bin/python" -c "from torch_sluice.parallel import backend; backend.load_library()" || failed=1
+  "$environment/bin/python" -m pytest -q tests/parallel "$@" || failed=1
 done
 exit $failed

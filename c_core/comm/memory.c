@@ -34,6 +34,9 @@ sl_status sl_comm_read_memory(sl_comm *comm, int rank, void *to, uint64_t addres
       continue;
     }
     char name[64];
+    if (got < 0 && errno == ESRCH) /* its locks may outlive its memory a little */
+      return sl_comm_break(comm, SL_PEER_LOST, "%s has ended; it was awaited for %s",
+                           sl_comm_name_rank(comm, rank, name), call);
     return sl_comm_break(comm, SL_PEER_LOST, "reading the memory of %s failed in %s: %s",
                          sl_comm_name_rank(comm, rank, name), call, got ? strerror(errno) : "nothing was read");
   }
