@@ -1,3 +1,4 @@
+/* Two running means of the time for a byte, one for each way into a slot, and trials of the way that is behind. */
 #include "comm/pace.h"
 
 enum {

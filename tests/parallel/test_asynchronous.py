@@ -13,9 +13,11 @@ import torch.distributed as dist
 def run_in_order():
     size = dist.get_world_size()
     tensor = torch.ones(1000, dtype=torch.float64)
-    works = [dist.all_reduce(tensor, async_op=True) for _ in range(30)]
-    dist.barrier()  # comes after them all
-    assert all(work.is_completed() and work.is_success() for work in works)
+    for _ in range(50):
+        tensor.fill_(1)
+        works = [dist.all_reduce(tensor, async_op=True) for _ in range(30)]
+        dist.barrier()  # comes after them all
+        assert all(work.is_completed() and work.is_success() for work in works)
     assert tensor.unique().tolist() == [float(size) ** 30]
     tensors = [torch.full((5,), float(i)) for i in range(20)]
     works = [dist.all_reduce(t, async_op=True) for t in tensors]

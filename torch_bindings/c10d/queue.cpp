@@ -71,6 +71,10 @@ void OperationQueue::run(std::unique_lock<std::mutex> &lock, OperationPtr operat
   statistics.end_collective(runner == Runner::caller, operation->bytes_);
   if (operation->launched_) statistics.land();
   bool leaves = runs_callbacks && runner == Runner::progress_thread;
+  if (!runs_callbacks) {  // in order: whoever sees that a later one is complete will see that of this one
+    operation->settle();
+    operation.reset();
+  }
   lock.lock();
   busy_ = false;
   free_threads_ -= leaves;
@@ -79,13 +83,15 @@ void OperationQueue::run(std::unique_lock<std::mutex> &lock, OperationPtr operat
     work_available_.notify_one();
     changed_.notify_all();
   }
-  lock.unlock();
-  const OperationQueue *outer = settling_here;
-  settling_here = this;
-  operation->settle();
-  operation.reset();
-  settling_here = outer;
-  lock.lock();
+  if (runs_callbacks) {  // which may call further collectives
+    lock.unlock();
+    const OperationQueue *outer = settling_here;
+    settling_here = this;
+    operation->settle();
+    operation.reset();
+    settling_here = outer;
+    lock.lock();
+  }
   free_threads_ += leaves;
   --unsettled_;
   changed_.notify_all();
