@@ -3,10 +3,8 @@
 #include "comm/exchange.h"
 
 #include <inttypes.h>
-#include <string.h>
 
 #include "comm/memory.h"
-#include "comm/reduce.h"
 #include "comm/step.h"
 #include "runtime/status.h"
 
@@ -48,14 +46,6 @@ static const offer *offer_to_me(const exchange_pass *pass, int rank) {
   return table_of(pass, rank)->offer + (pass->exchange->same ? 0 : pass->comm->rank);
 }
 
-static void copy(const sl_comm *comm, void *to, const void *from, size_t bytes, size_t whole) {
-  if (bytes == 0) return;
-  if (whole >= comm->tuning.streaming)
-    sl_copy_streaming(to, from, bytes);
-  else
-    memcpy(to, from, bytes);
-}
-
 /* Bytes of the largest message that this rank gives to another. */
 static size_t largest_own(const exchange_pass *pass) {
   size_t largest = 0;
@@ -95,7 +85,8 @@ static void copy_own(exchange_pass *pass, size_t until) {
   int rank = pass->comm->rank;
   size_t bytes = in_bytes(pass, rank), done = pass->own_done, end = smaller(until, bytes);
   char *out = pass->exchange->out[rank];
-  if (end > done && out != in_of(pass, rank)) copy(pass->comm, out + done, in_of(pass, rank) + done, end - done, bytes);
+  if (end > done && out != in_of(pass, rank))
+    sl_comm_copy_output(pass->comm, out + done, in_of(pass, rank) + done, end - done, bytes);
   if (end > done) pass->own_done = end;
 }
 
@@ -106,9 +97,9 @@ static void read_pieces(const exchange_pass *pass, size_t done) {
     size_t bytes = is_giver(pass, i) ? pass->exchange->out_bytes[i] : 0;
     if (done >= bytes) continue;
     const char *slot = sl_step_slot(comm, i) + pass->table_bytes;
-    copy(comm, (char *)pass->exchange->out[i] + done,
-         slot + (pass->exchange->same ? 0 : (size_t)comm->rank * pass->piece), smaller(bytes - done, pass->piece),
-         bytes);
+    sl_comm_copy_output(comm, (char *)pass->exchange->out[i] + done,
+                        slot + (pass->exchange->same ? 0 : (size_t)comm->rank * pass->piece),
+                        smaller(bytes - done, pass->piece), bytes);
   }
 }
 

@@ -1,4 +1,4 @@
-/* process_vm_readv: one copy, by the kernel, from one process's pages to another's. */
+/* One copy by the kernel from one process's pages to another's (process_vm_readv), and plain copies to outputs. */
 #define _GNU_SOURCE
 #include "comm/memory.h"
 
@@ -16,13 +16,17 @@ bool sl_comm_try_reading(const sl_comm *comm, int rank) {
          !memcmp(nonce, comm->header->nonce, sizeof nonce);
 }
 
+void sl_comm_copy_output(const sl_comm *comm, void *to, const void *from, size_t bytes, size_t whole) {
+  if (whole >= comm->tuning.streaming)
+    sl_copy_streaming(to, from, bytes);
+  else if (bytes)
+    memcpy(to, from, bytes);
+}
+
 sl_status sl_comm_read_memory(sl_comm *comm, int rank, void *to, uint64_t address, size_t bytes, const char *call) {
   int process = comm->member[rank].process;
   if (process == (int)getpid()) {
-    if (bytes >= comm->tuning.streaming)
-      sl_copy_streaming(to, (const void *)(uintptr_t)address, bytes);
-    else if (bytes)
-      memcpy(to, (const void *)(uintptr_t)address, bytes);
+    sl_comm_copy_output(comm, to, (const void *)(uintptr_t)address, bytes, bytes);
     return SL_OK;
   }
   for (size_t done = 0; done < bytes;) {

@@ -14,7 +14,6 @@
 #include "comm/futex.h"
 #include "comm/inbox.h"
 #include "comm/memory.h"
-#include "comm/reduce.h"
 #include "comm/spin.h"
 #include "comm/step.h"
 #include "runtime/status.h"
@@ -247,11 +246,7 @@ static sl_status take_piece(sl_comm *comm, const sl_message *message, const char
   sl_transfer *transfer = find_number(comm->transfers, message->destination);
   if (!transfer || transfer->sends || message->bytes > transfer->bytes - transfer->moved)
     return sl_comm_break(comm, SL_INTERNAL, "rank %d got a piece that it had not asked for", comm->names[comm->rank]);
-  char *to = transfer->buffer + transfer->moved;
-  if (transfer->bytes >= comm->tuning.streaming)
-    sl_copy_streaming(to, content, message->bytes);
-  else
-    memcpy(to, content, message->bytes);
+  sl_comm_copy_output(comm, transfer->buffer + transfer->moved, content, message->bytes, transfer->bytes);
   transfer->moved += message->bytes;
   if (transfer->moved == transfer->bytes) finish(comm->transfers, transfer);
   return SL_OK;
