@@ -189,6 +189,13 @@ class ThreadExecutor {
   sl_executor executor_;
 };
 
+// What only the order of threads could break is the same for every element type and in every round of random input.
+#if defined(__SANITIZE_THREAD__)
+const bool kUnderThreadSanitizer = true;
+#else
+const bool kUnderThreadSanitizer = false;
+#endif
+
 // Caps the tier for the life of the object.
 class IsaCap {
  public:

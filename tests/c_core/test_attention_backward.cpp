@@ -260,11 +260,12 @@ TEST_P(Backward, AWorkspaceThatIsTooSmallIsRefusedByItsSize) {
   EXPECT_EQ(problem.damage(), "");
 }
 
-INSTANTIATE_TEST_SUITE_P(Attention, Backward,
-                         testing::Range(0,
-                                        [] {
-                                          int count = 0;
-                                          while (sl_attention_list_kernels(count)) ++count;
-                                          return count;
-                                        }()),
+INSTANTIATE_TEST_SUITE_P(Attention, Backward, testing::ValuesIn([] {
+                           std::vector<int> numbers;
+                           for (int i = 0; sl_attention_list_kernels(i); ++i) {
+                             sl_dtype dtype = sl_attention_list_kernels(i)->dtype;
+                             if (dtype == SL_F32 || !kUnderThreadSanitizer) numbers.push_back(i);
+                           }
+                           return numbers;
+                         }()),
                          [](const auto &table) { return std::string(sl_attention_list_kernels(table.param)->name); });

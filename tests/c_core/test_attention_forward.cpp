@@ -100,7 +100,7 @@ AttentionShape random_shape(Random &random) {
 
 TEST(AttentionForward, RandomProblems) {
   Random random(11);
-  for (int round = 0; round < 120; ++round) {
+  for (int round = 0; round < (kUnderThreadSanitizer ? 30 : 120); ++round) {
     AttentionShape shape = random_shape(random);
     AttentionProblem problem(shape, static_cast<uint64_t>(round));
     // A threshold per head, so that one head of a group may keep all while another keeps little.

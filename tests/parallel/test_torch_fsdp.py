@@ -88,11 +88,11 @@ def test_fully_sharded_transformer(ranks, way):
     ranks(4).run(train_fully_sharded, way)
 
 
-def train_two_dimensions(with_sequence_parallel, with_checkpoints):
+def train_two_dimensions(with_checkpoints):
     """MLPs of uneven widths, tensor parallel inside and fully sharded outside."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     torch.manual_seed(1)
-    whole = helpers.MLPStack(5 if not with_sequence_parallel else 6, with_seq_parallel=with_sequence_parallel)
+    whole = helpers.MLPStack(5)
     sharded = copy.deepcopy(whole).parallelize(mesh["tp"], mesh["dp"], with_checkpoints)
     optimizers = [torch.optim.Adam(model.parameters(), 0.01, foreach=False) for model in (whole, sharded)]
     for _ in range(3):
@@ -100,8 +100,6 @@ def train_two_dimensions(with_sequence_parallel, with_checkpoints):
         whole(inputs).square().mean().backward()
         outputs = sharded(split_rows(inputs, mesh["dp"], [0]))
         outputs = outputs.full_tensor() if isinstance(outputs, DTensor) else outputs
-        if with_sequence_parallel:  # each rank holds its part of the sequence
-            outputs = DTensor.from_local(outputs, mesh["tp"], [Shard(1)]).full_tensor()
         outputs.square().mean().backward()
         expect_gradients(whole, sharded, dict(rtol=1e-4, atol=1e-6))
         for optimizer in optimizers:
@@ -111,7 +109,7 @@ def train_two_dimensions(with_sequence_parallel, with_checkpoints):
 
 @pytest.mark.parametrize("with_checkpoints", [False, True])
 def test_tensor_parallel_inside(ranks, with_checkpoints):
-    ranks(4).run(train_two_dimensions, False, with_checkpoints)
+    ranks(4).run(train_two_dimensions, with_checkpoints)
 
 
 def count_collectives():
