@@ -55,8 +55,8 @@ TENSOR_PARALLEL = [dict(tp=2), dict(tp=4), dict(dp=2, tp=2), dict(tp=2, pp=2), d
 OF_FOUR_STAGES = [*(dict(pp=2, schedule=schedule) for schedule in SCHEDULES[2:]), dict(pp=4)]
 FULLY_SHARDED = [dict(dp=2), dict(dp=2, pp=2)]
 FOR_SOME_STEPS = [
-    *(dict(dp=8), dict(dp=4, tp=2), dict(dp=4, pp=2), dict(dp=2, tp=4), dict(dp=2, pp=4), dict(tp=4, pp=2)),
-    *(dict(tp=2, pp=4), dict(dp=2, tp=2, pp=2, dense=True), dict(dp=2, tp=2, pp=2, data_parallel="fsdp")),
+    *(dict(dp=4, tp=2), dict(dp=4, pp=2), dict(tp=2, pp=4)),
+    *(dict(dp=2, tp=2, pp=2, dense=True), dict(dp=2, tp=2, pp=2, data_parallel="fsdp")),
     *(dict(dp=2, pp=2, schedule=schedule) for schedule in SCHEDULES[2:]),
     dict(dp=4, data_parallel="fsdp"),
 ]
