@@ -98,7 +98,7 @@ class Monitor(Figures):
         if metrics_port is not None and not (isinstance(metrics_port, int) and 0 <= metrics_port < 65536):
             raise ValueError(f"metrics_port is {metrics_port!r}, expected an integer from 0 to 65535")
         super().__init__(model, name, peak_flops, target_loss)
-        self._limits = (mfu_limit, memory_ratio_limit)
+        self.limits = (mfu_limit, memory_ratio_limit)
         self._wants_count = count_first_step
         self._warned: set[str] = set()
         self._check_at = 10
@@ -255,7 +255,7 @@ class Monitor(Figures):
         """Sentences about the figures beyond their limits. Each kind is also warned of, the first time."""
         summary = self.summary()
         ratio = summary["memory_ratio"] if self._meter.added >= _LITTLE_MEMORY else None
-        problems = find_problems(summary["mfu"], ratio, *self._limits, summary=summary)
+        problems = find_problems(summary["mfu"], ratio, *self.limits, summary=summary)
         for problem in problems:
             self._warn_once(problem.split(" is ")[0], problem)
         return problems

@@ -1,5 +1,6 @@
 """JSON lines: one object for each step, in the file when the step has ended, and never half of one."""
 
+import contextlib
 import json
 import math
 import os
@@ -56,3 +57,21 @@ def _remove_unfinished_line(file: int) -> None:
         end = start
     if end < size:
         os.ftruncate(file, end)
+
+
+def keep_lines_up_to(path: str | os.PathLike, step: int) -> None:
+    """Removes what a run wrote after the step that it is resumed from; those steps come again. Lines that are no JSON
+    objects with a step are left. Does nothing where there is no file, or it can't be replaced."""
+    path = Path(path)
+    with contextlib.suppress(OSError):
+        kept = [line for line in path.read_text("utf-8").splitlines(keepends=True) if not _is_later(line, step)]
+        unfinished = path.with_name(path.name + ".unfinished")
+        unfinished.write_text("".join(kept), "utf-8")
+        os.replace(unfinished, path)
+
+
+def _is_later(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] > step
+    except (ValueError, TypeError, KeyError):
+        return False
