@@ -246,6 +246,14 @@ def test_memory_is_that_of_each_monitors_time():
     assert first.peak_bytes - first.parameter_bytes == pytest.approx(48 * 2**20, rel=0.2)
 
 
+def test_what_comes_after_the_end_is_not_the_runs_memory():
+    monitor = quiet_monitor()
+    monitor.close()
+    later = torch.ones(32 * 2**18)
+    assert monitor.peak_bytes - monitor.parameter_bytes < 16 * 2**20
+    del later
+
+
 def test_a_resumed_run_counts_on():
     first, second = quiet_monitor(target_loss=1.0), quiet_monitor(target_loss=1.0)
     for loss in (3.0, 2.0):

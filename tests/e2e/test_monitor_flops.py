@@ -11,6 +11,7 @@ from torch_sluice.monitor import (
     KeptPairCounter,
     count_flops,
     count_kept_pairs,
+    measure_peak_flops,
 )
 
 
@@ -68,3 +69,26 @@ def test_causal_sdpa_counts_half_of_the_square():
 def test_linear_layer_flops():
     layer = nn.Linear(8, 4)
     assert count_flops(lambda: layer(torch.randn(3, 8))) == 2 * 3 * 8 * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_measured_peak_is_a_rate_that_a_product_can_reach(dtype):
+    assert 1e7 < measure_peak_flops(dtype, seconds=0.02) < 1e15
+
+
+def test_a_dtype_without_a_matrix_product():
+    with pytest.raises(ValueError, match=r"dtype is torch\.bool on cpu, of which torch has no matrix product"):
+        measure_peak_flops(torch.bool)
+
+
+def test_long_sequences_are_counted_alike():
+    a, b, logit_tau = _gates(1, 2, 1, 800, 900)
+    near = dict(causal=True, window=5, sinks=2)
+    key_range = torch.tensor([[3, 890]])
+    whole = count_kept_pairs(a, b, logit_tau, key_range, **near)
+    rows = range(800)  # row by row, each short enough to be counted pair by pair
+    parts = [
+        count_kept_pairs(a[..., i : i + 1], b[..., : i + 101], logit_tau, key_range.clamp(max=i + 101), **near)
+        for i in rows
+    ]
+    assert whole == tuple(map(sum, zip(*parts, strict=True)))

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from torch_sluice.monitor import Monitor, MonitorWarning
+from torch_sluice.monitor.outputs.json_lines import keep_lines_up_to
 
 
 @pytest.fixture
@@ -73,6 +74,17 @@ def test_json_lines_go_on_after_a_resume_and_mend_a_torn_line(make_monitor, tmp_
     monitor.steps = 1
     monitor.record(0.25)
     assert [(line["step"], line["seconds"]) for line in read_lines(path)] == [(1, 0.5), (2, 0.25)]
+
+
+def test_json_lines_after_the_step_that_is_resumed_are_forgotten(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    keep_lines_up_to(path, 3)
+    assert not path.exists()
+    lines = ['{"step": 3, "monitor": "one"}', "not JSON", '{"step": 4}', "[]", '{"step": 2, "monitor": "two"}']
+    path.write_text("\n".join(lines) + "\n")
+    keep_lines_up_to(path, 3)
+    assert path.read_text().splitlines() == [line for line in lines if line != '{"step": 4}']
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_json_lines_survive_a_kill(tmp_path):

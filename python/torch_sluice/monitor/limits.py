@@ -5,6 +5,7 @@ import math
 MFU_LIMIT = 0.70  # below it the machine is not used well
 MEMORY_RATIO_LIMIT = 10.0  # above it something other than the parameters takes the memory
 
+_MUCH_OUTSIDE = 0.2  # of the time from the first step to the last
 _SHORT_STEP = 0.02  # seconds; below it what Python does around the operators is much of a step
 
 
@@ -33,7 +34,8 @@ def find_problems(
     if memory_ratio is not None and memory_ratio_limit is not None and memory_ratio > memory_ratio_limit:
         problems.append(
             f"peak memory is {memory_ratio:.1f} times the parameters, above {memory_ratio_limit:g}: activations weigh "
-            "more than the model (shorter micro-batches or activation checkpointing lower it)"
+            "more than the model (shorter micro-batches or activation checkpointing lower it); beside a model of a few "
+            "megabytes, so does what the process itself loads"
         )
     return problems
 
@@ -51,6 +53,21 @@ def _advise_on_mfu(summary: dict) -> str:
             "torch.compile help most"
         )
     return "torch.profiler shows which operators take the time of a step"
+
+
+def find_hints(summary: dict) -> list[str]:
+    """What a report says beside the limits."""
+    hints = []
+    if summary["outside_share"] is not None and summary["outside_share"] > _MUCH_OUTSIDE:
+        hints.append(
+            f"{summary['outside_share']:.0%} of the time passed outside of steps: loading data (num_workers of a "
+            "DataLoader), evaluating, saving"
+        )
+    if summary["odd_losses"]:
+        hints.append(f"the loss was not finite at {summary['odd_losses']} of {summary['steps']} steps")
+    if summary["target_loss"] is not None and summary["steps_to_target"] is None:
+        hints.append(f"the smoothed loss did not reach the target of {summary['target_loss']:g}")
+    return hints
 
 
 def check_limit(name: str, value: float | None) -> None:

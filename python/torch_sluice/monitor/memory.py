@@ -27,6 +27,7 @@ class MemoryMeter:
                 meter._note()
         self.before = self._current()
         self._highest = self.before
+        self._stopped = False
         self._reset()
         self._stale = self._high_water() if device.type != "cuda" else 0
         if self._stale < 1.01 * self.before:  # pages come and go while one looks
@@ -39,7 +40,14 @@ class MemoryMeter:
         self._note()
         return self._highest - self.before
 
+    def stop(self) -> None:
+        """What comes after this is not counted."""
+        self._note()
+        self._stopped = True
+
     def _note(self) -> None:
+        if self._stopped:
+            return
         mark = self._high_water()
         if mark <= self._stale:  # the mark could not be set back, and is still that of an earlier time
             mark = self._current()

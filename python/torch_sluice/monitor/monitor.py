@@ -298,6 +298,7 @@ class Monitor(Figures):
             return
         self.abandon_step()
         self._sampler.stop()
+        self._attempt("reading the peak of memory", self._meter.stop)  # the report's packages are not the run's
         self.closed = True
         if self.steps:
             self._attempt("checking the limits", self.check)

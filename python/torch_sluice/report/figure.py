@@ -10,7 +10,7 @@ STYLE = {
     "svg.fonttype": "none",  # text stays text: sharp, selectable, small
     "font.family": "sans-serif",
     "font.sans-serif": ["Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"],
-    "font.size": 9,
+    "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#94a3b8",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from torch_sluice.monitor.limits import find_hints
 from torch_sluice.report.html import render_template
 from torch_sluice.report.monitor_rows import figure_rows, headline, tiles
 
@@ -42,7 +43,7 @@ def render_monitor_page(monitor) -> str:
         headline=headline(summary),
         when=time.strftime("%Y-%m-%d %H:%M"),
         tiles=tiles(summary, monitor.limits),
-        problems=monitor.check(),
+        problems=[sentence[0].upper() + sentence[1:] + "." for sentence in monitor.check() + find_hints(summary)],
         rows=figure_rows(summary),
         plots=draw_curves(monitor.curves, monitor.target_loss, monitor.limits[0]),
         machine=_describe_machine(),

@@ -63,7 +63,7 @@ _ROWS: tuple[tuple[str, str, Callable, str], ...] = (
     ("overlapped_share", "communication overlapped", _percent, "1 − time waited / time that collectives ran"),
     ("communication_waited_share", "time waited for other ranks", _percent, "of the time in steps"),
 )
-_ONLY_IF_SET = {"tokens", "odd_losses"}
+_ONLY_IF_SET = {"tokens", "odd_losses", "communication_bytes_per_step"}
 
 
 def figure_rows(summary: dict) -> list[tuple[str, str, str]]:
@@ -87,7 +87,7 @@ def tiles(summary: dict, limits: tuple[float | None, float | None]) -> list[tupl
     mfu_limit, ratio_limit = limits
     found = []
     if summary["mfu"] is not None:
-        note = "" if mfu_limit is None else f"limit: at least {mfu_limit:.0%}"
+        note = "" if mfu_limit is None else f"limit: at least {_percent(mfu_limit)}"
         found.append((_percent(summary["mfu"]), "MFU", note, mfu_limit is None or summary["mfu"] >= mfu_limit))
     if summary["seconds_per_step"] is not None:
         note = f"95th percentile {_seconds(summary['seconds_per_step_p95'])}"
