@@ -125,6 +125,7 @@ def measure(case: str, repeats: int, steps: int, machine: dict) -> dict:
     return {
         "operation": "training step with a monitor",
         "case": case,
+        "dtype": "float32",
         "seconds": statistics.median(seconds["with"]),
         "peers": {"without": without},
         "ratio": 1 / (1 + statistics.median(ratios)),

@@ -13,6 +13,8 @@ from torch_sluice.monitor.records import Curve, MovingAverage, StepTimes
 from torch_sluice.monitor.samples import ModelSampler
 from torch_sluice.parallel.statistics import CommunicationStatistics, communication_statistics
 
+_CURVES = frozenset({"seconds", "loss", "mfu", "mfu_dense_equivalent", "density", "overlapped_share"})
+
 
 class Figures:
     """Steps, times, operations, memory and communication of a model's run; :class:`Monitor` feeds it."""
@@ -64,7 +66,8 @@ class Figures:
     def add_figures(self, figures: dict[str, float], timed: bool) -> None:
         """Keeps the figures of a step as the latest, and in the curves."""
         for name, value in figures.items():
-            if name != "tokens" and (timed or name != "seconds") and math.isfinite(value):
+            shown = name in _CURVES or name.startswith("bits_")
+            if shown and (timed or name != "seconds") and math.isfinite(value):
                 self.curves.setdefault(name, Curve()).add(self.steps, value)
         self.density = figures.get("density", self.density)
         self.half_share = figures.get("half_share", self.half_share)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import time
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -95,7 +96,9 @@ def _int8_engine(n: int, dtype: torch.dtype, device: torch.device) -> Callable[[
     if device.type != "cpu":
         raise NotImplementedError("torch's quantised engines run on a CPU")
     left, right = _operands(n, device)
-    packed = torch.ops.quantized.linear_prepack(torch.quantize_per_tensor(right, 0.05, 0, torch.qint8), None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch means to drop its quantised tensors, and has them still
+        packed = torch.ops.quantized.linear_prepack(torch.quantize_per_tensor(right, 0.05, 0, torch.qint8), None)
     return lambda: torch.ops.quantized.linear_dynamic(left, packed, reduce_range=True)
 
 
