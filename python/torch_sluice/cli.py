@@ -22,7 +22,14 @@ _OVERRIDES = (
     ("--seed", int, "decides the weights, the batches and the noise"),
     ("--threads", int, "threads; default: as many as torch takes"),
 )
-_WITH_RESUME = ("resume", "json", "threads", "tensorboard")  # what may be said beside --resume
+_WITH_RESUME = (
+    "resume",
+    "json",
+    "threads",
+    "tensorboard",
+    "metrics_port",
+    "metrics_host",
+)  # what may be said beside --resume
 _WITH_RESUME_ON_MESH = ("resume", "json", "threads", "mesh", "schedule", "data_parallel", "backend", "save_every")
 
 
@@ -89,6 +96,10 @@ def _add_train(commands) -> None:
     train.add_argument(
         "--tensorboard", action="store_true", default=None, help="write scalars to DIR/tensorboard while training"
     )
+    train.add_argument(
+        "--metrics-port", type=int, metavar="N", help="serve Prometheus text while training; 0: on any free port"
+    )
+    train.add_argument("--metrics-host", metavar="HOST", help="address that it is served on; default: 127.0.0.1")
     mesh = train.add_argument_group("one side on several ranks (processes); docs/parallel.md")
     mesh.add_argument(
         "--mesh", metavar="SIZES", help="ranks for data, tensor and pipeline parallel, as in dp=2,tp=2,pp=2"
@@ -119,6 +130,8 @@ def _train(options: argparse.Namespace) -> int:
     console = Console()
     run = None
     try:
+        if options.metrics_host is not None and options.metrics_port is None:
+            return _fail(f"--metrics-host is {options.metrics_host} without --metrics-port, expected both or none")
         if _is_on_mesh(options):
             return _train_on_mesh(options)
         if options.resume is not None:
@@ -128,7 +141,14 @@ def _train(options: argparse.Namespace) -> int:
             run = start_run(
                 _settings(options), options.data, Path(options.out or "sluice-run"), bool(options.overwrite)
             )
-        result = execute_run(run, console, Path(options.json) if options.json else None, bool(options.tensorboard))
+        result = execute_run(
+            run,
+            console,
+            Path(options.json) if options.json else None,
+            tensorboard=bool(options.tensorboard),
+            metrics_port=options.metrics_port,
+            metrics_host=options.metrics_host,
+        )
         from torch_sluice.report import print_comparison
 
         print_comparison(result, console)

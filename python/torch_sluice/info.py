@@ -17,10 +17,18 @@ _DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "float64": 3}  # sl_dtype
 _OPTIONAL = {
     "transformers": ("torch-sluice train, and swapping Hugging Face models", "pip install 'torch-sluice[train]'"),
     "rich": ("torch-sluice train", "pip install 'torch-sluice[train]'"),
-    "matplotlib": ("the HTML report of torch-sluice train", "pip install 'torch-sluice[train]'"),
-    "jinja2": ("the HTML report of torch-sluice train", "pip install 'torch-sluice[train]'"),
+    "matplotlib": (
+        "the HTML reports of torch-sluice train and of Monitor(report=...)",
+        "pip install 'torch-sluice[train]'",
+    ),
+    "jinja2": (
+        "the HTML reports of torch-sluice train and of Monitor(report=...)",
+        "pip install 'torch-sluice[train]'",
+    ),
     "accelerate": ("the Trainer of transformers, and GateCallback in it", "pip install accelerate"),
     "tensorboard": ("torch_sluice.Monitor(log_dir=...)", "pip install tensorboard"),
+    "prometheus-client": ("torch_sluice.Monitor(metrics_port=...)", "pip install 'torch-sluice[monitor]'"),
+    "lightning": ("the Trainer of Lightning, and MonitorCallback in it", "pip install lightning"),
 }
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import socket
 import sys
 
 import pytest
@@ -87,6 +88,24 @@ def test_tensorboard_without_the_package(refused, tmp_path, text_folder, monkeyp
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     message = refused("train", "--data", text_folder, "--out", tmp_path / "out", "--tensorboard", *TINY)
     assert "--tensorboard needs the package tensorboard: pip install tensorboard" in message
+
+
+def test_metrics_port_in_use(refused, tmp_path, text_folder):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        message = refused("train", "--data", text_folder, "--out", tmp_path, f"--metrics-port={port}", *TINY)
+    assert f"--metrics-port is {port} on --metrics-host '127.0.0.1', where nothing can listen" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--metrics-port=-1"], "--metrics-port is -1, expected an integer from 0 to 65535"),
+        (["--metrics-host=127.0.0.1"], "--metrics-host is 127.0.0.1 without --metrics-port, expected both or none"),
+    ],
+)
+def test_bad_metrics_options(refused, tmp_path, text_folder, options, text):
+    assert text in refused("train", "--data", text_folder, "--out", tmp_path / "out", *options, *TINY)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import torch_sluice.info
-from benchmarks import accumulate, gated_attention, import_time, recall
+from benchmarks import accumulate, gated_attention, import_time, monitor_overhead, recall
 
 WHERE = {"threads", "isa", "processor", "torch"}
 
@@ -82,6 +82,16 @@ def test_import_time(rows_of, capsys):
     assert row["spread"]["registered"] == [row["seconds"]] * 2
     assert import_time.middle_half([5.0, 1.0, 3.0, 2.0, 4.0]) == [2.0, 4.0]
     assert "registering adds" in capsys.readouterr().out
+
+
+def test_monitor_overhead(rows_of, capsys):
+    (row,) = rows_of(monitor_overhead, "--case", "small model")
+    assert (row["case"], row["rounds"], row["steps_a_round"]) == ("small model", 2, 3)
+    assert row["ratio"] == pytest.approx(1 / (1 + row["overhead"]))
+    assert row["middle_half"][0] <= row["overhead"] <= row["middle_half"][1]
+    assert row["monitor_share"] == pytest.approx(row["monitor_seconds"] / row["peers"]["without"])
+    assert row["mfu"] > 0
+    assert "monitor's own code" in capsys.readouterr().out
 
 
 def test_recall(rows_of, capsys):

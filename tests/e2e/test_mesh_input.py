@@ -33,6 +33,7 @@ LAYOUT = dict(dp=2, tp=1, pp=1, schedule="1f1b", data_parallel="ddp", backend="s
         ),
         (["--mesh", "dp=2", "--with-window"], "--with-window does not go with --mesh"),
         (["--mesh", "dp=2", "--tensorboard"], "--tensorboard does not go with --mesh"),
+        (["--mesh", "dp=2", "--metrics-port=0"], "--metrics-port does not go with --mesh"),
         (["--mesh", "dp=2", "--save-every=0"], "--save-every is 0, expected at least 1 step"),
         (["--schedule", "gpipe"], "--schedule is given without --mesh"),
         (["--dense"], "--dense is given without --mesh"),

@@ -1,127 +1,289 @@
-"""The monitor: counts that can be worked out by hand, and warnings at its limits."""
+"""The monitor in a loop: what it adds up, where it warns, and that it never ends what it watches."""
 
-import itertools
+import math
+import warnings
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import torch_sluice
-from torch_sluice.monitor import (
-    KeptPairCounter,
-    Monitor,
-    MonitorWarning,
-    count_flops,
-    count_kept_pairs,
-    measure_peak_flops,
-)
+from torch_sluice.monitor import Monitor, MonitorWarning
+from torch_sluice.monitor.records import Budget, Curve, MovingAverage
 
 
-def _gates(batch, heads, kv_heads, n_q, n_k):
-    generator = torch.Generator().manual_seed(n_q * 1000 + n_k)
-    make = lambda *shape: 3 * torch.randn(*shape, generator=generator)  # noqa: E731
-    return make(batch, heads, n_q), make(batch, kv_heads, n_k), make(batch, heads)
+def quiet_monitor(model=None, **options):
+    """A monitor that doesn't measure a peak and has no limits."""
+    defaults = dict(peak_flops=1e6, mfu_limit=None, memory_ratio_limit=None)
+    return Monitor(nn.Linear(8, 4) if model is None else model, **{**defaults, **options})
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("window", "sinks"), [(0, 0), (3, 0), (0, 2), (5, 3)])
-@pytest.mark.parametrize(("n_q", "n_k"), [(9, 9), (4, 11), (11, 4), (270, 20)])
-def test_kept_pairs_against_the_rule_written_out(causal, window, sinks, n_q, n_k):
-    heads, kv_heads = (4, 2) if n_q < 100 else (1, 1)
-    a, b, logit_tau = _gates(1, heads, kv_heads, n_q, n_k)
-    key_range = torch.tensor([[1, n_k - 1]])
-    kept = total = 0
-    for h, i, j in itertools.product(range(heads), range(n_q), range(1, n_k - 1)):
-        p = i + n_k - n_q
-        if causal and j > p:
-            continue
-        total += 1
-        near = abs(p - j) < window or j < sinks or (causal and j == p)
-        kept += near or bool(a[0, h, i] + b[0, h // (heads // kv_heads), j] >= logit_tau[0, h])
-    options = dict(causal=causal, window=window, sinks=sinks)
-    assert count_kept_pairs(a, b, logit_tau, key_range, **options) == (kept, total)
-    assert count_kept_pairs(a, b, None, key_range, **options) == (total, total)
-
-
-def test_gated_attention_flops_are_those_of_the_kept_pairs():
-    batch, heads, kv_heads, n, d, d_v = 2, 4, 2, 33, 8, 16
-    a, b, _ = _gates(batch, heads, kv_heads, n, n)
-    q = torch.randn(batch, heads, n, d, requires_grad=True)
-    k = torch.randn(batch, kv_heads, n, d)
-    v = torch.randn(batch, kv_heads, n, d_v)
-
-    def forward():
-        return torch_sluice.gated_attention(q, k, v, a, b, causal=True, tau=0.5, window=4)
-
-    with KeptPairCounter() as counter:
-        out = forward()
-    assert (counter.kept, counter.total) == count_kept_pairs(a, b, torch.zeros(batch, heads), causal=True, window=4)
-    assert 0 < counter.density < 1
-    assert count_flops(forward) == counter.kept * 2 * (d + d_v)
-    assert count_flops(lambda: out.sum().backward()) == counter.kept * (6 * d + 4 * d_v)
-
-
-def test_causal_sdpa_counts_half_of_the_square():
-    q = torch.randn(1, 2, 16, 8)
-    sdpa = nn.functional.scaled_dot_product_attention
-    assert count_flops(lambda: sdpa(q, q, q, is_causal=True)) == 2 * (16 * 17 // 2) * 2 * (8 + 8)
-    assert count_flops(lambda: sdpa(q, q, q)) == 2 * (16 * 16) * 2 * (8 + 8)
-
-
-def test_linear_layer_flops():
-    layer = nn.Linear(8, 4)
-    assert count_flops(lambda: layer(torch.randn(3, 8))) == 2 * 3 * 8 * 4
-
-
-def test_monitor_sums_up_a_loop():
+def test_a_loop_is_summed_up():
     model = nn.Linear(8, 4)
-    monitor = Monitor(model, peak_flops=1e6)
+    monitor = quiet_monitor(model)
     monitor.count_flops(lambda: model(torch.randn(3, 8)))
     for seconds in (0.5, 0.25, 0.125):
         monitor.record(seconds, tokens=10, density=seconds)
     summary = monitor.summary()
     assert summary["steps"] == 3
     assert summary["tokens"] == 30
+    assert summary["total_seconds"] == 0.875
     assert summary["seconds_per_step"] == 0.25
     assert summary["density"] == 0.125
     assert summary["mfu"] == pytest.approx(192 / 0.25 / 1e6)
     assert summary["parameter_bytes"] == 4 * (8 * 4 + 4)
 
 
-def test_monitor_warns_at_its_limits():
-    model = nn.Linear(64, 64)
-    monitor = Monitor(model, peak_flops=1.0, memory_ratio_limit=1e9)
-    monitor.count_flops(lambda: model(torch.randn(1, 64)))
-    with monitor.step(tokens=1) as figures:
-        figures["loss"] = 1.0
-    assert monitor.check() == []
-    monitor = Monitor(model, peak_flops=1e18, memory_ratio_limit=-1.0)
-    monitor.count_flops(lambda: model(torch.randn(1, 64)))
-    monitor.record(1.0)
-    with pytest.warns(MonitorWarning) as caught:
-        problems = monitor.check()
-    assert [str(warning.message) for warning in caught] == problems
-    assert len(problems) == 2
-    assert problems[0].startswith("MFU is 0%")
-    assert "times the parameters" in problems[1]
+def test_the_first_step_is_counted_and_not_timed():
+    model = nn.Linear(8, 4)
+    with quiet_monitor(model) as monitor:
+        for _ in range(3):
+            with monitor.step():
+                model(torch.randn(3, 8)).sum().backward()
+    assert monitor.flops.executed == monitor.flops.dense_equivalent == 2 * 192  # forward, and the weights' gradient
+    assert dict(monitor.flops.by_dtype) == {"float32": 384}
+    assert (monitor.steps, len(monitor.times.seconds)) == (3, 2)
+    assert monitor.mfu == pytest.approx(384 / monitor.seconds_per_step / 1e6)
+    assert 0 <= monitor.summary()["outside_share"] < 1
 
 
-def test_monitor_refuses_a_peak_that_is_none():
-    with pytest.raises(ValueError, match="peak_flops is 0, expected a positive number"):
-        Monitor(nn.Linear(2, 2), peak_flops=0)
+def test_counting_goes_through_a_compiled_model_without_a_word():
+    model = nn.Linear(8, 4)
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(torch.randn(3, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with quiet_monitor(model) as monitor, monitor.step():
+            compiled(torch.randn(3, 8)).sum().backward()
+    assert monitor.flops.executed == 384
 
 
-def test_measured_peak_is_a_rate_that_a_product_can_reach():
-    peak = measure_peak_flops(seconds=0.05)
-    assert 1e8 < peak < 1e15
+def test_mfu_takes_each_dtype_at_its_own_peak(monkeypatch):
+    peaks = {torch.float32: 1e6, torch.bfloat16: 4e6}
+    monkeypatch.setattr("torch_sluice.monitor.figures.peak_flops_of", lambda dtype, device: peaks[dtype])
+    model = nn.Linear(8, 4)
+    monitor = Monitor(model, mfu_limit=None)
+
+    def step():
+        model(torch.randn(3, 8))
+        with torch.autocast("cpu", torch.bfloat16):
+            model(torch.randn(3, 8))
+
+    monitor.count_flops(step)
+    monitor.record(0.01)
+    assert dict(monitor.flops.by_dtype) == {"float32": 192, "bfloat16": 192}
+    assert monitor.mfu == pytest.approx((192 / 1e6 + 192 / 4e6) / 0.01)
 
 
-def test_monitor_writes_scalars(tmp_path):
-    monitor = Monitor(nn.Linear(2, 2), log_dir=tmp_path)
-    for loss in (3.0, 2.0):
-        monitor.record(0.5, tokens=8, loss=loss)
+def test_latency_of_requests():
+    monitor = quiet_monitor()
+    for milliseconds in range(100, 0, -1):
+        monitor.record(milliseconds / 1000)
+    assert monitor.summary()["seconds_per_step"] == pytest.approx(0.0505)
+    assert monitor.summary()["seconds_per_step_p95"] == 0.095
+
+
+def test_the_way_to_a_target_loss():
+    monitor = quiet_monitor(target_loss=1.0)
+    losses = [3.0, 1.2, 0.2, 0.1, 0.1, 0.1, 0.1, 5.0]
+    average, reached = MovingAverage(), None
+    for step, loss in enumerate(losses, 1):
+        monitor.record(0.5, loss=loss)
+        if average.add(loss) <= 1.0 and reached is None:
+            reached = step
+    assert reached not in (None, 1, len(losses))
+    assert (monitor.steps_to_target, monitor.seconds_to_target) == (reached, 0.5 * reached)
+
+
+def test_a_target_that_is_never_reached_is_said_to_be_so():
+    monitor = quiet_monitor(target_loss=0.5)
+    monitor.record(0.5, loss=1.0)
     monitor.close()
-    scalars = EventAccumulator(str(tmp_path)).Reload()
-    assert [event.value for event in scalars.Scalars("loss")] == [3.0, 2.0]
-    assert [event.value for event in scalars.Scalars("tokens_per_second")] == [16.0, 16.0]
+    assert (monitor.summary()["steps_to_target"], monitor.summary()["seconds_to_target"]) == (None, None)
+
+
+def test_a_loss_that_is_not_finite_warns_once_and_is_left_out_of_the_average():
+    with quiet_monitor(target_loss=2.0) as monitor:
+        monitor.record(0.1, loss=1.0)
+        with pytest.warns(MonitorWarning, match="the loss became nan at step 2") as caught:
+            for _ in range(3):
+                monitor.record(0.1, loss=math.nan)
+        assert len(caught) == 1
+        monitor.record(0.1, loss=1.5)
+    assert monitor.odd_losses == 3
+    assert math.isfinite(monitor.loss.value)
+    assert monitor.steps_to_target == 1
+
+
+def test_limits_warn_once_with_advice():
+    model = nn.Linear(64, 64)
+    monitor = Monitor(model, peak_flops=1e18, memory_ratio_limit=10)
+    monitor.count_flops(lambda: model(torch.randn(1, 64)))
+    with pytest.warns(MonitorWarning) as caught:
+        for _ in range(200):
+            monitor.record(0.001)
+        memory = torch.ones(8 * 2**20)  # 32 MiB
+        problems = monitor.check()
+        monitor.close()
+    del memory
+    assert [str(warning.message) for warning in caught] == problems
+    assert problems[0].startswith("MFU is 0%, below 70%: ")
+    assert "larger batches or torch.compile" in problems[0]
+    assert "times the parameters, above 10" in problems[1]
+
+
+def test_within_the_limits_nothing_is_said():
+    model = nn.Linear(64, 64)
+    monitor = Monitor(model, peak_flops=1.0)
+    monitor.count_flops(lambda: model(torch.randn(1, 64)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monitor.record(1.0)
+        assert monitor.check() == []
+        monitor.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (dict(peak_flops=0), "peak_flops is 0, expected a positive number"),
+        (dict(mfu_limit=-0.1), "mfu_limit is -0.1, expected a number of at least 0, or None"),
+        (dict(memory_ratio_limit=math.nan), "memory_ratio_limit is nan, expected a number"),
+        (dict(target_loss=math.inf), "target_loss is inf, expected a finite number"),
+        (dict(metrics_port=70000), "metrics_port is 70000, expected an integer from 0 to 65535"),
+        (dict(metrics_port="9100"), "metrics_port is '9100', expected an integer"),
+    ],
+)
+def test_bad_arguments(options, text):
+    with pytest.raises(ValueError, match=text):
+        Monitor(nn.Linear(2, 2), **options)
+
+
+def test_a_model_that_is_none():
+    with pytest.raises(TypeError, match=r"model is a list, expected a torch\.nn\.Module"):
+        Monitor([])
+
+
+def test_a_model_without_parameters():
+    with quiet_monitor(nn.ReLU(), memory_ratio_limit=10) as monitor, monitor.step():
+        pass
+    assert monitor.memory_ratio is None
+    assert monitor.check() == []
+    assert monitor.summary()["mfu"] is None or monitor.summary()["mfu"] == 0
+
+
+def test_figures_that_are_no_numbers_do_not_end_the_run():
+    with quiet_monitor() as monitor:
+        with pytest.warns(MonitorWarning) as caught:
+            for _ in range(2):
+                with monitor.step() as figures:
+                    figures.update(loss=torch.tensor(2.0), text="words", seconds=3, both=torch.ones(2))
+    assert monitor.latest["loss"] == 2.0
+    assert {"text", "both"}.isdisjoint(monitor.latest)
+    assert monitor.latest["seconds"] < 3
+    assert len(caught) == 3
+
+
+def test_an_exception_in_a_step_passes_through_and_leaves_nothing_behind():
+    model = nn.Linear(8, 4)
+    with quiet_monitor(model) as monitor:
+        with pytest.raises(ZeroDivisionError):
+            with monitor.step():
+                1 / 0  # noqa: B018
+        assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+        with monitor.step():
+            model(torch.randn(3, 8))
+    assert (monitor.steps, monitor.flops.executed) == (1, 192)
+
+
+def test_after_the_end_steps_run_and_are_not_recorded():
+    monitor = quiet_monitor()
+    monitor.record(0.1)
+    monitor.close()
+    monitor.close()
+    with pytest.warns(MonitorWarning, match="is closed: steps are no longer recorded") as caught:
+        with monitor.step() as figures:
+            figures["loss"] = 1.0
+        monitor.record(0.1)
+    assert len(caught) == 1
+    assert monitor.summary()["steps"] == 1
+
+
+def test_a_monitor_that_fails_inside_says_so_once_and_the_run_goes_on(monkeypatch):
+    monitor = quiet_monitor()
+    monkeypatch.setattr(monitor._sampler, "end_step", lambda *_: 1 / 0)
+    with pytest.warns(MonitorWarning, match="looking at the model failed, the run goes on: division by zero") as caught:
+        for _ in range(3):
+            monitor.record(0.1)
+    assert len(caught) == 1
+    assert monitor.steps == 3
+
+
+def test_two_monitors_at_a_time():
+    models = nn.Linear(8, 4), nn.Linear(16, 4)
+    with quiet_monitor(models[0]) as one, quiet_monitor(models[1]) as other:
+        for _ in range(2):
+            with one.step():
+                models[0](torch.randn(3, 8))
+                with other.step():
+                    models[1](torch.randn(3, 16))
+    assert other.flops.executed == 2 * 3 * 16 * 4
+    assert one.flops.executed == 2 * 3 * 8 * 4 + other.flops.executed  # its step holds the other's
+    assert one.steps == other.steps == 2
+
+
+def test_memory_is_that_of_each_monitors_time():
+    model = nn.Linear(2, 2)
+    before = torch.ones(64 * 2**18)  # 64 MiB
+    del before
+    first = quiet_monitor(model)
+    kept = torch.ones(32 * 2**18)
+    second = quiet_monitor(model)
+    more = torch.ones(16 * 2**18)
+    assert second.peak_bytes - second.parameter_bytes == pytest.approx(16 * 2**20, rel=0.2)
+    assert first.peak_bytes - first.parameter_bytes == pytest.approx(48 * 2**20, rel=0.2)
+    del kept, more
+    assert first.peak_bytes - first.parameter_bytes == pytest.approx(48 * 2**20, rel=0.2)
+
+
+def test_what_comes_after_the_end_is_not_the_runs_memory():
+    monitor = quiet_monitor()
+    monitor.close()
+    later = torch.ones(32 * 2**18)
+    assert monitor.peak_bytes - monitor.parameter_bytes < 16 * 2**20
+    del later
+
+
+def test_a_resumed_run_counts_on():
+    first, second = quiet_monitor(target_loss=1.0), quiet_monitor(target_loss=1.0)
+    for loss in (3.0, 2.0):
+        first.record(0.5, tokens=4, loss=loss)
+    second.load_state_dict(first.state_dict())
+    for monitor in (first, second):
+        monitor.record(0.5, tokens=4, loss=1.5)
+    names = ("steps", "tokens", "total_seconds", "loss", "steps_to_target")
+    assert [first.summary()[name] for name in names] == [second.summary()[name] for name in names]
+
+
+def test_a_curve_stays_short_and_keeps_its_mean():
+    curve = Curve(points=8)
+    for step in range(1, 1025):
+        curve.add(step, float(step))
+    assert 4 <= len(curve.values) == len(curve.steps) < 8
+    assert curve.steps[-1] == 1024
+    assert curve.steps == sorted(curve.steps)
+    assert sum(curve.values) / len(curve.values) == 512.5
+
+
+def test_a_budget_opens_when_enough_time_has_passed():
+    budget = Budget(0.1)
+    assert budget.open
+    with budget.spend():
+        torch.ones(1000).sum()
+    assert not budget.open
+    budget.earn(1000.0)
+    assert budget.open
+
+
+def test_monitor_is_part_of_the_package():
+    assert torch_sluice.Monitor is Monitor

@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from torch_sluice.cli import main
 from torch_sluice.monitor import count_flops
-from torch_sluice.train.compare import GOALS, smooth
+from torch_sluice.monitor.records import smooth
+from torch_sluice.train.compare import GOALS
 from torch_sluice.train.loop import make_sides
 from torch_sluice.train.model import build_model, predict
 from torch_sluice.train.settings import PRESETS
@@ -28,7 +29,8 @@ def finished(run_command, text_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("out") / "a run"
     json_path = folder.parent / "figures.json"
     process = run_command(
-        "train", "--data", text_folder, "--out", folder, "--json", json_path, "--with-window", f"--steps={STEPS}", *TINY
+        *("train", "--data", text_folder, "--out", folder, "--json", json_path, "--with-window", f"--steps={STEPS}"),
+        *("--metrics-port=0", *TINY),
     )
     assert process.returncode == 0, process.stderr
     return process, folder, json.loads(json_path.read_text())
@@ -149,7 +151,21 @@ def test_table_names_what_was_missed(finished):
 
 def test_nothing_else_is_left_behind(finished):
     _, folder, _ = finished
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pt", "report.html", "results.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("checkpoint.pt", "report.html", "results.json", "steps.jsonl")
+    ]
+
+
+def test_steps_are_written_as_json_lines(finished):
+    process, folder, figures = finished
+    lines = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    for side in ("dense", "sluice", "window"):
+        own = [line for line in lines if line["monitor"] == side]
+        assert [line["step"] for line in own] == list(range(1, STEPS + 1))
+        assert [line["loss"] for line in own] == figures[side]["history"]["loss"]
+        assert all(line["mfu"] > 0 for line in own[1:])
+    assert {line.get("half_share") for line in lines if line["monitor"] == "sluice"} != {None}
+    assert re.search(r"^Metrics: http://127\.0\.0\.1:\d+/metrics$", process.stdout, re.M)
 
 
 def test_finished_run_can_be_reported_again_though_nothing_can_be_measured(finished, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import functools
 import math
 import types
 import warnings
+import weakref
 
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from torch_sluice.accumulate.sharded import any_rank, is_dtensor, local_gradient
 from torch_sluice.accumulate.slot import Slot
 from torch_sluice.accumulate.weights import Weights
 from torch_sluice.accumulate.window import Window
+
+open_sessions: "weakref.WeakSet[Session]" = weakref.WeakSet()  # those that are entered and not left
 
 
 class Session:
@@ -52,6 +55,7 @@ class Session:
     def __enter__(self) -> "Session":
         grad_scaler.attach(self.optimizer, self)
         self._open = True
+        open_sessions.add(self)
         self._step_before = self.optimizer.__dict__.get("step")
         self._original_step = self.optimizer.step
         self._wrap_step()
@@ -62,6 +66,7 @@ class Session:
 
     def __exit__(self, kind, error, traceback) -> None:
         self._open = False
+        open_sessions.discard(self)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -365,6 +370,12 @@ class Session:
         unit = "calls of step()" if self.window.kind == "each" else "backward passes"
         done = self.window.calls if self.window.kind == "each" else self.window.backwards
         return f"after {done} of {self.window.every} {unit}"
+
+    @property
+    def fp16_share(self) -> float:
+        """Elements whose sum is float16 / elements: what ``stats()`` has, without the rest."""
+        half = sum(slot.record.elements for slot in self.slots.values() if slot.accumulator.format == "fp16")
+        return half / max(sum(slot.record.elements for slot in self.slots.values()), 1)
 
     def stats(self) -> SessionStats:
         """Formats, bytes, norms and errors, in all and by parameter."""

@@ -74,13 +74,14 @@ def _count_below(limits, bounds, ranks):
 
 
 @torch.no_grad()
-def kept_pairs(a, b, *, tau=0.5, causal=False, window=0, sinks=0, key_range=None):
+def kept_pairs(a, b, *, tau=0.5, logit_tau=None, causal=False, window=0, sinks=0, key_range=None):
     """Counts, exactly, the pairs that ``gated_attention`` keeps, in O(n log^2 n) time and O(n) memory.
 
     Args:
         a: [B, Hq, Nq] gate logits of the queries.
         b: [B, Hkv, Nk] gate logits of the keys; Hq is a multiple of Hkv.
         tau: a number in [0, 1).
+        logit_tau: [B, Hq], thresholds on a + b in place of tau, as the operator has them.
         causal, window, sinks, key_range: as in ``torch_sluice.gated_attention``.
 
     Returns:
@@ -98,7 +99,8 @@ def kept_pairs(a, b, *, tau=0.5, causal=False, window=0, sinks=0, key_range=None
     # NaN is kept by the operator. It tests a + b < logit tau in float32; b < logit tau - a may differ in the last bit.
     ordered, order = torch.nan_to_num(b, nan=math.inf).sort(dim=-1)
     ranks = torch.empty_like(order).scatter_(-1, order, torch.arange(n_k, device=b.device).expand_as(order))
-    bounds = torch.nan_to_num(_logit(tau) - _clamp(a), nan=-math.inf, neginf=-math.inf)
+    limit = _logit(tau) if logit_tau is None else logit_tau.unsqueeze(-1)
+    bounds = torch.nan_to_num(limit - _clamp(a), nan=-math.inf, neginf=-math.inf)
     bounds = torch.searchsorted(ordered, bounds.contiguous())
     keys = torch.arange(n_k, device=b.device)
     decided = (keys >= sinks).view(1, 1, n_k)

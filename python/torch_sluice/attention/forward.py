@@ -9,6 +9,9 @@ from torch_sluice.attention.counterfactual import add_counterfactual_gradient
 from torch_sluice.attention.gate import PHASES
 from torch_sluice.functional import gated_attention
 
+# Called as listener(gate, GateRecord) at each attention call, in training and evaluation; see torch_sluice.monitor.
+listeners: list = []
+
 
 class GateRecord(NamedTuple):
     """What a controller needs to know of one attention call: shapes as in ``attend``, graph attached."""
@@ -58,6 +61,9 @@ def attend(gate, x, q, k, v, *, causal=False, window=0, sinks=0, scale=None, key
         raise ValueError(f"gate.phase is {phase!r}, expected one of {PHASES}")
     if gate.record is not None and teaching:
         gate.record.append(GateRecord(a, b, gate.tau, causal, window, sinks, key_range))
+    if listeners and not torch.compiler.is_compiling():
+        for listener in tuple(listeners):
+            listener(gate, GateRecord(a, b, gate.tau, causal, window, sinks, key_range))
     if phase == "noise" and gate.noise > 0:
         a = a + gate.noise * torch.randn_like(a)
         b = b + gate.noise * torch.randn_like(b)

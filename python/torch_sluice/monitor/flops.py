@@ -1,140 +1,115 @@
-"""Floating-point operations of a step, with formulas for Sluice's operators that count the pairs really computed."""
+"""Counts the floating-point operations of a step: as executed, as dense-equivalent, and by the dtype they ran in."""
 
-from collections.abc import Callable
+import contextlib
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from torch_sluice.selection import GATE_LOGIT_LIMIT
-
-_FORWARD = torch.ops.sluice.gated_attention.default
-_ROWS = 256  # query rows looked at in one go: bounds the memory of the mask
+from torch_sluice.monitor import formulas
 
 
-@torch.no_grad()
-def count_kept_pairs(a, b, logit_tau=None, key_range=None, *, causal=False, window=0, sinks=0) -> tuple[int, int]:
-    """How many (query, key) pairs the operator computes and how many there are, over batch and query heads.
+@dataclass
+class FlopCount:
+    """Operations of matrix products, convolutions and attention in one step; a multiply-add counts as two.
 
-    Exact: the rule K_i of ops/sluice/gated_attention.h, row by row.
-
-    Args:
-        a: [B, Hq, Nq] gate logits of the queries.
-        b: [B, Hkv, Nk] gate logits of the keys.
-        logit_tau: [B, Hq] or None (every pair is kept).
-        key_range: [B, 2] int64 or None.
-        causal, window, sinks: as in :func:`torch_sluice.gated_attention`.
-
-    Returns:
-        (kept, all) with all = the pairs inside the causal triangle and the key range.
+    Attributes:
+        executed: what was computed: kept pairs of a gated attention, half of the square under a causal mask, both
+            passes of an int16 product.
+        dense_equivalent: what the same step would have computed with every pair that the causal mask and the key
+            range allow, and one pass for each product.
+        by_dtype: executed operations by the name of the dtype that they ran in, as "float32" or "int8".
+        gated: executed operations of gated attention alone.
+        gated_dense_equivalent: the same with every pair.
     """
-    n_q, n_k = a.shape[-1], b.shape[-1]
-    keys = torch.arange(n_k, device=a.device)
-    b = b.clamp(-GATE_LOGIT_LIMIT, GATE_LOGIT_LIMIT).repeat_interleave(a.shape[1] // max(b.shape[1], 1), 1)
-    valid_keys = torch.ones(a.shape[0], 1, 1, n_k, dtype=torch.bool, device=a.device)
-    if key_range is not None:
-        begin, end = key_range.view(-1, 1, 1, 2).unbind(-1)
-        valid_keys = (keys >= begin.unsqueeze(-1)) & (keys < end.unsqueeze(-1))
-    kept = total = 0
-    for start in range(0, n_q, _ROWS):
-        rows = a[..., start : start + _ROWS].clamp(-GATE_LOGIT_LIMIT, GATE_LOGIT_LIMIT)
-        position = torch.arange(start, start + rows.shape[-1], device=a.device).unsqueeze(-1) + (n_k - n_q)
-        valid = valid_keys & (keys <= position) if causal else valid_keys.expand(-1, 1, rows.shape[-1], -1)
-        total += int(valid.sum()) * a.shape[1]
-        if logit_tau is None:
-            kept = total
-            continue
-        always = ((position - keys).abs() < window) | (keys < sinks)
-        if causal:
-            always |= keys == position
-        passed = ~(rows.unsqueeze(-1) + b.unsqueeze(-2) < logit_tau.view(*logit_tau.shape, 1, 1))
-        kept += int(((passed | always) & valid).sum())
-    return kept, total
+
+    executed: int = 0
+    dense_equivalent: int = 0
+    by_dtype: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    gated: int = 0
+    gated_dense_equivalent: int = 0
+
+    def at_density(self, density: float | None) -> "FlopCount":
+        """The count of a step like this one whose gates keep another share of the pairs.
+
+        Exact where all gated attentions have the same shape, since the operations are proportional to the kept pairs.
+        """
+        if density is None or not self.gated_dense_equivalent:
+            return self
+        change = round(density * self.gated_dense_equivalent) - self.gated
+        by_dtype = dict(self.by_dtype)
+        gated_dtype = max((name for name in by_dtype if name != "int8"), key=by_dtype.get)
+        by_dtype[gated_dtype] += change
+        return FlopCount(
+            self.executed + change, self.dense_equivalent, by_dtype, self.gated + change, self.gated_dense_equivalent
+        )
 
 
-def _pairs_of(q, k, a, b, logit_tau, key_range, causal, window, sinks) -> int:
-    if a.device.type == "meta" or isinstance(a, torch._subclasses.FakeTensor):
-        # Values are not known: count as if every pair were kept.
-        n_q, n_k = q.shape[2], k.shape[2]
-        return q.shape[0] * q.shape[1] * _causal_pairs(n_q, n_k) if causal else q.shape[0] * q.shape[1] * n_q * n_k
-    return count_kept_pairs(a, b, logit_tau, key_range, causal=causal, window=window, sinks=sinks)[0]
+class StepFlopCounter:
+    """``with StepFlopCounter() as counter: step()``, then ``counter.count``. Works around compiled models too."""
+
+    def __init__(self):
+        self.count = FlopCount()
+        self._pairs = formulas.PairCache()
+        mapping = {**flop_registry, **formulas.OVERRIDES}
+        self._mode = FlopCounterMode(
+            display=False, custom_mapping={operator: self._tally(operator, mapping[operator]) for operator in mapping}
+        )
+        self._stack = contextlib.ExitStack()
+
+    def _tally(self, operator, formula):
+        """The formula, with what it returns noted in the count as well."""
+
+        def count(*args, out_val=None, **options):
+            if operator in formulas.GATED:
+                executed, dense = formula(*args, pairs=self._pairs, **options)
+                self.count.gated += executed
+                self.count.gated_dense_equivalent += dense
+            elif operator in formulas.QUANTISED:
+                executed, dense = formula(*args, out_val=out_val, **options)
+            else:
+                executed = dense = formula(*args, out_val=out_val, **options)
+            self.count.executed += executed
+            self.count.dense_equivalent += dense
+            self.count.by_dtype[formulas.dtype_name(operator, args)] += executed
+            return executed
+
+        count._get_raw = True  # what register_flop_formula(get_raw=True) sets: pass tensors, not shapes
+        return count
+
+    def __enter__(self) -> "StepFlopCounter":
+        self._stack.enter_context(warnings.catch_warnings())
+        # The counter follows modules by global hooks, of which a compiled module warns; they count nothing twice.
+        warnings.filterwarnings("ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks")
+        self._stack.enter_context(self._mode)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._stack.__exit__(*exception)
 
 
-@register_flop_formula(torch.ops.sluice.gated_attention, get_raw=True)
-def _gated_attention_flops(q, k, v, a, b, logit_tau, key_range, causal, window, sinks, scale, *, out_val=None) -> int:
-    """QK^T and PV: 2 D + 2 Dv operations a kept pair."""
-    return _pairs_of(q, k, a, b, logit_tau, key_range, causal, window, sinks) * 2 * (q.shape[3] + v.shape[3])
-
-
-@register_flop_formula(torch.ops.sluice.gated_attention_backward, get_raw=True)
-def _gated_attention_backward_flops(
-    dout, q, k, v, a, b, logit_tau, key_range, out, lse, causal, window, sinks, scale, *, out_val=None
-) -> int:
-    """QK^T again, dQ, dK: 6 D; dP and dV: 4 Dv operations a kept pair."""
-    pairs = _pairs_of(q, k, a, b, logit_tau, key_range, causal, window, sinks)
-    return pairs * (6 * q.shape[3] + 4 * v.shape[3])
-
-
-def _causal_pairs(n_q: int, n_k: int) -> int:
-    """Pairs with j <= i + n_k - n_q."""
-    hidden = max(n_q - n_k, 0)  # rows that see nothing
-    return sum(min(i + n_k - n_q + 1, n_k) for i in range(hidden, n_q))
-
-
-def _sdpa_pairs(q, k, causal: bool) -> int:
-    # PyTorch's SDPA aligns a causal mask top left; with n_q = n_k, the only case met in training, it is the same.
-    n_q, n_k = q.shape[2], k.shape[2]
-    return q.shape[0] * q.shape[1] * (_causal_pairs(n_q, n_k) if causal else n_q * n_k)
-
-
-def _sdpa_flops(q, k, v, dropout_p=0.0, is_causal=False, *rest, out_val=None, **options) -> int:
-    return _sdpa_pairs(q, k, is_causal) * 2 * (q.shape[3] + v.shape[3])
-
-
-def _sdpa_backward_flops(dout, q, k, v, out, lse, dropout_p, is_causal, *rest, out_val=None, **options) -> int:
-    return _sdpa_pairs(q, k, is_causal) * (6 * q.shape[3] + 4 * v.shape[3])
-
-
-for _formula in (_sdpa_flops, _sdpa_backward_flops):
-    _formula._get_raw = True  # what register_flop_formula(get_raw=True) sets: pass tensors, not shapes
-
-# torch counts SDPA without its causal mask, and the CPU kernel not at all. A causal kernel does not compute the upper
-# half, so counting it would flatter whoever uses SDPA. Only our counter uses these; torch's own table stays as it is.
-_SDPA_FORMULAS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward_flops,
-}
+def measure_flops(function: Callable[[], object]) -> FlopCount:
+    """Runs the function once and returns the operations of its matrix products, convolutions and attention."""
+    with StepFlopCounter() as counter:
+        function()
+    return counter.count
 
 
 def count_flops(function: Callable[[], object]) -> int:
-    """Runs the function once and returns the floating-point operations of its matrix products and attention.
+    """Runs the function once and returns the operations that it executed.
 
     Attention counts the pairs that are computed: half of them under a causal mask, the kept ones under a gate.
     """
-    with FlopCounterMode(display=False, custom_mapping=dict(_SDPA_FORMULAS)) as counter:
-        function()
-    return counter.get_total_flops()
+    return measure_flops(function).executed
 
 
-class KeptPairCounter(TorchDispatchMode):
-    """Counts the pairs that every ``sluice::gated_attention`` call under it keeps.
-
-    ``with KeptPairCounter() as counter: model(x)``, then ``counter.density``.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.kept = self.total = 0
-
-    @property
-    def density(self) -> float:
-        """Kept pairs / pairs in the causal triangle and the key range; 1 where no gated attention ran."""
-        return self.kept / self.total if self.total else 1.0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is _FORWARD:
-            a, b, logit_tau, key_range, causal, window, sinks = args[3:10]
-            kept, total = count_kept_pairs(a, b, logit_tau, key_range, causal=causal, window=window, sinks=sinks)
-            self.kept += kept
-            self.total += total
-        return func(*args, **(kwargs or {}))
+@contextlib.contextmanager
+def counting(wanted: bool) -> Iterator[StepFlopCounter | None]:
+    """A counter around a block if one is wanted, else None."""
+    if not wanted:
+        yield None
+        return
+    with StepFlopCounter() as counter:
+        yield counter

@@ -1,9 +1,8 @@
-"""``torch_sluice.Monitor``: the figures that say whether training uses the machine well, kept while it runs."""
+"""``torch_sluice.Monitor``: the figures that say whether a model uses the machine well, kept while it runs."""
 
 import contextlib
-import resource
-import statistics
-import sys
+import importlib.util
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,216 +11,325 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from torch_sluice.monitor.flops import count_flops
-from torch_sluice.monitor.peak import measure_peak_flops
-from torch_sluice.parallel.statistics import CommunicationStatistics, communication_statistics
+from torch_sluice.monitor.figures import Figures
+from torch_sluice.monitor.flops import StepFlopCounter, measure_flops
+from torch_sluice.monitor.limits import (
+    MEMORY_RATIO_LIMIT,
+    MFU_LIMIT,
+    MonitorWarning,
+    check_limit,
+    find_problems,
+)
+from torch_sluice.monitor.outputs import Output
+from torch_sluice.parallel.statistics import communication_statistics
 
-MFU_LIMIT = 0.70  # below it the machine is not used well
-MEMORY_RATIO_LIMIT = 10.0  # above it something other than the parameters takes the memory
+_TENSORBOARD_SHARE = 0.003  # of the time of the steps
+_LITTLE_MEMORY = 16 * 2**20  # bytes that a process adds for its own ends; less growth than this is not the model's
+_RESERVED = frozenset({"step", "time", "monitor", "seconds", "tokens", "tokens_per_second"})
 
 
-class MonitorWarning(UserWarning):
-    """A figure has left the range that the monitor was told to watch."""
-
-
-class Monitor:
-    """Watches a training loop: steps, tokens, FLOPs, MFU, memory, kept-pair density and communication.
+class Monitor(Figures):
+    """Watches training or inference: steps, FLOPs, MFU, memory, the way to a target loss, and what Sluice's parts do.
 
     ::
 
-        monitor = torch_sluice.Monitor(model, log_dir="runs/one")
-        monitor.count_flops(lambda: loss_of(model, batch).backward())
-        for batch in batches:
-            with monitor.step(tokens=batch.numel()) as figures:
-                ...
-                figures["loss"] = loss.item()
-                figures["density"] = controller.density
+        with torch_sluice.Monitor(model, target_loss=2.5, jsonl="run.jsonl", report="run.html") as monitor:
+            for batch in batches:
+                with monitor.step(tokens=batch.numel()) as figures:
+                    ...                                    # forward, backward, optimizer; or one request
+                    figures["loss"] = loss.item()
         print(monitor.summary())
 
+    What each figure means, and what is taken from the model by itself, is in docs/monitor.md. Whatever fails in the
+    monitor while a run goes on becomes one ``MonitorWarning``; the run goes on.
+
     Args:
-        model: its parameters are what memory is compared with.
-        peak_flops: FLOP/s that count as full use; default: measured on this machine at the first call that needs it.
-        mfu_limit, memory_ratio_limit: ``check()`` complains below the one and above the other.
+        model: its parameters are what memory is compared with; its gates, quantised modules and accumulators are
+            looked at now and then.
+        name: what the outputs call this monitor; default: the model's class, with the rank in a parallel job.
+        peak_flops: FLOP/s that count as full use, a number for every dtype; default: measured on this machine for each
+            dtype that the model computes in, when it is first needed.
+        mfu_limit, memory_ratio_limit: a warning comes, once, below the one and above the other; None: none.
+        target_loss: a number; the steps and seconds to it are noted when the smoothed figure "loss" reaches it.
+        count_first_step: count the operations of the first ``step()``, which takes longer for it and is not timed.
         log_dir: folder for TensorBoard scalars; needs the ``tensorboard`` package.
+        jsonl: file to which a line is appended for each step.
+        metrics_port: port for Prometheus text, 0: any free one (``monitor.metrics_port`` says which); needs
+            ``prometheus-client``. Monitors of a process share a port that they name alike.
+        metrics_host: address that it is served on.
+        report: file for the HTML page that ``close()`` writes; needs ``jinja2`` and ``matplotlib``.
 
-    Memory is the peak that the process has added since the monitor was made: resident memory, or what torch allocated
-    on the model's CUDA device.
+    Raises:
+        TypeError, ValueError: an argument is not what is expected, or nothing can listen on the port.
+        ImportError: an output needs a package that is missing.
 
-    Communication is what this rank's process groups of the backend "sluice" did during the steps: the bytes that it
-    gave to collectives and sent, and the overlapped share, 1 - waited / busy, with busy the time that collectives ran
-    and waited the part of it during which the computation stood still, see
-    :class:`torch_sluice.parallel.CommunicationStatistics`. Both are scalars of every step too, ``communication_bytes``
-    and ``overlapped_share``; a step without communication has no share.
+    Attributes:
+        steps, tokens: so far. total_seconds: of all steps.
+        flops: the ``FlopCount`` of a step; None until one has been counted.
+        density, half_share: as they were last given or looked at; None: unknown.
+        communication: ``CommunicationStatistics`` of all steps together.
+        steps_to_target, seconds_to_target: None until the target loss is reached.
     """
 
     def __init__(
         self,
         model: nn.Module,
         *,
+        name: str | None = None,
         peak_flops: float | None = None,
-        mfu_limit: float = MFU_LIMIT,
-        memory_ratio_limit: float = MEMORY_RATIO_LIMIT,
+        mfu_limit: float | None = MFU_LIMIT,
+        memory_ratio_limit: float | None = MEMORY_RATIO_LIMIT,
+        target_loss: float | None = None,
+        count_first_step: bool = True,
         log_dir: str | Path | None = None,
+        jsonl: str | Path | None = None,
+        metrics_port: int | None = None,
+        metrics_host: str = "127.0.0.1",
+        report: str | Path | None = None,
     ):
-        if peak_flops is not None and not peak_flops > 0:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+        if peak_flops is not None and not 0 < peak_flops < math.inf:
             raise ValueError(f"peak_flops is {peak_flops}, expected a positive number of FLOP/s")
-        parameters = list(model.parameters())
-        self.parameter_bytes = sum(p.numel() * p.element_size() for p in parameters)
-        self._device = parameters[0].device if parameters else torch.device("cpu")
-        self._dtype = parameters[0].dtype if parameters else torch.float32
-        self._peak_flops = peak_flops
-        self._limits = (mfu_limit, memory_ratio_limit)
-        self._writer = _open_writer(log_dir)
-        self._memory_before = self._memory_now()
-        self.flops_per_step: int | None = None
-        self.steps = self.tokens = 0
-        self.seconds: list[float] = []
-        self.density: float | None = None
-        self.communication = CommunicationStatistics()
-        self._communication_before = communication_statistics()
+        check_limit("mfu_limit", mfu_limit)
+        check_limit("memory_ratio_limit", memory_ratio_limit)
+        if target_loss is not None and not math.isfinite(target_loss):
+            raise ValueError(f"target_loss is {target_loss}, expected a finite number")
+        if metrics_port is not None and not (isinstance(metrics_port, int) and 0 <= metrics_port < 65536):
+            raise ValueError(f"metrics_port is {metrics_port!r}, expected an integer from 0 to 65535")
+        super().__init__(model, name, peak_flops, target_loss)
+        self.limits = (mfu_limit, memory_ratio_limit)
+        self._wants_count = count_first_step
+        self._warned: set[str] = set()
+        self._check_at = 10
+
+        self._begun: float | None = None
+        self._paused: float | None = None
+        self._counter: StepFlopCounter | None = None
+        self.closed = False
+        self._report = _check_report(report)
+        self.metrics_port: int | None = None
+        self._outputs = self._open_outputs(log_dir, jsonl, metrics_port, metrics_host)
+
+    def _open_outputs(self, log_dir, jsonl, metrics_port, metrics_host) -> list[Output]:
+        outputs = []
+        try:
+            if metrics_port is not None:
+                from torch_sluice.monitor.outputs.prometheus import Prometheus
+
+                prometheus = Prometheus(metrics_port, metrics_host, self.name, self._read_metrics)
+                self.metrics_port = prometheus.port
+                outputs.append(Output("Prometheus metrics", lambda: prometheus))
+            if log_dir is not None:
+                from torch_sluice.monitor.outputs.tensorboard import TensorBoard
+
+                what = f"TensorBoard scalars in {str(log_dir)!r}"
+                outputs.append(Output(what, lambda: TensorBoard(log_dir), _TENSORBOARD_SHARE))
+            if jsonl is not None:
+                from torch_sluice.monitor.outputs.json_lines import JsonLines
+
+                outputs.append(Output(f"JSON lines in {str(jsonl)!r}", lambda: JsonLines(jsonl, self.name)))
+        except BaseException:
+            for output in outputs:
+                output.close()
+            raise
+        return outputs
+
+    # ---- steps
 
     @contextlib.contextmanager
     def step(self, tokens: int = 0) -> Iterator[dict[str, float]]:
-        """Times one optimizer step. What is put into the yielded dict becomes scalars; ``density`` is also kept."""
+        """Times one optimizer step, or one request. What is put into the yielded dict becomes figures of the step;
+        "loss", "density" and "half_share" are also kept. A step that an exception ends is not recorded."""
         figures: dict[str, float] = {}
+        self.begin_step()
+        try:
+            yield figures
+        except BaseException:
+            self.abandon_step()
+            raise
+        self.end_step(tokens, figures)
+
+    def begin_step(self) -> None:
+        """For loops that can't use ``step()``: the step begins. ``end_step()`` records it."""
+        if self._is_closed():
+            return
+        self.abandon_step()
         self._communication_before = communication_statistics()
-        start = time.perf_counter()
-        yield figures
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self.record(time.perf_counter() - start, tokens, **figures)
+        self._sampler.start_step()
+        if self._wants_count and self.flops is None:
+            self._attempt("counting FLOPs", self._start_counter)
+        self._begun = time.perf_counter()
+        if self._first_begun is None:
+            self._first_begun = self._begun
+
+    def pause_step(self) -> None:
+        """The step has ended, and ``end_step()`` will come later, when its figures are known."""
+        if self._begun is None or self._paused is not None:
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._last_ended = time.perf_counter()
+        self._paused = self._last_ended - self._begun
+        self._inside += self._paused
+        if self._counter is not None:
+            self._attempt("counting FLOPs", self._counter.__exit__, None, None, None)
+
+    def end_step(self, tokens: int = 0, figures: dict[str, float] | None = None) -> None:
+        """Records the step that ``begin_step()`` began; does nothing if there is none."""
+        self.pause_step()
+        seconds, counter = self._paused, self._counter
+        self._begun = self._paused = self._counter = None
+        if seconds is None:
+            return
+        if counter is not None:
+            self.flops = counter.count
+        self._record(seconds, tokens, figures or {}, timed=counter is None)
+
+    def abandon_step(self) -> None:
+        """Forgets a step that was begun and will not end."""
+        if self._begun is not None:
+            if self._counter is not None and self._paused is None:
+                self._counter.__exit__(None, None, None)
+            self._begun = self._paused = self._counter = None
+            self._sampler.stop()
 
     def record(self, seconds: float, tokens: int = 0, **figures: float) -> None:
         """Adds a step that was timed elsewhere. Its communication is what came since the step before it."""
-        communicated = self._take_communication()
-        self.steps += 1
-        self.tokens += tokens
-        self.seconds.append(seconds)
-        self.density = figures.get("density", self.density)
-        if self._writer is not None:
-            scalars = {"seconds": seconds, "tokens_per_second": tokens / seconds if seconds > 0 else 0.0}
-            scalars.update(communicated, **figures)
-            if self.flops_per_step is not None and seconds > 0:
-                scalars["mfu"] = self.flops_per_step / seconds / self.peak_flops
-            for name, value in scalars.items():
-                self._writer.add_scalar(name, value, self.steps)
+        if not self._is_closed():
+            self._record(seconds, tokens, figures, timed=True)
+            self._sampler.start_step()
 
     def count_flops(self, step: Callable[[], object]) -> int:
-        """Runs the function once and takes its floating-point operations as those of a step. A gated attention counts
-        the pairs that it computes, so count again when the density has changed."""
-        self.flops_per_step = count_flops(step)
-        return self.flops_per_step
+        """Runs the function once and takes its floating-point operations as those of a step; returns those that were
+        executed. Later steps with another density are counted by proportion."""
+        self.flops = measure_flops(step)
+        return self.flops.executed
 
-    def _take_communication(self) -> dict[str, float]:
-        """Adds what was communicated since the last call. Returns it as scalars; none in a job without groups."""
-        now = communication_statistics()
-        step = now - self._communication_before
-        self._communication_before = now
-        self.communication = self.communication + step
-        if not step.collectives and not step.sends:
-            return {}
-        scalars = {"communication_bytes": step.bytes + step.sent_bytes}
-        return scalars if step.overlapped_share is None else {**scalars, "overlapped_share": step.overlapped_share}
+    def _start_counter(self) -> None:
+        counter = StepFlopCounter()
+        counter.__enter__()
+        self._counter = counter
 
-    @property
-    def overlapped_share(self) -> float | None:
-        """The share of communication, over all steps, that went on beside computation; None where there was none."""
-        return self.communication.overlapped_share
+    def _record(self, seconds: float, tokens: int, given: dict[str, float], timed: bool) -> None:
+        self.add_step(seconds, tokens, timed)
+        figures = {"seconds": seconds, "tokens": tokens}
+        if tokens and seconds > 0:
+            figures["tokens_per_second"] = tokens / seconds
+        figures.update(self.take_communication())
+        given = self._as_numbers(given)
+        sampled = self._attempt("looking at the model", self._sampler.end_step, seconds, "density" not in given)
+        figures.update(sampled or {}, **given)
+        self.density = figures.get("density", self.density)
+        if timed and self.flops is not None and seconds > 0:
+            figures.update(self._attempt("working out MFU", self.use_of_machine, seconds) or {})
+        if "loss" in figures:
+            self._take_loss(figures["loss"])
+        self.add_figures(figures, timed)
+        for output in self._outputs:
+            output.write(self.steps, seconds, figures)
+        if self.steps >= self._check_at:
+            self._check_at = 2 * self.steps
+            self.check()
 
-    @property
-    def communication_bytes_per_step(self) -> float | None:
-        """Mean over all steps of the bytes that this rank gave to collectives and sent; None before the first."""
-        given = self.communication.bytes + self.communication.sent_bytes
-        return given / self.steps if self.steps else None
+    def _as_numbers(self, given: dict) -> dict[str, float]:
+        numbers = {}
+        for name, value in given.items():
+            try:
+                if name in _RESERVED:
+                    raise ValueError("that name is the monitor's own")
+                numbers[str(name)] = value if isinstance(value, (int, float)) else float(value)
+            except (TypeError, ValueError, RuntimeError) as error:
+                self._warn_once(f"figure {name}", f"the figure {name!r} is left out of the monitor: {error}")
+        return numbers
 
-    @property
-    def peak_flops(self) -> float:
-        if self._peak_flops is None:
-            self._peak_flops = measure_peak_flops(self._dtype, self._device)
-        return self._peak_flops
+    def _take_loss(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            self._warn_once("loss", f"the loss became {loss} at step {self.steps}; a smaller learning rate or clipping "
+                            "of gradients is the first thing to try")  # fmt: skip
+        self.add_loss(loss)
 
-    @property
-    def seconds_per_step(self) -> float | None:
-        """Median over all steps."""
-        return statistics.median(self.seconds) if self.seconds else None
-
-    @property
-    def mfu(self) -> float | None:
-        """FLOPs of a step / (median seconds x peak FLOP/s); None before ``count_flops`` and a step."""
-        if self.flops_per_step is None or not self.seconds:
-            return None
-        return self.flops_per_step / self.seconds_per_step / self.peak_flops
-
-    @property
-    def peak_bytes(self) -> int:
-        return max(self._memory_now() - self._memory_before, 0)
-
-    @property
-    def memory_ratio(self) -> float | None:
-        """Peak bytes / parameter bytes; None for a model without parameters."""
-        return self.peak_bytes / self.parameter_bytes if self.parameter_bytes else None
-
-    def summary(self) -> dict[str, float | int | None]:
-        return {
-            "steps": self.steps,
-            "tokens": self.tokens,
-            "seconds_per_step": self.seconds_per_step,
-            "flops_per_step": self.flops_per_step,
-            "peak_flops": self.peak_flops,
-            "mfu": self.mfu,
-            "peak_bytes": self.peak_bytes,
-            "parameter_bytes": self.parameter_bytes,
-            "memory_ratio": self.memory_ratio,
-            "density": self.density,
-            "communication_bytes_per_step": self.communication_bytes_per_step,
-            "overlapped_share": self.overlapped_share,
-        }
+    # ---- limits, and what a scrape sees
 
     def check(self) -> list[str]:
-        """Sentences about figures outside their limits, each also given as a ``MonitorWarning``."""
-        problems = find_problems(self.mfu, self.memory_ratio, *self._limits)
+        """Sentences about the figures beyond their limits. Each kind is also warned of, the first time."""
+        summary = self.summary()
+        ratio = summary["memory_ratio"] if self._meter.added >= _LITTLE_MEMORY else None
+        problems = find_problems(summary["mfu"], ratio, *self.limits, summary=summary)
         for problem in problems:
-            warnings.warn(problem, MonitorWarning, stacklevel=2)
+            self._warn_once(problem.split(" is ")[0], problem)
         return problems
 
+    def _read_metrics(self) -> tuple[dict, dict]:
+        """Counters and gauges for a scrape, from another thread."""
+        counters = {("steps",): self.steps, ("tokens",): self.tokens, ("seconds",): self.total_seconds}
+        gauges = {(name,): value for name, value in self.latest.items() if name not in ("seconds", "tokens")}
+        for share in (0.5, 0.95):
+            value = self.times.quantile(share, last=1000)
+            if value is not None:
+                gauges["step_seconds", str(share)] = value
+        for name in ("peak_bytes", "memory_ratio", "density", "half_share"):
+            if (value := getattr(self, name)) is not None:
+                gauges[name,] = value
+        return counters, gauges
+
+    # ---- coming back, and the end
+
+    def write_report(self, path: str | Path) -> None:
+        """Writes the HTML page: figures, what they mean, warnings, plots.
+
+        Raises:
+            ImportError: jinja2 or matplotlib is missing.
+            OSError: the file can't be written.
+        """
+        from torch_sluice.report.monitor_page import write_monitor_page
+
+        write_monitor_page(self, Path(path))
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        """Checks the limits, writes the report and closes the outputs. Later steps are not recorded. Again: nothing."""
+        if self.closed:
+            return
+        self.abandon_step()
+        self._sampler.stop()
+        self._attempt("reading the peak of memory", self._meter.stop)  # the report's packages are not the run's
+        self.closed = True
+        if self.steps:
+            self._attempt("checking the limits", self.check)
+        if self._report is not None:
+            self._attempt(f"writing the report {str(self._report)!r}", self.write_report, self._report)
+        for output in self._outputs:
+            output.close()
 
-    def _memory_now(self) -> int:
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
-        return peak_resident_bytes()
+    def _is_closed(self) -> bool:
+        if self.closed:
+            self._warn_once("closed", f"the monitor {self.name!r} is closed: steps are no longer recorded")
+        return self.closed
+
+    def _attempt(self, what: str, call: Callable, *arguments):
+        """The call's result; None, and one warning, if it fails: a monitor doesn't end what it watches."""
+        try:
+            return call(*arguments)
+        except Exception as error:
+            self._warn_once(what, f"{what} failed, the run goes on: {getattr(error, 'strerror', None) or error}")
+            return None
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, MonitorWarning, stacklevel=2)
 
 
-def find_problems(
-    mfu: float | None,
-    memory_ratio: float | None,
-    mfu_limit: float = MFU_LIMIT,
-    memory_ratio_limit: float = MEMORY_RATIO_LIMIT,
-) -> list[str]:
-    problems = []
-    if mfu is not None and mfu < mfu_limit:
-        problems.append(f"MFU is {mfu:.0%}, below {mfu_limit:.0%}: the arithmetic units wait for something else")
-    if memory_ratio is not None and memory_ratio > memory_ratio_limit:
-        problems.append(
-            f"peak memory is {memory_ratio:.1f} times the parameters, above {memory_ratio_limit:g}: activations weigh "
-            "more than the model (shorter micro-batches or activation checkpointing lower it)"
+def _check_report(path: str | Path | None) -> Path | None:
+    missing = [name for name in ("jinja2", "matplotlib") if path is not None and not importlib.util.find_spec(name)]
+    if missing:
+        raise ImportError(
+            f"report is {str(path)!r}, which needs {' and '.join(missing)}: pip install 'torch-sluice[monitor]'"
         )
-    return problems
-
-
-def peak_resident_bytes() -> int:
-    """The most memory that this process has had resident so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _open_writer(log_dir):
-    if log_dir is None:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError(f"log_dir is {str(log_dir)!r}, which needs TensorBoard: pip install tensorboard") from error
-    return SummaryWriter(str(log_dir))
+    return None if path is None else Path(path)

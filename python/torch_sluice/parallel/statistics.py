@@ -4,7 +4,7 @@ The counters are kept by the backend "sluice", over all of its groups; torch_bin
 """
 
 import ctypes
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from torch_sluice.parallel import backend
 
@@ -33,11 +33,11 @@ class CommunicationStatistics:
     sent_bytes: int = 0
 
     def __sub__(self, earlier: "CommunicationStatistics") -> "CommunicationStatistics":
-        pairs = zip(astuple(self), astuple(earlier), strict=True)
+        pairs = zip(vars(self).values(), vars(earlier).values(), strict=True)
         return CommunicationStatistics(*(now - then for now, then in pairs))
 
     def __add__(self, other: "CommunicationStatistics") -> "CommunicationStatistics":
-        pairs = zip(astuple(self), astuple(other), strict=True)
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
         return CommunicationStatistics(*(one + another for one, another in pairs))
 
     @property

@@ -6,6 +6,7 @@ import statistics
 import torch
 
 from torch_sluice import monitor
+from torch_sluice.monitor.records import smooth
 from torch_sluice.train.evaluate import evaluate
 from torch_sluice.train.loop import Run
 from torch_sluice.train.measure import measure_side
@@ -15,7 +16,6 @@ from torch_sluice.train.side import History, Side
 GOALS = {"speedup": 1.3, "accuracy_kept": 0.98, "pairs_skipped": 0.5}
 _CLOSED_WITHIN = 1.1  # the gate has closed once its density is below this many times the target
 _TARGET_LOSS_MARGIN = 1.02  # the target loss is dense's final training loss times this
-_SMOOTHING = 0.9  # of the loss curves
 
 
 def compare(run: Run, progress=lambda text: None) -> dict:
@@ -78,16 +78,6 @@ def closing_step(history: History, target_density: float) -> int | None:
 def paired_speedup(dense: list[float], sluice: list[float]) -> float:
     """Median over the steps of dense's time / Sluice's. The two took turns, so what slows the machine slows a pair."""
     return statistics.median(theirs / ours for theirs, ours in zip(dense, sluice, strict=True))
-
-
-def smooth(values: list[float]) -> list[float]:
-    """Exponential moving average, unbiased at the start."""
-    result, average, weight = [], 0.0, 0.0
-    for value in values:
-        average = _SMOOTHING * average + (1 - _SMOOTHING) * value
-        weight = _SMOOTHING * weight + (1 - _SMOOTHING)
-        result.append(average / weight)
-    return result
 
 
 def describe_machine(peak_flops: float) -> dict:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from torch_sluice.monitor import Monitor
+from torch_sluice.monitor.outputs.json_lines import keep_lines_up_to
 from torch_sluice.train.checkpoint import save_checkpoint
 from torch_sluice.train.data import Corpus
 from torch_sluice.train.errors import TrainError
@@ -22,6 +23,7 @@ from torch_sluice.train.side import Side
 from torch_sluice.train.sluice import SluiceSide, WindowSide
 
 SAVE_EVERY_SECONDS = 60.0
+STEPS_NAME = "steps.jsonl"
 
 
 class Interrupted(Exception):
@@ -46,14 +48,41 @@ class Run:
         self.sides = make_sides(settings)
         self.quick_windows = corpus.heldout_windows(settings.quick_windows, settings.context)
 
-    def watch(self, tensorboard: bool) -> None:
-        """Gives each side a monitor; with ``tensorboard`` it writes scalars to ``tensorboard/SIDE`` in the folder."""
+    def watch(
+        self, tensorboard: bool = False, metrics_port: int | None = None, metrics_host: str | None = None
+    ) -> None:
+        """Gives each side a monitor that writes a line a step to ``steps.jsonl`` in the folder; with ``tensorboard``
+        also scalars to ``tensorboard/SIDE``, with ``metrics_port`` Prometheus text on that port (0: any free one).
+
+        The sides share a process, whose memory is no side's own, and ``compare`` judges MFU when the gate has closed:
+        the monitors watch no limits. Operations are counted, in the first step, where somebody looks while it trains.
+        """
+        lines = self.folder / STEPS_NAME
+        if self.step:
+            keep_lines_up_to(lines, self.step)
         for name, side in self.sides.items():
             try:
-                side.monitor = Monitor(side.model, log_dir=self.folder / "tensorboard" / name if tensorboard else None)
+                side.monitor = Monitor(
+                    side.model,
+                    name=name,
+                    mfu_limit=None,
+                    memory_ratio_limit=None,
+                    count_first_step=tensorboard or metrics_port is not None,
+                    jsonl=lines,
+                    log_dir=self.folder / "tensorboard" / name if tensorboard else None,
+                    metrics_port=metrics_port,
+                    metrics_host=metrics_host or "127.0.0.1",
+                )
             except ImportError as error:
-                raise TrainError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
+                option, package = ("--metrics-port", "prometheus-client")
+                if "log_dir" in str(error):
+                    option, package = ("--tensorboard", "tensorboard")
+                raise TrainError(f"{option} needs the package {package}: pip install {package}") from error
+            except ValueError as error:
+                text = str(error).replace("metrics_port", "--metrics-port").replace("metrics_host", "--metrics-host")
+                raise TrainError(text) from error
             side.monitor.steps = self.step
+            metrics_port = side.monitor.metrics_port
 
     def state_dict(self) -> dict:
         return {

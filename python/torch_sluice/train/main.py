@@ -13,7 +13,7 @@ from torch_sluice.train.checkpoint import MESH_FOLDER, load_checkpoint, peek_ste
 from torch_sluice.train.compare import compare
 from torch_sluice.train.data import load_corpus
 from torch_sluice.train.errors import TrainError
-from torch_sluice.train.loop import Interrupted, Run, set_threads
+from torch_sluice.train.loop import STEPS_NAME, Interrupted, Run, set_threads
 from torch_sluice.train.progress import TrainProgress
 from torch_sluice.train.settings import Settings
 
@@ -25,6 +25,8 @@ def start_run(settings: Settings, data: str | None, folder: Path, overwrite: boo
     if not overwrite:
         refuse_to_replace(folder)
     shutil.rmtree(folder / MESH_FOLDER, ignore_errors=True)  # of the run that this one replaces
+    with contextlib.suppress(OSError):
+        (folder / STEPS_NAME).unlink()
     data = None if data is None else str(Path(data).resolve())
     return Run(settings, corpus, folder, data)
 
@@ -62,25 +64,28 @@ def resume_run(folder: Path, threads: int | None) -> Run:
     return run
 
 
-def execute_run(run: Run, console: Console, json_path: Path | None, tensorboard: bool = False) -> dict:
-    """Trains what is left, compares, writes results.json and report.html into the run's folder and ``json_path``.
+def execute_run(run: Run, console: Console, json_path: Path | None, **outputs) -> dict:
+    """Trains what is left, compares, writes results.json into the run's folder and to ``json_path``.
+
+    Args:
+        outputs: ``tensorboard``, ``metrics_port`` and ``metrics_host`` of ``Run.watch``.
 
     Raises:
         Interrupted: the user asked to stop; everything needed to resume has been saved.
     """
     with contextlib.closing(run):
-        result = _train_and_compare(run, console, json_path, tensorboard)
+        result = _train_and_compare(run, console, json_path, outputs)
     write_json(run.folder / "results.json", result)
     if json_path is not None:
         write_json(json_path, result)
     return result
 
 
-def _train_and_compare(run: Run, console: Console, json_path: Path | None, tensorboard: bool) -> dict:
+def _train_and_compare(run: Run, console: Console, json_path: Path | None, outputs: dict) -> dict:
     if json_path is not None:
         check_writable(json_path)
     threads = set_threads(run.settings)
-    run.watch(tensorboard)
+    run.watch(**outputs)
     settings, corpus = run.settings, run.corpus
     passed_over = (
         f", {corpus.skipped_files} files passed over (empty, not UTF-8, or copies)" if corpus.skipped_files else ""
@@ -95,6 +100,9 @@ def _train_and_compare(run: Run, console: Console, json_path: Path | None, tenso
         markup=False,
         soft_wrap=True,
     )
+    if outputs.get("metrics_port") is not None:
+        host, port = outputs.get("metrics_host") or "127.0.0.1", next(iter(run.sides.values())).monitor.metrics_port
+        console.print(f"Metrics: http://{host}:{port}/metrics", highlight=False, markup=False, soft_wrap=True)
     if run.step:
         console.print(f"Continuing after step {run.step}", highlight=False)
     with TrainProgress(run, console) as progress:

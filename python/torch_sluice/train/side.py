@@ -53,14 +53,18 @@ class Side:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate_factor"]
         with self.own_random_numbers():
+            if self.monitor is not None:
+                self.monitor.begin_step()
             start = time.perf_counter()
             loss = self.run_micro_batches(batches)
             seconds = time.perf_counter() - start
+            if self.monitor is not None:
+                self.monitor.pause_step()
         self.history.loss.append(loss)
         self.history.seconds.append(seconds)
         self.history.density.append(self.density)
         if self.monitor is not None:
-            self.monitor.record(seconds, self.settings.tokens_per_step, loss=loss, density=self.density)
+            self.monitor.end_step(self.settings.tokens_per_step, {"loss": loss, "density": self.density})
 
     def run_micro_batches(self, batches: list[torch.Tensor]) -> float:
         """An ordinary loop with gradient accumulation, the same for every side. Returns the mean loss."""

@@ -21,7 +21,7 @@ from torch_sluice.train.mesh.loop import MeshRun
 from torch_sluice.train.mesh.progress import MeshProgress
 from torch_sluice.train.settings import Settings
 
-_NOT_HERE = ("with_window", "tensorboard")
+_NOT_HERE = ("with_window", "tensorboard", "metrics_port", "metrics_host")
 
 
 def run_mesh(options: argparse.Namespace, settings: Settings | None) -> int:
@@ -30,7 +30,7 @@ def run_mesh(options: argparse.Namespace, settings: Settings | None) -> int:
     Returns the exit code.
     """
     for name in _NOT_HERE:
-        if getattr(options, name):
+        if getattr(options, name) not in (None, False):
             raise TrainError(f"--{name.replace('_', '-')} does not go with --mesh, expected one of them")
     if options.save_every is not None and options.save_every < 1:
         raise TrainError(f"--save-every is {options.save_every}, expected at least 1 step")

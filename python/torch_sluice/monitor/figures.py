@@ -1,0 +1,208 @@
+"""The figures of a run: what a monitor adds up, and what follows from it. Nothing here writes, warns or watches."""
+
+import contextlib
+import math
+
+import torch
+from torch import nn
+
+from torch_sluice.monitor.flops import FlopCount
+from torch_sluice.monitor.memory import MemoryMeter
+from torch_sluice.monitor.peak import peak_flops_of
+from torch_sluice.monitor.records import Curve, MovingAverage, StepTimes
+from torch_sluice.monitor.samples import ModelSampler
+from torch_sluice.parallel.statistics import CommunicationStatistics, communication_statistics
+
+_CURVES = frozenset({"seconds", "loss", "mfu", "mfu_dense_equivalent", "density", "overlapped_share"})
+
+
+class Figures:
+    """Steps, times, operations, memory and communication of a model's run; :class:`Monitor` feeds it."""
+
+    def __init__(self, model: nn.Module, name: str | None, peak_flops: float | None, target_loss: float | None):
+        self.name = default_name(model) if name is None else str(name)
+        self.model, self.target_loss = model, target_loss
+        parameters = list(model.parameters())
+        self.parameter_bytes = sum(p.numel() * p.element_size() for p in parameters)
+        self.device = parameters[0].device if parameters else torch.device("cpu")
+        self._dtype = parameters[0].dtype if parameters else torch.float32
+        self._peak_flops = peak_flops
+        self.steps = self.tokens = self.odd_losses = 0
+        self.total_seconds = 0.0
+        self.times = StepTimes()
+        self.curves: dict[str, Curve] = {}
+        self.latest: dict[str, float] = {}
+        self.flops: FlopCount | None = None
+        self.density: float | None = None
+        self.half_share: float | None = None
+        self.loss = MovingAverage()
+        self.steps_to_target: int | None = None
+        self.seconds_to_target: float | None = None
+        self.communication = CommunicationStatistics()
+        self._communication_before = communication_statistics()
+        self._sampler = ModelSampler(model)
+        self._meter = MemoryMeter(self.device)
+        self._first_begun = self._last_ended = None  # of the steps that the monitor times itself
+        self._inside = 0.0
+
+    # ---- what is added
+
+    def add_step(self, seconds: float, tokens: int, timed: bool) -> None:
+        """Counts a step; ``timed``: its seconds are those of a usual one."""
+        self.steps += 1
+        self.tokens += tokens
+        self.total_seconds += seconds
+        if timed:
+            self.times.add(seconds)
+
+    def add_loss(self, loss: float) -> None:
+        """Goes on with the smoothed loss, and notes when it reaches the target."""
+        self.odd_losses += not math.isfinite(loss)
+        smoothed = self.loss.add(loss)
+        reached = self.target_loss is not None and smoothed is not None and smoothed <= self.target_loss
+        if reached and self.steps_to_target is None:
+            self.steps_to_target, self.seconds_to_target = self.steps, self.total_seconds
+
+    def add_figures(self, figures: dict[str, float], timed: bool) -> None:
+        """Keeps the figures of a step as the latest, and in the curves."""
+        for name, value in figures.items():
+            shown = name in _CURVES or name.startswith("bits_")
+            if shown and (timed or name != "seconds") and math.isfinite(value):
+                self.curves.setdefault(name, Curve()).add(self.steps, value)
+        self.density = figures.get("density", self.density)
+        self.half_share = figures.get("half_share", self.half_share)
+        self.latest = figures
+
+    def take_communication(self) -> dict[str, float]:
+        """Adds what was communicated since the last call. Returns it as figures; none in a job without groups."""
+        now = communication_statistics()
+        step = now - self._communication_before
+        self._communication_before = now
+        if not step.collectives and not step.sends:
+            return {}
+        self.communication = self.communication + step
+        figures = {"communication_bytes": step.bytes + step.sent_bytes}
+        return figures if step.overlapped_share is None else {**figures, "overlapped_share": step.overlapped_share}
+
+    # ---- what follows
+
+    def use_of_machine(self, seconds: float) -> dict[str, float]:
+        count = self.flops.at_density(self.density)
+        full = sum(flops / self.peak_of(dtype) for dtype, flops in count.by_dtype.items())  # seconds at the peaks
+        mfu = full / seconds
+        dense = count.dense_equivalent / count.executed if count.executed else 1.0
+        return {
+            "flops": count.executed,
+            "flops_dense_equivalent": count.dense_equivalent,
+            "mfu": mfu,
+            "mfu_dense_equivalent": mfu * dense,
+        }
+
+    def peak_of(self, dtype: str | torch.dtype) -> float:
+        """FLOP/s that count as full use in this dtype."""
+        if self._peak_flops is not None:
+            return self._peak_flops
+        return peak_flops_of(getattr(torch, dtype) if isinstance(dtype, str) else dtype, self.device)
+
+    @property
+    def peak_flops(self) -> float:
+        """FLOP/s that count as full use in the dtype of the model's parameters."""
+        return self.peak_of(self._dtype)
+
+    @property
+    def flops_per_step(self) -> int | None:
+        """Operations that a step executes, at the latest density."""
+        return None if self.flops is None else self.flops.at_density(self.density).executed
+
+    @property
+    def overlapped_share(self) -> float | None:
+        """The share of communication, over all steps, that went on beside computation; None where there was none."""
+        return self.communication.overlapped_share
+
+    @property
+    def communication_bytes_per_step(self) -> float | None:
+        """Mean over all steps of the bytes that this rank gave to collectives and sent; None before the first."""
+        given = self.communication.bytes + self.communication.sent_bytes
+        return given / self.steps if self.steps else None
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Median over the timed steps."""
+        return self.times.median()
+
+    @property
+    def mfu(self) -> float | None:
+        """Operations of a step over its median seconds and the peak; None before a count and a timed step."""
+        seconds = self.seconds_per_step
+        return self.use_of_machine(seconds)["mfu"] if self.flops is not None and seconds else None
+
+    @property
+    def peak_bytes(self) -> int:
+        """Parameters, and what the process (on CUDA: torch's allocator) has added at most since the monitor began."""
+        return self.parameter_bytes + self._meter.added
+
+    @property
+    def memory_ratio(self) -> float | None:
+        """Peak bytes / parameter bytes; None for a model without parameters."""
+        return self.peak_bytes / self.parameter_bytes if self.parameter_bytes else None
+
+    def summary(self) -> dict[str, object]:
+        """All figures as plain values, for JSON; None for what is not known."""
+        seconds = self.seconds_per_step
+        use = {}
+        if self.flops is not None and seconds:
+            with contextlib.suppress(ValueError):  # a dtype of which torch has no matrix product
+                use = self.use_of_machine(seconds)
+        waited = self.communication.waited_seconds
+        wall = self._last_ended - self._first_begun if self._last_ended else 0.0
+        rows = sum(self._sampler.bits.values())
+        return {
+            "name": self.name,
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "total_seconds": self.total_seconds,
+            "seconds_per_step": seconds,
+            "seconds_per_step_p95": self.times.quantile(0.95),
+            "outside_share": max(1 - self._inside / wall, 0.0) if wall > 0 and self.steps > 1 else None,
+            "flops_per_step": self.flops_per_step,
+            "flops_per_step_dense_equivalent": None if self.flops is None else self.flops.dense_equivalent,
+            "flops_by_dtype": None if self.flops is None else dict(self.flops.at_density(self.density).by_dtype),
+            "peak_flops": {name: self.peak_of(name) for name in self.flops.by_dtype} if use else {},
+            "mfu": use.get("mfu"),
+            "mfu_dense_equivalent": use.get("mfu_dense_equivalent"),
+            "peak_bytes": self.peak_bytes,
+            "parameter_bytes": self.parameter_bytes,
+            "memory_ratio": self.memory_ratio,
+            "loss": self.loss.value,
+            "odd_losses": self.odd_losses,
+            "target_loss": self.target_loss,
+            "steps_to_target": self.steps_to_target,
+            "seconds_to_target": self.seconds_to_target,
+            "density": self.density,
+            "half_share": self.half_share,
+            "bits": {str(width): count / rows for width, count in sorted(self._sampler.bits.items())} or None,
+            "communication_bytes_per_step": self.communication_bytes_per_step,
+            "overlapped_share": self.overlapped_share,
+            "communication_waited_share": waited / self.total_seconds if self.communication.busy_seconds else None,
+        }
+
+    # ---- coming back
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs to go on counting: plain numbers."""
+        names = ("steps", "tokens", "total_seconds", "steps_to_target", "seconds_to_target")
+        return {**{name: getattr(self, name) for name in names}, "loss": self.loss.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on where the monitor that gave the state was."""
+        self.loss.load_state_dict(state["loss"])
+        for name in ("steps", "tokens", "total_seconds", "steps_to_target", "seconds_to_target"):
+            setattr(self, name, state[name])
+
+
+def default_name(model: nn.Module) -> str:
+    name = type(model).__name__
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        name += f".rank{distributed.get_rank()}"
+    return name

@@ -1,0 +1,123 @@
+"""Operations of each operator of Sluice, and of SDPA under a causal mask, as formulas for torch.utils.flop_counter.
+
+Those of Sluice are registered with torch too, so that its own ``FlopCounterMode`` counts them (as executed).
+"""
+
+import math
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from torch_sluice.monitor.pairs import causal_pairs, count_kept_pairs
+
+
+class PairCache:
+    """Pairs of the gated attentions of one step. The backward pass has the gates of the forward, and their count."""
+
+    def __init__(self):
+        self._known = {}
+
+    def count(self, q, k, a, b, logit_tau, key_range, causal, window, sinks, *, forward: bool) -> tuple[int, int]:
+        """(kept pairs, pairs that the causal mask and the key range allow)."""
+        if a.device.type == "meta" or isinstance(a, torch._subclasses.FakeTensor):
+            # Values are not known: count as if every pair were kept.
+            n_q, n_k = q.shape[2], k.shape[2]
+            pairs = q.shape[0] * q.shape[1] * (causal_pairs(n_q, n_k) if causal else n_q * n_k)
+            return pairs, pairs
+        key = (a.data_ptr(), b.data_ptr(), a.shape, b.shape, causal, window, sinks)
+        if forward or key not in self._known:
+            self._known[key] = count_kept_pairs(a, b, logit_tau, key_range, causal=causal, window=window, sinks=sinks)
+        return self._known[key]
+
+
+def _gated_attention(q, k, v, a, b, logit_tau, key_range, causal, window, sinks, scale, *, pairs) -> tuple[int, int]:
+    """QK^T and PV: 2 D + 2 Dv operations a pair."""
+    each = 2 * (q.shape[3] + v.shape[3])
+    return _times(each, pairs.count(q, k, a, b, logit_tau, key_range, causal, window, sinks, forward=True))
+
+
+def _gated_attention_backward(
+    dout, q, k, v, a, b, logit_tau, key_range, out, lse, causal, window, sinks, scale, *, pairs
+) -> tuple[int, int]:
+    """QK^T again, dQ, dK: 6 D; dP and dV: 4 Dv operations a pair."""
+    each = 6 * q.shape[3] + 4 * v.shape[3]
+    return _times(each, pairs.count(q, k, a, b, logit_tau, key_range, causal, window, sinks, forward=False))
+
+
+def _times(each: int, pairs: tuple[int, int]) -> tuple[int, int]:
+    return each * pairs[0], each * pairs[1]
+
+
+def _linear_dynamic(x, packed, weight_scale, bias, out_features, *options, out_val=None) -> tuple[int, int]:
+    """2 M N K; what is multiplied in 16 bits takes two passes."""
+    dense = 2 * x.numel() * out_features
+    return round(dense * _passes(out_val)), dense
+
+
+def _conv2d_dynamic(
+    x, packed, weight_scale, bias, out_channels, kernel_size, stride, padding, dilation, groups, *options, out_val=None
+) -> tuple[int, int]:
+    """2 (C / groups) Kh Kw for each number of the output; what is multiplied in 16 bits takes two passes."""
+    dense = 2 * out_val[0].numel() * (x.shape[1] // groups) * math.prod(kernel_size)
+    return round(dense * _passes(out_val)), dense
+
+
+def _passes(out_val) -> float:
+    bits = out_val[1]
+    known = bits.numel() and bits.device.type != "meta" and not isinstance(bits, torch._subclasses.FakeTensor)
+    return 1.0 + (bits > 8).double().mean().item() if known else 1.0
+
+
+def _sdpa(q, k, v, dropout_p=0.0, is_causal=False, *rest, out_val=None, **options) -> int:
+    return _sdpa_pairs(q, k, is_causal) * 2 * (q.shape[3] + v.shape[3])
+
+
+def _sdpa_backward(dout, q, k, v, out, lse, dropout_p, is_causal, *rest, out_val=None, **options) -> int:
+    return _sdpa_pairs(q, k, is_causal) * (6 * q.shape[3] + 4 * v.shape[3])
+
+
+def _sdpa_pairs(q, k, causal: bool) -> int:
+    # PyTorch's SDPA aligns a causal mask top left; with n_q = n_k, the only case met in training, it is the same.
+    n_q, n_k = q.shape[2], k.shape[2]
+    return q.shape[0] * q.shape[1] * (causal_pairs(n_q, n_k) if causal else n_q * n_k)
+
+
+def _present(formulas: dict[str, object]) -> dict:
+    return {getattr(torch.ops.sluice, name): f for name, f in formulas.items() if hasattr(torch.ops.sluice, name)}
+
+
+# Both give (executed, dense-equivalent).
+GATED = _present({"gated_attention": _gated_attention, "gated_attention_backward": _gated_attention_backward})
+QUANTISED = _present({"linear_dynamic": _linear_dynamic, "conv2d_dynamic": _conv2d_dynamic})
+
+# torch counts SDPA without its causal mask, and the CPU kernel not at all. A causal kernel does not compute the upper
+# half, so counting it would flatter whoever uses SDPA. Only our counter uses these; torch's own table stays as it is.
+OVERRIDES = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward,
+    **GATED,
+    **QUANTISED,
+}
+
+
+def dtype_name(operator, args) -> str:
+    """What an operator computes in, as "float32": the dtype of its first tensor, or int8 where it quantises it."""
+    if operator in QUANTISED:
+        return "int8"
+    first = next((value for value in args if isinstance(value, torch.Tensor)), None)
+    return "float32" if first is None else str(first.dtype).removeprefix("torch.")
+
+
+def _register() -> None:
+    """Tells torch's own counter of our operators."""
+    for operator, formula in GATED.items():
+        register_flop_formula(operator, get_raw=True)(
+            lambda *args, out_val=None, _formula=formula, **options: _formula(*args, pairs=PairCache(), **options)[0]
+        )
+    for operator, formula in QUANTISED.items():
+        register_flop_formula(operator, get_raw=True)(
+            lambda *args, out_val=None, _formula=formula, **options: _formula(*args, out_val=out_val, **options)[0]
+        )
+
+
+_register()

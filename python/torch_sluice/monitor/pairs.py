@@ -1,0 +1,86 @@
+"""How many query-key pairs a gated attention computes: the exact rule, and a counter that sees every call."""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torch_sluice.attention.density import kept_pairs
+from torch_sluice.selection import GATE_LOGIT_LIMIT
+
+_FORWARD = torch.ops.sluice.gated_attention.default
+_ROWS = 256  # query rows looked at in one go: bounds the memory of the mask
+_BY_SORTING = 1 << 19  # pairs of a head from which on sorting is quicker than looking at each
+
+
+@torch.no_grad()
+def count_kept_pairs(a, b, logit_tau=None, key_range=None, *, causal=False, window=0, sinks=0) -> tuple[int, int]:
+    """How many (query, key) pairs the operator computes and how many there are, over batch and query heads.
+
+    Exact: the rule K_i of ops/sluice/gated_attention.h, row by row; long sequences are counted by sorting, where a pair
+    whose a + b rounds to the threshold may fall on the other side of it.
+
+    Args:
+        a: [B, Hq, Nq] gate logits of the queries.
+        b: [B, Hkv, Nk] gate logits of the keys.
+        logit_tau: [B, Hq] or None (every pair is kept).
+        key_range: [B, 2] int64 or None.
+        causal, window, sinks: as in :func:`torch_sluice.gated_attention`.
+
+    Returns:
+        (kept, all) with all = the pairs inside the causal triangle and the key range.
+    """
+    n_q, n_k = a.shape[-1], b.shape[-1]
+    if logit_tau is not None and n_q * n_k > _BY_SORTING:
+        near = dict(causal=causal, window=window, sinks=sinks, key_range=key_range)
+        kept, possible = kept_pairs(a, b, logit_tau=logit_tau, **near)
+        return int(kept.sum()), int(possible.sum()) * a.shape[1]
+    keys = torch.arange(n_k, device=a.device)
+    b = b.clamp(-GATE_LOGIT_LIMIT, GATE_LOGIT_LIMIT).repeat_interleave(a.shape[1] // max(b.shape[1], 1), 1)
+    valid_keys = torch.ones(a.shape[0], 1, 1, n_k, dtype=torch.bool, device=a.device)
+    if key_range is not None:
+        begin, end = key_range.view(-1, 1, 1, 2).unbind(-1)
+        valid_keys = (keys >= begin.unsqueeze(-1)) & (keys < end.unsqueeze(-1))
+    kept = total = 0
+    for start in range(0, n_q, _ROWS):
+        rows = a[..., start : start + _ROWS].clamp(-GATE_LOGIT_LIMIT, GATE_LOGIT_LIMIT)
+        position = torch.arange(start, start + rows.shape[-1], device=a.device).unsqueeze(-1) + (n_k - n_q)
+        valid = valid_keys & (keys <= position) if causal else valid_keys.expand(-1, 1, rows.shape[-1], -1)
+        total += int(valid.sum()) * a.shape[1]
+        if logit_tau is None:
+            kept = total
+            continue
+        always = ((position - keys).abs() < window) | (keys < sinks)
+        if causal:
+            always |= keys == position
+        passed = ~(rows.unsqueeze(-1) + b.unsqueeze(-2) < logit_tau.view(*logit_tau.shape, 1, 1))
+        kept += int(((passed | always) & valid).sum())
+    return kept, total
+
+
+def causal_pairs(n_q: int, n_k: int) -> int:
+    """Pairs with j <= i + n_k - n_q."""
+    hidden = max(n_q - n_k, 0)  # rows that see nothing
+    return sum(min(i + n_k - n_q + 1, n_k) for i in range(hidden, n_q))
+
+
+class KeptPairCounter(TorchDispatchMode):
+    """Counts the pairs that every ``sluice::gated_attention`` call under it keeps.
+
+    ``with KeptPairCounter() as counter: model(x)``, then ``counter.density``.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.kept = self.total = 0
+
+    @property
+    def density(self) -> float:
+        """Kept pairs / pairs in the causal triangle and the key range; 1 where no gated attention ran."""
+        return self.kept / self.total if self.total else 1.0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is _FORWARD:
+            a, b, logit_tau, key_range, causal, window, sinks = args[3:10]
+            kept, total = count_kept_pairs(a, b, logit_tau, key_range, causal=causal, window=window, sinks=sinks)
+            self.kept += kept
+            self.total += total
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,115 @@
+"""What a monitor takes from the model by itself, on some steps: kept pairs, chosen bits, 16-bit sums of gradients."""
+
+import weakref
+
+import torch
+from torch import nn
+
+from torch_sluice.accumulate.session import open_sessions
+from torch_sluice.attention import Gate
+from torch_sluice.attention import forward as attention
+from torch_sluice.attention.density import sample_gate
+from torch_sluice.monitor import bits
+from torch_sluice.monitor.records import Budget
+
+_SHARE = 0.002  # of the time of the steps that looking may take
+_listening: "weakref.WeakSet[ModelSampler]" = weakref.WeakSet()
+_MOST_CALLS = 256  # of attention, or of quantised operators, that are kept of one step
+
+
+class ModelSampler:
+    """Looks at a model during a step, now and then: so seldom that it takes a five-hundredth of the time at most."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._modules = set(map(id, model.modules()))
+        self._has_gates = any(isinstance(module, Gate) for module in model.modules())
+        self._budget = Budget(_SHARE)
+        self._listening = False
+        self._calls: list = []
+        self._widths: list[torch.Tensor] = []
+        self.bits: dict[int, int] = {}  # width -> rows, over all steps that were looked at
+
+    def start_step(self) -> None:
+        if not self._listening and self._budget.open:
+            self._listening = True
+            _listening.add(self)
+            if _tell_attention not in attention.listeners:
+                attention.listeners.append(_tell_attention)
+                bits.listeners.append(_tell_bits)
+
+    def end_step(self, seconds: float, density_wanted: bool) -> dict[str, float]:
+        """The figures of the step that ends; none where it was not looked at."""
+        self._budget.earn(seconds)
+        if not self._listening:
+            return {}
+        self.stop()
+        figures: dict[str, float] = {}
+        with self._budget.spend(), torch.no_grad():
+            if density_wanted and self._calls:
+                figures["density"] = _density_of(self._calls)
+            if self._widths:
+                figures.update(self._count_widths())
+            for session in list(open_sessions):
+                if session.model is self._model or getattr(session.model, "module", None) is self._model:
+                    figures["half_share"] = session.fp16_share
+        self._calls.clear()
+        self._widths.clear()
+        return figures
+
+    def stop(self) -> None:
+        """Listens no longer."""
+        if self._listening:
+            self._listening = False
+            _listening.discard(self)
+            _fall_silent()
+
+    def hear_attention(self, gate: Gate, record) -> None:
+        if id(gate) in self._modules and len(self._calls) < _MOST_CALLS:
+            self._calls.append(record._replace(a=record.a.detach(), b=record.b.detach()))
+
+    def hear_bits(self, widths: torch.Tensor, module: nn.Module | None) -> None:
+        if (module is None or id(module) in self._modules) and len(self._widths) < _MOST_CALLS:
+            self._widths.append(widths.detach())
+
+    def _count_widths(self) -> dict[str, float]:
+        counts = torch.cat([widths.reshape(-1).cpu().long() for widths in self._widths]).bincount().tolist()
+        found = {width: count for width, count in enumerate(counts) if count}
+        for width, count in found.items():
+            self.bits[width] = self.bits.get(width, 0) + count
+        total = sum(found.values())
+        return {f"bits_{width}_share": count / total for width, count in found.items()}
+
+
+def _tell_attention(gate: Gate, record) -> None:
+    for sampler in list(_listening):
+        sampler.hear_attention(gate, record)
+    _fall_silent()
+
+
+def _tell_bits(widths: torch.Tensor, module: nn.Module | None) -> None:
+    for sampler in list(_listening):
+        sampler.hear_bits(widths, module)
+    _fall_silent()
+
+
+def _fall_silent() -> None:
+    """Without a sampler, be it one that was dropped and never stopped, nobody needs to be told."""
+    if not _listening and _tell_attention in attention.listeners:
+        attention.listeners.remove(_tell_attention)
+        bits.listeners.remove(_tell_bits)
+
+
+def _density_of(calls) -> float:
+    """Kept pairs / pairs that the causal masks and key ranges allow, over all calls."""
+    kept = possible = 0.0
+    # Random rows, but not at the cost of the model's random numbers: those must come as without a monitor.
+    with torch.random.fork_rng(devices=[]):
+        for call in calls:
+            _, call_kept, _, call_possible = sample_gate(
+                call.a.cpu(), call.b.cpu(), tau=call.tau, causal=call.causal, window=call.window, sinks=call.sinks,
+                key_range=None if call.key_range is None else call.key_range.cpu(),
+            )  # fmt: skip
+            kept += float(call_kept)
+            possible += float(call_possible)
+    return kept / possible if possible else 1.0
