@@ -95,39 +95,49 @@ static inline void add_to_tile(float *out, const float *scale, __m256i low, __m2
 #define ADD_WORDS(sum, x, weight) sum = _mm256_add_epi32(sum, _mm256_madd_epi16(x, weight));
 #define ADD_BYTES(sum, x, weight) sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(weight, x));
 #else
-#define ADD_PIECE(multiply, add, sum, x, weight)                                      \
-  {                                                                                   \
-    __m256i product;                                                                  \
-    __asm__(multiply " %[x_], %[w_], %[p_]\n\t" add " %[p_], %[s_], %[s_]"            \
-            : [s_] "+x"(sum), [p_] "=&x"(product)                                     \
-            : [x_] "x"(x), [w_] "x"(weight));                                         \
+#define ADD_PIECE(multiply, add, sum, x, weight)                           \
+  {                                                                        \
+    __m256i product;                                                       \
+    __asm__(multiply " %[x_], %[w_], %[p_]\n\t" add " %[p_], %[s_], %[s_]" \
+            : [s_] "+x"(sum), [p_] "=&x"(product)                          \
+            : [x_] "x"(x), [w_] "x"(weight));                              \
   }
 #define ADD_WORDS(sum, x, weight) ADD_PIECE("vpmaddwd", "vpaddd", sum, x, weight)
 #define ADD_BYTES(sum, x, weight) ADD_PIECE("vpmaddubsw", "vpaddw", sum, x, weight)
 #endif
 #define INLINE static inline __attribute__((always_inline))
-#define EACH_ROW(DO)       \
-  DO(0)                    \
-  if (rows > 1) { DO(1) }  \
-  if (rows > 2) { DO(2) }  \
-  if (rows > 3) { DO(3) }  \
-  if (rows > 4) { DO(4) }  \
-  if (rows > 5) { DO(5) }
-#define EACH_HEIGHT(function, tile)  \
-  switch ((tile)->rows) {            \
-    case 1: function(tile, 1); break; \
-    case 2: function(tile, 2); break; \
-    case 3: function(tile, 3); break; \
-    case 4: function(tile, 4); break; \
-    case 5: function(tile, 5); break; \
+#define EACH_ROW(DO) \
+  DO(0)              \
+  if (rows > 1) {    \
+    DO(1)            \
+  }                  \
+  if (rows > 2) {    \
+    DO(2)            \
+  }                  \
+  if (rows > 3) {    \
+    DO(3)            \
+  }                  \
+  if (rows > 4) {    \
+    DO(4)            \
+  }                  \
+  if (rows > 5) {    \
+    DO(5)            \
+  }
+#define EACH_HEIGHT(function, tile)    \
+  switch ((tile)->rows) {              \
+    case 1: function(tile, 1); break;  \
+    case 2: function(tile, 2); break;  \
+    case 3: function(tile, 3); break;  \
+    case 4: function(tile, 4); break;  \
+    case 5: function(tile, 5); break;  \
     default: function(tile, 6); break; \
   }
-#define TAKE_ROWS(type)                                                                              \
-  const type *const *list = (const type *const *)tile->activations;                                  \
-  const type *x0 = list[0], *x1 = rows > 1 ? list[1] : x0, *x2 = rows > 2 ? list[2] : x0;             \
+#define TAKE_ROWS(type)                                                                   \
+  const type *const *list = (const type *const *)tile->activations;                       \
+  const type *x0 = list[0], *x1 = rows > 1 ? list[1] : x0, *x2 = rows > 2 ? list[2] : x0; \
   const type *x3 = rows > 3 ? list[3] : x0, *x4 = rows > 4 ? list[4] : x0, *x5 = rows > 5 ? list[5] : x0;
-#define ZERO_SUMS                                                                                    \
-  __m256i low0, low1, low2, low3, low4, low5, high0, high1, high2, high3, high4, high5;               \
+#define ZERO_SUMS                                                                       \
+  __m256i low0, low1, low2, low3, low4, low5, high0, high1, high2, high3, high4, high5; \
   low0 = low1 = low2 = low3 = low4 = low5 = high0 = high1 = high2 = high3 = high4 = high5 = _mm256_setzero_si256();
 #define ADD_ROW(r) add_to_tile(tile->out + (r) * SL_QUANTIZE_PANEL, scale, low##r, high##r);
 /* Inputs 0 and 1 of a block of 4 are the even bytes, 2 and 3 the odd ones: as int16 pairs, each one or two shifts. */
@@ -195,7 +205,7 @@ INLINE void multiply8_unpacked_rows(const sl_quantize_tile *tile, const int rows
 #undef STEP
   EACH_ROW(ADD_ROW)
 }
-static void multiply8_unpacked(const sl_quantize_tile *tile) { EACH_HEIGHT(multiply8_unpacked_rows, tile) }
+static void multiply8_unpacked(const sl_quantize_tile *tile){EACH_HEIGHT(multiply8_unpacked_rows, tile)}
 
 /* Weights are the unsigned operand, w + 8 in 1 .. 15, activations in [-128, 127] the signed one. A 16-bit lane takes
  * 2 products an instruction, 16 in 8 instructions: at most 16 * 15 * 128 = 30720, so it is widened each 32 inputs.

@@ -29,16 +29,16 @@ typedef struct sl_quantize_tile {
  *                                            + sum over outliers j of outlier[i, j] * outlier_weight[j, c]. */
 typedef struct sl_quantize_finish {
   int64_t rows;
-  int planes;          /* tiles of a row: 1, or 2 */
-  const float *tile;   /* [rows, planes, SL_QUANTIZE_PANEL] */
-  const float *scale;  /* [rows, planes] */
-  const float *bias;   /* [SL_QUANTIZE_PANEL] */
-  int64_t outliers;    /* 0: none */
+  int planes;                  /* tiles of a row: 1, or 2 */
+  const float *tile;           /* [rows, planes, SL_QUANTIZE_PANEL] */
+  const float *scale;          /* [rows, planes] */
+  const float *bias;           /* [SL_QUANTIZE_PANEL] */
+  int64_t outliers;            /* 0: none */
   const float *outlier;        /* [rows, outliers] */
   const float *outlier_weight; /* [outliers, SL_QUANTIZE_PANEL] */
-  int channels;        /* how many of the panel exist: 1 to SL_QUANTIZE_PANEL */
+  int channels;                /* how many of the panel exist: 1 to SL_QUANTIZE_PANEL */
   sl_dtype dtype;
-  void *out;            /* element of the first row and channel */
+  void *out;                          /* element of the first row and channel */
   int64_t row_stride, channel_stride; /* of out, in elements; one of them is 1 */
 } sl_quantize_finish;
 
