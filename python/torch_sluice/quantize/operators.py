@@ -25,6 +25,11 @@ def _check_rank(name, tensor, rank, meaning):
         raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {meaning}")
 
 
+def _check_sizes(name, tensor, shape):
+    for got, wanted in zip(tensor.shape, shape, strict=True):
+        torch._check_value(got == wanted, lambda: f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
+
+
 def _check_weight(packed, scale, out_features, in_features, bits, group_size, groups=1):
     if bits not in (4, 8):
         raise ValueError(f"bits of the weight is {bits}, expected 8 or 4")
@@ -36,8 +41,7 @@ def _check_weight(packed, scale, out_features, in_features, bits, group_size, gr
         if tensor.dtype != dtype:
             raise ValueError(f"{name} is {tensor.dtype}, expected {dtype}")
         _check_rank(name, tensor, len(shape), f"{list(shape)}")
-        for got, wanted in zip(tensor.shape, shape, strict=True):
-            torch._check_value(got == wanted, lambda: f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
+        _check_sizes(name, tensor, shape)
 
 
 def _check_bias(bias, out_features):
@@ -136,8 +140,8 @@ def _fake_conv2d(
         (size + 2 * pad - spread * (kernel - 1) - 1) // step + 1
         for size, kernel, step, pad, spread in zip(sizes, kernel_size, stride, padding, dilation, strict=True)
     ]
-    for axis, size in zip(("height", "width"), out_sizes, strict=True):
-        torch._check_value(size > 0, lambda: f"{axis} of the output is {size}, expected at least 1")
+    for size in out_sizes:
+        torch._check_value(size > 0, lambda: f"the output has sizes {out_sizes}, expected at least 1")
     channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     out = torch.empty((images, out_channels, *out_sizes), dtype=x.dtype, device=x.device, memory_format=memory_format)
