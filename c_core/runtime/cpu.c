@@ -11,8 +11,8 @@
 #include "runtime/status.h"
 
 /* In the order of sl_isa; both lines. */
-static const char *const isa_names[] = {"scalar", "avx2", "avx512", "avx512bf16"};
-#define ISA_LIST "scalar, avx2, avx512, avx512bf16"
+static const char *const isa_names[] = {"scalar", "avx2", "avx512", "avx512vnni", "avx512bf16"};
+#define ISA_LIST "scalar, avx2, avx512, avx512vnni, avx512bf16"
 enum { ISA_COUNT = sizeof isa_names / sizeof isa_names[0] };
 
 const char *sl_isa_name(sl_isa isa) { return (unsigned)isa < ISA_COUNT ? isa_names[isa] : "unknown isa"; }
@@ -48,7 +48,8 @@ sl_isa sl_cpu_detect(void) {
         __builtin_cpu_supports("avx512vl"))) {
     return SL_ISA_AVX2;
   }
-  return __builtin_cpu_supports("avx512bf16") ? SL_ISA_AVX512BF16 : SL_ISA_AVX512;
+  if (!__builtin_cpu_supports("avx512vnni")) return SL_ISA_AVX512;
+  return __builtin_cpu_supports("avx512bf16") ? SL_ISA_AVX512BF16 : SL_ISA_AVX512VNNI;
 #else
   return SL_ISA_SCALAR;
 #endif

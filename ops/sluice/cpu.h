@@ -15,14 +15,15 @@ typedef enum sl_isa {
   SL_ISA_SCALAR = 0,
   SL_ISA_AVX2 = 1,       /* AVX2 + FMA + F16C */
   SL_ISA_AVX512 = 2,     /* AVX-512 F, BW, DQ, VL */
-  SL_ISA_AVX512BF16 = 3, /* the above + AVX512_BF16 */
+  SL_ISA_AVX512VNNI = 3, /* the above + AVX512_VNNI */
+  SL_ISA_AVX512BF16 = 4, /* the above + AVX512_BF16 */
 } sl_isa;
 
 /* The highest tier that this processor and its operating system support. */
 SL_API sl_isa sl_cpu_detect(void);
 
-/* The tier that dispatch uses: sl_cpu_detect(), lowered to SLUICE_ISA=scalar|avx2|avx512|avx512bf16 where that is
- * set, or to the last sl_cpu_cap(). An unknown SLUICE_ISA is ignored; sl_cpu_cap_problem() says so. */
+/* The tier that dispatch uses: sl_cpu_detect(), lowered to SLUICE_ISA=scalar|avx2|avx512|avx512vnni|avx512bf16
+ * where that is set, or to the last sl_cpu_cap(). An unknown SLUICE_ISA is ignored; sl_cpu_cap_problem() says so. */
 SL_API sl_isa sl_cpu_isa(void);
 
 /* Caps dispatch for the whole process from now on (tests and benchmarks); never raises it above sl_cpu_detect().
@@ -36,7 +37,7 @@ SL_API const char *sl_cpu_cap_problem(void);
  * are right, as far as tests in emulation show, but nobody has seen how fast they are. */
 SL_API bool sl_isa_is_measured(sl_isa isa);
 
-/* "scalar", "avx2", "avx512", "avx512bf16"; never NULL. */
+/* "scalar", "avx2", "avx512", "avx512vnni", "avx512bf16"; never NULL. */
 SL_API const char *sl_isa_name(sl_isa isa);
 
 /* Parses such a name; SL_INVALID_ARGUMENT names what was given and what is allowed. */
