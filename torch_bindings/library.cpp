@@ -6,6 +6,7 @@
 
 #include <sluice/accumulate.h>
 #include <sluice/gated_attention.h>
+#include <sluice/prune.h>
 #include <sluice/status.h>
 
 namespace sluice {
@@ -92,4 +93,5 @@ STABLE_TORCH_LIBRARY(sluice, library) {
   library.def(SL_ACCUMULATE_SCHEMA);
   library.def(SL_MEASURE_GRADIENT_SCHEMA);
   library.def(SL_READ_ACCUMULATOR_SCHEMA);
+  library.def(SL_CHANNEL_NORMS_SCHEMA);
 }
