@@ -8,6 +8,7 @@
 #include <sluice/executor.h>
 #include <sluice/gated_attention.h>
 #include <sluice/prune.h>
+#include <sluice/quantize.h>
 #include <sluice/status.h>
 #include <sluice/types.h>
 #include <sluice/version.h>
