@@ -20,6 +20,7 @@ _OPTIONAL = {
     "matplotlib": ("the HTML report of torch-sluice train", "pip install 'torch-sluice[train]'"),
     "jinja2": ("the HTML report of torch-sluice train", "pip install 'torch-sluice[train]'"),
     "accelerate": ("the Trainer of transformers, and GateCallback in it", "pip install accelerate"),
+    "torch_pruning": ("pruning by torch_sluice.compress", "pip install 'torch-sluice[compress]'"),
     "tensorboard": ("torch_sluice.Monitor(log_dir=...)", "pip install tensorboard"),
 }
 

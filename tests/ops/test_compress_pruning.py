@@ -106,7 +106,9 @@ def test_channels_that_nobody_reads_leave_without_a_trace(name):
             continue
         silent = copy.deepcopy(model)
         silence(silent, group, units)
-        torch.testing.assert_close(run(prune(silent, [(group, units)]), inputs), run(silent, inputs), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            run(prune(silent, [(group, units)]), inputs), run(silent, inputs), rtol=1e-4, atol=1e-5
+        )
         checked += 1
     assert checked >= 2
 
@@ -115,7 +117,11 @@ def test_channels_that_nobody_reads_leave_without_a_trace(name):
 def test_all_groups_together_give_an_ordinary_smaller_module(name):
     model, inputs, groups, _ = groups_of(name)
     before = copy.deepcopy(model.state_dict())
-    kept = {g: choices[len(choices) // 2] for g, group in enumerate(groups) if (choices := group.kept_choices((0.75, 0.5, 0.25), 16))}
+    kept = {
+        g: choices[len(choices) // 2]
+        for g, group in enumerate(groups)
+        if (choices := group.kept_choices((0.75, 0.5, 0.25), 16))
+    }
     cut = Pruner.with_scores(model, groups, "sensitivity").build(kept)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert sum(p.numel() for p in cut.parameters()) < 0.7 * sum(p.numel() for p in model.parameters())
@@ -271,7 +277,11 @@ def test_compensation_brings_outputs_closer(name):
     model, inputs, groups, _ = groups_of(name)
     batches = [inputs, MODELS[name][1]()]
     pruner = Pruner.with_scores(model, groups, "sensitivity")
-    kept = {g: choices[0] for g, group in enumerate(groups) if len(group.members) < 7 and (choices := group.kept_choices((0.6,), 8))}
+    kept = {
+        g: choices[0]
+        for g, group in enumerate(groups)
+        if len(group.members) < 7 and (choices := group.kept_choices((0.6,), 8))
+    }
     plain = run(pruner.build(kept), inputs)
     pruner.moments = measure_moments(model, batches, reading_layers(model, groups))
     better = run(pruner.build(kept), inputs)

@@ -133,9 +133,7 @@ def _describe(path: str, module: nn.Module, modules: dict[str, nn.Module]) -> At
     if gate is not None:
         counts += [(gate, "heads", "heads"), (gate, "kv_heads", "kv_heads")]
     has_dim = isinstance(module, GatedAttention)
-    return AttentionLayer(
-        path, query, key, value, join, join_inside, heads, kv_heads, head_dim, gate, has_dim, counts
-    )
+    return AttentionLayer(path, query, key, value, join, join_inside, heads, kv_heads, head_dim, gate, has_dim, counts)
 
 
 def _own(module: nn.Module, name: str):

@@ -62,7 +62,9 @@ def make_changes(model: nn.Module, changes: dict[str, Any]) -> None:
         spec = dict(spec)
         kind = _KINDS.get(spec.pop("kind", None))
         if kind is None or not _has(model, name):
-            raise ValueError(f"a layer {name!r} of kind {changes['modules'][name].get('kind')!r} does not fit the model")
+            raise ValueError(
+                f"a layer {name!r} of kind {changes['modules'][name].get('kind')!r} does not fit the model"
+            )
         module = nn.Identity() if kind is nn.Identity else kind(**spec)
         old = model.get_submodule(name)
         model.set_submodule(name, module.train(old.training))

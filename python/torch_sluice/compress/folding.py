@@ -90,4 +90,6 @@ def _set(model: nn.Module, modules: dict[str, nn.Module]) -> None:
 def _same(model: nn.Module, example_inputs: Any, expected: list[torch.Tensor]) -> bool:
     outputs = float_outputs(call_model(model, example_inputs))
     pairs = zip(outputs, expected, strict=True)
-    return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max())) for a, b in pairs)
+    return all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max())) for a, b in pairs
+    )

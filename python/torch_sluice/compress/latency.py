@@ -50,9 +50,7 @@ def compare_latency(first: nn.Module, second: nn.Module, example_inputs: Any, ro
                 start = time.perf_counter()
                 call_model(model, example_inputs)
                 own.append(time.perf_counter() - start)
-    return tuple(
-        Latency(statistics.median(own), sorted(own)[min(len(own) - 1, int(len(own) * 0.95))]) for own in times
-    )
+    return tuple(Latency(statistics.median(own), sorted(own)[min(len(own) - 1, int(len(own) * 0.95))]) for own in times)
 
 
 def measure_layers(model: nn.Module, example_inputs: Any, types: tuple[type, ...], rounds: int = 5) -> dict[str, float]:

@@ -290,9 +290,7 @@ class _Run:
                 cost = 1 - curve.shares[curve.kept.index(kept)] if curve and kept in curve.kept else None
                 saved = base - pruner.predict_seconds({g: kept})
                 reason = f"predicted to save {saved * 1e3:.2f} ms" + (f", alone costs {cost:.2%}" if cost else "")
-                decision = LayerDecision(
-                    group.name, "pruned", reason, group.width * size, kept * size, saved, cost
-                )
+                decision = LayerDecision(group.name, "pruned", reason, group.width * size, kept * size, saved, cost)
             else:
                 reason = "not worth what it would cost"
                 if curve is not None and not curve.kept:

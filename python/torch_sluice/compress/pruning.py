@@ -165,7 +165,11 @@ def order_moves(pruner: Pruner, curves: list[Sensitivity]) -> list[dict[int, int
 
 
 def choose_by_sensitivity(
-    pruner: Pruner, curves: list[Sensitivity], accept: Callable[[dict[int, int]], bool], stop: Callable, progress: Progress
+    pruner: Pruner,
+    curves: list[Sensitivity],
+    accept: Callable[[dict[int, int]], bool],
+    stop: Callable,
+    progress: Progress,
 ) -> dict[int, int]:
     """The longest accepted prefix of the greedy order, found by bisection; then single steps that still fit.
 

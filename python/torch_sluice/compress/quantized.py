@@ -76,9 +76,7 @@ class QuantizedLinear(_Quantized):
         policy: str = "sqnr", target_sqnr: float = DEFAULT_TARGET_SQNR, outlier_ratio: float = DEFAULT_OUTLIER_RATIO,
         weight: Tensor | None = None,
     ):  # fmt: skip
-        super().__init__(
-            torch.zeros(out_features) if bias else None, policy, weight_bits, group_size, target_sqnr
-        )
+        super().__init__(torch.zeros(out_features) if bias else None, policy, weight_bits, group_size, target_sqnr)
         self.in_features, self.out_features, self.outlier_ratio = in_features, out_features, float(outlier_ratio)
         weight = torch.zeros(out_features, in_features) if weight is None else weight
         self._set_weight(*pack_linear_weight(weight, weight_bits, group_size))
@@ -127,9 +125,7 @@ class QuantizedConv2d(_Quantized):
         groups: int = 1, bias: bool = True, *, weight_bits: int = 8, group_size: int = 0, policy: str = "sqnr",
         target_sqnr: float = DEFAULT_TARGET_SQNR, weight: Tensor | None = None,
     ):  # fmt: skip
-        super().__init__(
-            torch.zeros(out_channels) if bias else None, policy, weight_bits, group_size, target_sqnr
-        )
+        super().__init__(torch.zeros(out_channels) if bias else None, policy, weight_bits, group_size, target_sqnr)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride = list(kernel_size), list(stride)
         self.padding, self.dilation = list(padding), list(dilation)
