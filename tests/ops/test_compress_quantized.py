@@ -7,6 +7,7 @@ from torch import nn
 
 from torch_sluice.compress import QuantizedConv2d, QuantizedLinear, count_bits
 from torch_sluice.compress.folding import fold_batch_norms
+from torch_sluice.monitor import bits as widths
 from torch_sluice.quantize import unpack_linear_weight
 
 
@@ -146,6 +147,16 @@ def test_the_widths_that_inputs_take_are_counted():
         amax(torch.full((3, 64), 0.05))
         amax(torch.full((2, 64), 0.5))
     assert count_bits(amax) == {0: 0, 4: 0, 8: 3, 16: 2}
+
+
+def test_monitors_hear_of_the_widths(monkeypatch):
+    layer, heard = QuantizedLinear.from_float(nn.Linear(20, 7)), []
+    monkeypatch.setattr(widths, "listeners", [lambda bits, module: heard.append((bits, module))])
+    with torch.no_grad():
+        layer(torch.randn(3, 20))
+    ((bits, module),) = heard
+    assert module is layer
+    assert bits.shape == (3,)
 
 
 @pytest.mark.parametrize(
