@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import torch
 
 import torch_sluice.info
-from benchmarks import accumulate, gated_attention, import_time, monitor_overhead, recall
+from benchmarks import accumulate, channel_norms, gated_attention, import_time, monitor_overhead, recall
 
 WHERE = {"threads", "isa", "processor", "torch"}
 
@@ -92,6 +93,17 @@ def test_monitor_overhead(rows_of, capsys):
     assert row["monitor_share"] == pytest.approx(row["monitor_seconds"] / row["peers"]["without"])
     assert row["mfu"] > 0
     assert "monitor's own code" in capsys.readouterr().out
+
+
+def test_channel_norms(rows_of, monkeypatch, capsys):
+    small = {"out": ((8, 6), None, 0), "in, channels last": ((4, 6, 3, 3), torch.channels_last, 1)}
+    monkeypatch.setattr(channel_norms, "CASES", small)
+    rows = rows_of(channel_norms, "--repeats", 1)
+    assert [(row["case"], row["dtype"]) for row in rows] == [(c, d) for d in ("float32", "bfloat16") for c in small]
+    for row in rows:
+        assert row["peers"].keys() == {"abs().sum()", "in float64", "vector_norm"}
+        assert row["ratio"] == pytest.approx(min(row["peers"].values()) / row["seconds"])
+    assert "L1 norms of channels" in capsys.readouterr().out
 
 
 def test_recall(rows_of, capsys):
