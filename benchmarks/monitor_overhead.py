@@ -3,7 +3,8 @@
 Two cases: a small model, whose short steps show best what a step costs, and the main job. Steps with and without
 take turns on the same model. ``overhead`` is the median over rounds of with / without within a round, minus 1; the
 middle half of the rounds stands beside it, as ``middle_half``. ``monitor_seconds`` is what the monitor's own code takes
-of a step, timed by itself, since the noise of a machine may hide the difference: the mean over all watched steps.
+of a step, timed by itself, since the noise of a machine may hide the difference: the mean over all watched steps;
+``monitor_cpu_seconds`` leaves out what other processes took in the meantime.
 """
 
 import contextlib
@@ -84,14 +85,16 @@ class Watched:
     def __init__(self, monitor, step: Callable[[], float], tokens: int):
         self._monitor, self._step, self._tokens = monitor, step, tokens
         self.own_seconds: list[float] = []
+        self.own_cpu_seconds: list[float] = []
 
     def __call__(self) -> None:
-        begin = time.perf_counter()
+        begin, cpu_begin = time.perf_counter(), time.thread_time()
         with self._monitor.step(self._tokens) as figures:
-            inside = time.perf_counter()
+            inside, cpu_inside = time.perf_counter(), time.thread_time()
             figures["loss"] = self._step()
-            inside = time.perf_counter() - inside
+            inside, cpu_inside = time.perf_counter() - inside, time.thread_time() - cpu_inside
         self.own_seconds.append(time.perf_counter() - begin - inside)
+        self.own_cpu_seconds.append(time.thread_time() - cpu_begin - cpu_inside)
 
 
 def measure(case: str, repeats: int, steps: int, machine: dict) -> dict:
@@ -107,6 +110,7 @@ def measure(case: str, repeats: int, steps: int, machine: dict) -> dict:
             for _ in range(3):  # the first counts operations; then the peak is measured, and TensorBoard starts
                 watched()
             watched.own_seconds.clear()
+            watched.own_cpu_seconds.clear()
 
             def rounds_of(call: Callable[[], object]) -> float:
                 start = time.perf_counter()
@@ -132,6 +136,7 @@ def measure(case: str, repeats: int, steps: int, machine: dict) -> dict:
         "overhead": statistics.median(ratios),
         "middle_half": [quartiles[0], quartiles[2]],
         "monitor_seconds": own,
+        "monitor_cpu_seconds": statistics.mean(watched.own_cpu_seconds),
         "monitor_share": own / without,
         "mfu": mfu,
         "rounds": repeats,
@@ -160,6 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
             "overhead": lambda row: f"{row['overhead']:+.2%}",
             "middle half of the rounds": lambda row: " to ".join(f"{x:+.2%}" for x in row["middle_half"]),
             "monitor's own code": lambda row: harness.format_seconds(row["monitor_seconds"]),
+            "of it on the processor": lambda row: harness.format_seconds(row["monitor_cpu_seconds"]),
             "of a step": lambda row: f"{row['monitor_share']:.2%}",
         },
     )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import torch_sluice
-from torch_sluice.monitor import Monitor, MonitorWarning
+from torch_sluice.monitor import Monitor, MonitorWarning, formulas
 from torch_sluice.monitor.records import Budget, Curve, MovingAverage
 
 
@@ -217,6 +217,28 @@ def test_a_monitor_that_fails_inside_says_so_once_and_the_run_goes_on(monkeypatc
             monitor.record(0.1)
     assert len(caught) == 1
     assert monitor.steps == 3
+
+
+def test_tokens_that_are_no_number_do_not_end_the_run():
+    monitor = quiet_monitor()
+    with pytest.warns(MonitorWarning, match="recording a step failed, the run goes on"):
+        with monitor.step(tokens="many"):
+            pass
+
+
+def test_a_formula_that_fails_does_not_end_the_run(monkeypatch):
+    def fail(*args, **options):
+        raise ZeroDivisionError("in a formula")
+
+    model = nn.Linear(8, 4)
+    monkeypatch.setitem(formulas.OVERRIDES, torch.ops.aten.addmm, fail)
+    with quiet_monitor(model) as monitor:
+        with pytest.warns(MonitorWarning, match="counting FLOPs failed for an operator, MFU is too low: in a formula"):
+            with monitor.step():
+                model(torch.randn(3, 8)).sum().backward()
+    assert monitor.flops.executed == 192  # the backward pass alone
+    with pytest.raises(ZeroDivisionError):
+        monitor.count_flops(lambda: model(torch.randn(3, 8)))
 
 
 def test_two_monitors_at_a_time():

@@ -3,7 +3,7 @@
 import contextlib
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -52,6 +52,7 @@ class StepFlopCounter:
 
     def __init__(self):
         self.count = FlopCount()
+        self.problem: Exception | None = None  # the first failure of a formula; what it should have counted is missing
         self._pairs = formulas.PairCache()
         mapping = {**flop_registry, **formulas.OVERRIDES}
         self._mode = FlopCounterMode(
@@ -63,6 +64,13 @@ class StepFlopCounter:
         """The formula, with what it returns noted in the count as well."""
 
         def count(*args, out_val=None, **options):
+            try:
+                return add(*args, out_val=out_val, **options)
+            except Exception as error:  # it must not become one of the operator's, in the midst of the model
+                self.problem = self.problem or error
+                return 0
+
+        def add(*args, out_val, **options):
             if operator in formulas.GATED:
                 executed, dense = formula(*args, pairs=self._pairs, **options)
                 self.count.gated += executed
@@ -94,6 +102,8 @@ def measure_flops(function: Callable[[], object]) -> FlopCount:
     """Runs the function once and returns the operations of its matrix products, convolutions and attention."""
     with StepFlopCounter() as counter:
         function()
+    if counter.problem is not None:
+        raise counter.problem
     return counter.count
 
 
@@ -103,13 +113,3 @@ def count_flops(function: Callable[[], object]) -> int:
     Attention counts the pairs that are computed: half of them under a causal mask, the kept ones under a gate.
     """
     return measure_flops(function).executed
-
-
-@contextlib.contextmanager
-def counting(wanted: bool) -> Iterator[StepFlopCounter | None]:
-    """A counter around a block if one is wanted, else None."""
-    if not wanted:
-        yield None
-        return
-    with StepFlopCounter() as counter:
-        yield counter

@@ -36,7 +36,7 @@ class MonitorCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if self._own:
             self.monitor = Monitor(model, **self._arguments)
-        self.monitor.steps = state.global_step  # of a resumed training
+        self.monitor.steps = max(self.monitor.steps, state.global_step)  # of a resumed training
         self._tokens = state.num_input_tokens_seen
 
     def on_step_begin(self, args, state, control, **kwargs):

@@ -41,7 +41,8 @@ class MonitorCallback(Callback):
     def on_train_start(self, trainer, pl_module):
         if self._own:
             self.monitor = Monitor(pl_module, **self._arguments)
-        self.monitor.steps = self._steps = trainer.global_step  # of a resumed training
+        self._steps = trainer.global_step
+        self.monitor.steps = max(self.monitor.steps, self._steps)  # of a resumed training
         self._running = False
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):

@@ -184,7 +184,9 @@ class Monitor(Figures):
             return
         if counter is not None:
             self.flops = counter.count
-        self._record(seconds, tokens, figures or {}, timed=counter is None)
+            if counter.problem is not None:
+                self._warn_once("formula", f"counting FLOPs failed for an operator, MFU is too low: {counter.problem}")
+        self._attempt("recording a step", self._record, seconds, tokens, figures or {}, counter is None)
 
     def abandon_step(self) -> None:
         """Forgets a step that was begun and will not end."""
@@ -197,7 +199,7 @@ class Monitor(Figures):
     def record(self, seconds: float, tokens: int = 0, **figures: float) -> None:
         """Adds a step that was timed elsewhere. Its communication is what came since the step before it."""
         if not self._is_closed():
-            self._record(seconds, tokens, figures, timed=True)
+            self._attempt("recording a step", self._record, seconds, tokens, figures, True)
             self._sampler.start_step()
 
     def count_flops(self, step: Callable[[], object]) -> int:
