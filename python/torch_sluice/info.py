@@ -60,6 +60,7 @@ def describe_plugin() -> dict:
                 name: library.sl_gated_attention_kernel_name(number).decode() for name, number in _DTYPES.items()
             },
             "accumulate": {"every dtype": library.sl_accumulate_kernel_name().decode()},
+            "quantize": {"every dtype": library.sl_quantize_kernel_name().decode()},
         },
         "packages": {name: _version_of(name) for name in _OPTIONAL},
     }
@@ -76,6 +77,7 @@ def _open_core() -> ctypes.CDLL:
         "sl_cpu_cap_problem",
         "sl_gated_attention_kernel_name",
         "sl_accumulate_kernel_name",
+        "sl_quantize_kernel_name",
     ):
         getattr(library, name).restype = ctypes.c_char_p
     library.sl_isa_is_measured.restype = ctypes.c_bool
