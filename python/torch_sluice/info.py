@@ -70,6 +70,7 @@ def describe_plugin() -> dict:
             },
             "accumulate": {"every dtype": library.sl_accumulate_kernel_name().decode()},
             "channel_norms": {"every dtype": library.sl_channel_norms_kernel_name().decode()},
+            "quantize": {"every dtype": library.sl_quantize_kernel_name().decode()},
         },
         "packages": {name: _version_of(name) for name in _OPTIONAL},
     }
@@ -87,6 +88,7 @@ def _open_core() -> ctypes.CDLL:
         "sl_gated_attention_kernel_name",
         "sl_accumulate_kernel_name",
         "sl_channel_norms_kernel_name",
+        "sl_quantize_kernel_name",
     ):
         getattr(library, name).restype = ctypes.c_char_p
     library.sl_isa_is_measured.restype = ctypes.c_bool
