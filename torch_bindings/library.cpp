@@ -6,6 +6,8 @@
 
 #include <sluice/accumulate.h>
 #include <sluice/gated_attention.h>
+#include <sluice/prune.h>
+#include <sluice/quantize.h>
 #include <sluice/status.h>
 
 namespace sluice {
@@ -92,4 +94,11 @@ STABLE_TORCH_LIBRARY(sluice, library) {
   library.def(SL_ACCUMULATE_SCHEMA);
   library.def(SL_MEASURE_GRADIENT_SCHEMA);
   library.def(SL_READ_ACCUMULATOR_SCHEMA);
+  library.def(SL_CHANNEL_NORMS_SCHEMA);
+  library.def(SL_QUANTIZE_DYNAMIC_SCHEMA);
+  library.def(SL_PACK_LINEAR_WEIGHT_SCHEMA);
+  library.def(SL_UNPACK_LINEAR_WEIGHT_SCHEMA);
+  library.def(SL_LINEAR_DYNAMIC_SCHEMA);
+  library.def(SL_PACK_CONV2D_WEIGHT_SCHEMA);
+  library.def(SL_CONV2D_DYNAMIC_SCHEMA);
 }

@@ -7,6 +7,8 @@
 #include <sluice/cuda.h>
 #include <sluice/executor.h>
 #include <sluice/gated_attention.h>
+#include <sluice/prune.h>
+#include <sluice/quantize.h>
 #include <sluice/status.h>
 #include <sluice/types.h>
 #include <sluice/version.h>

@@ -8,6 +8,7 @@ _library.load()
 torch_sluice_backend.register()
 
 from torch_sluice.accumulate import accumulate  # noqa: E402
+from torch_sluice.compress import compress  # noqa: E402
 from torch_sluice.functional import gated_attention  # noqa: E402
 from torch_sluice.modules import GatedAttention  # noqa: E402
 from torch_sluice.monitor import Monitor  # noqa: E402
@@ -18,6 +19,7 @@ __all__ = [
     "GatedAttention",
     "Monitor",
     "accumulate",
+    "compress",
     "gate_parameters",
     "gated_attention",
     "library_path",

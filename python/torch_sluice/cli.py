@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_compress(commands)
     _add_tune_comm(commands)
     _add_info(commands)
     return parser
@@ -192,6 +193,57 @@ def _refuse_with_resume(options: argparse.Namespace, allowed: tuple[str, ...]) -
             f"--resume continues a run with its own settings: leave out {names} "
             f"(only {', '.join('--' + name.replace('_', '-') for name in allowed[1:])} go with it)"
         )
+
+
+def _add_compress(commands) -> None:
+    compress = commands.add_parser(
+        "compress",
+        help="prune and quantise a model of yours, as far as its metric allows",
+        description="Calls a function of yours that gives (model, example_inputs, data) or (model, example_inputs, "
+        "data, metric), or a dict of arguments of torch_sluice.compress; prunes and quantises the model as far as the "
+        "share of the metric allows, measured on the data; ends with a table. Only the function that you name is run, "
+        "and what its module imports.",
+    )
+    compress.add_argument(
+        "--model", required=True, metavar="PACKAGE.MODULE:FUNCTION", help="what gives the model and its data"
+    )
+    compress.add_argument("--path", default=".", metavar="DIR", help="where to import it from; default: this folder")
+    compress.add_argument(
+        "--keep", type=float, metavar="X", help="share of the metric to keep, in (0, 1]; default: .97"
+    )
+    compress.add_argument(
+        "--policy", choices=("sensitivity", "quantile"), help="measured sensitivity (default), or a quantile of norms"
+    )
+    compress.add_argument("--budget", type=float, metavar="MS", help="milliseconds at which pruning may stop")
+    compress.add_argument("--no-prune", action="store_true", help="only quantise")
+    compress.add_argument("--no-quantize", action="store_true", help="only prune; the result can be trained further")
+    compress.add_argument("--weight-bits", type=int, choices=(4, 8), help="of quantised weights; default: 8")
+    compress.add_argument(
+        "--quantize-policy", choices=("sqnr", "amax"), help="what chooses the bits of activations; default: sqnr"
+    )
+    compress.add_argument("--threads", type=int, metavar="N", help="threads; default: as many as torch takes")
+    compress.add_argument("--out", metavar="FILE", help="save the result here, for torch_sluice.compress.load")
+    compress.add_argument("--json", metavar="FILE", help="write the report as JSON")
+    compress.add_argument("--report", metavar="FILE", help="write the report as a page for the browser")
+    compress.set_defaults(run=_compress)
+
+
+def _compress(options: argparse.Namespace) -> int:
+    try:
+        import jinja2  # noqa: F401  # before the work, not after it
+        import torch_pruning  # noqa: F401
+        from rich.console import Console
+
+        from torch_sluice.compress.command import CompressError, run
+    except ModuleNotFoundError as error:
+        return _fail(f"'compress' needs the package {error.name}: pip install 'torch-sluice[compress]'")
+    try:
+        run(options, Console())
+    except (CompressError, OSError) as error:
+        return _fail(error)
+    if options.out:
+        print(f"Saved: {options.out}; torch_sluice.compress.load({options.out!r}, model) gives it back.")
+    return 0
 
 
 def _add_tune_comm(commands) -> None:

@@ -20,6 +20,7 @@ _OPTIONAL = {
     "matplotlib": ("the HTML report of torch-sluice train", "pip install 'torch-sluice[train]'"),
     "jinja2": ("the HTML report of torch-sluice train", "pip install 'torch-sluice[train]'"),
     "accelerate": ("the Trainer of transformers, and GateCallback in it", "pip install accelerate"),
+    "torch_pruning": ("pruning by torch_sluice.compress", "pip install 'torch-sluice[compress]'"),
     "tensorboard": ("torch_sluice.Monitor(log_dir=...)", "pip install tensorboard"),
 }
 
@@ -60,6 +61,7 @@ def describe_plugin() -> dict:
                 name: library.sl_gated_attention_kernel_name(number).decode() for name, number in _DTYPES.items()
             },
             "accumulate": {"every dtype": library.sl_accumulate_kernel_name().decode()},
+            "channel_norms": {"every dtype": library.sl_channel_norms_kernel_name().decode()},
         },
         "packages": {name: _version_of(name) for name in _OPTIONAL},
     }
@@ -76,6 +78,7 @@ def _open_core() -> ctypes.CDLL:
         "sl_cpu_cap_problem",
         "sl_gated_attention_kernel_name",
         "sl_accumulate_kernel_name",
+        "sl_channel_norms_kernel_name",
     ):
         getattr(library, name).restype = ctypes.c_char_p
     library.sl_isa_is_measured.restype = ctypes.c_bool

@@ -44,17 +44,19 @@ class GatedAttention(nn.Module):
             self.gate.to(dtype)
         self.dim, self.heads, self.kv_heads = dim, heads, self.gate.kv_heads
         self.causal, self.window, self.sinks = causal, window, sinks
-        head_dim = dim // heads
-        self._widths = [heads * head_dim] + 2 * [self.kv_heads * head_dim]
-        self.to_qkv = nn.Linear(dim, sum(self._widths), bias=bias, device=device, dtype=dtype)
+        self.head_dim = dim // heads
+        self.to_qkv = nn.Linear(dim, sum(self._widths()), bias=bias, device=device, dtype=dtype)
         self.out_proj = nn.Linear(dim, dim, device=device, dtype=dtype) if out_proj else nn.Identity()
+
+    def _widths(self) -> list[int]:
+        return [self.heads * self.head_dim] + 2 * [self.kv_heads * self.head_dim]
 
     def forward(self, x: Tensor, key_range: Tensor | None = None) -> Tensor:
         """x [B, N, dim]; key_range [B, 2] int64, begin and end of the tokens that are not padding (default: all)."""
         if x.dim() != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"x has shape {list(x.shape)}, expected [batch, tokens, {self.dim}]")
-        q, k, v = self.to_qkv(x).split(self._widths, dim=-1)
-        q, k, v = (t.unflatten(-1, (-1, self.dim // self.heads)).transpose(1, 2) for t in (q, k, v))
+        q, k, v = self.to_qkv(x).split(self._widths(), dim=-1)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
         out = attend(
             self.gate, x, q, k, v, causal=self.causal, window=self.window, sinks=self.sinks, key_range=key_range
         )

@@ -1,0 +1,33 @@
+/* One panel of output channels times any number of rows: what linear layers and convolutions share. */
+#ifndef SL_QUANTIZE_PANEL_H
+#define SL_QUANTIZE_PANEL_H
+
+#include "quantize/rounding.h"
+
+/* A row of activations here is one plane: an int16_t row, an int8_t row, or one of the two int8_t rows of a 16-bit one.
+ * Each has sl_padded_inputs() elements, the last ones 0. */
+typedef struct sl_panel_product {
+  const sl_quantize_kernel *kernel;
+  const sl_quantized_weight *weight;
+  int64_t rows;
+  const void *const *activations; /* [rows] */
+  const int32_t *const *sums;     /* [rows]: of each segment; NULL for int16_t rows */
+  void *unpacked;                 /* scratch, SL_PANEL_SCRATCH bytes */
+  float *tile;                    /* written, [rows, SL_QUANTIZE_PANEL] */
+} sl_panel_product;
+
+enum { SL_PANEL_SCRATCH = 2 * SL_QUANTIZE_SEGMENT * SL_QUANTIZE_PANEL };
+
+/* panel counts through all groups of output channels. */
+void sl_multiply_panel(const sl_panel_product *product, int64_t panel);
+
+/* Whether rows for weights of this width are int16_t. */
+static inline bool sl_rows_are_wide(const sl_quantize_kernel *kernel, int32_t weight_bits) {
+  return weight_bits == 8 && kernel->wide_activations;
+}
+
+/* Sum of each segment of an int8_t row. */
+void sl_sum_segments(const sl_quantize_kernel *kernel, const sl_quantized_weight *weight, const int8_t *row,
+                     int32_t *sums);
+
+#endif

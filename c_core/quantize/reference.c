@@ -1,0 +1,148 @@
+/* The formulas of ops/sluice/quantize.h in scalar C, one output at a time: the specification. */
+#include <stddef.h>
+
+#include "quantize/rows.h"
+#include "quantize/validate.h"
+#include "runtime/status.h"
+
+/* The values of x that share a scale: a row, a tensor, an image or, transposed, a channel. */
+typedef struct value_set {
+  sl_dtype dtype;
+  const void *x;
+  int64_t rows, columns;
+  const bool *left_out; /* [columns], NULL: none */
+} value_set;
+
+typedef struct value_measure {
+  float amax;
+  double sumsq;
+  int64_t finite_rows;
+} value_measure;
+
+static float value_at(const value_set *set, int64_t row, int64_t column) {
+  if (set->left_out && set->left_out[column]) return 0;
+  return sl_load_value(set->dtype, set->x, row * set->columns + column);
+}
+
+static bool row_is_finite(const value_set *set, int64_t row) {
+  for (int64_t column = 0; column < set->columns; ++column) {
+    if (!isfinite(sl_load_value(set->dtype, set->x, row * set->columns + column))) return false;
+  }
+  return true;
+}
+
+/* Rows from first on; those that aren't finite don't count. */
+static value_measure measure(const value_set *set, int64_t first, int64_t rows) {
+  value_measure result = {0, 0, 0};
+  for (int64_t row = first; row < first + rows; ++row) {
+    if (!row_is_finite(set, row)) continue;
+    ++result.finite_rows;
+    for (int64_t column = 0; column < set->columns; ++column) {
+      float x = value_at(set, row, column);
+      result.amax = fmaxf(result.amax, fabsf(x));
+      result.sumsq += (double)x * (double)x;
+    }
+  }
+  return result;
+}
+
+static int choose_bits(const value_set *set, const value_measure *values, int32_t activation_bits, double target_sqnr) {
+  return sl_choose_bits(activation_bits, target_sqnr, values->amax, values->sumsq, values->finite_rows * set->columns);
+}
+
+sl_status sl_quantize_dynamic_reference(const sl_quantize_dynamic_args *args) {
+  SL_CHECK(sl_quantize_validate_quantize(args, true));
+  value_set set = {args->dtype, args->x, args->rows, args->columns, NULL};
+  value_measure whole = measure(&set, 0, args->rows);
+  int whole_bits = choose_bits(&set, &whole, args->activation_bits, args->target_sqnr);
+  if (!args->per_token) {
+    bool finite = whole.finite_rows == args->rows;
+    args->scale[0] = finite ? sl_forward_scale(whole.amax, whole_bits) : NAN;
+    args->bits[0] = (int8_t)(finite ? whole_bits : 0);
+  }
+  for (int64_t row = 0; row < args->rows; ++row) {
+    value_measure own = measure(&set, row, 1), *values = args->per_token ? &own : &whole;
+    int bits = args->per_token ? choose_bits(&set, &own, args->activation_bits, args->target_sqnr) : whole_bits;
+    bool finite = own.finite_rows == 1;
+    if (args->per_token) {
+      args->scale[row] = finite ? sl_forward_scale(own.amax, bits) : NAN;
+      args->bits[row] = (int8_t)(finite ? bits : 0);
+    }
+    float inverse = sl_inverse_scale(values->amax, bits);
+    for (int64_t column = 0; column < args->columns; ++column) {
+      int32_t q = finite ? sl_round_to_integer(value_at(&set, row, column), inverse, sl_largest_integer(bits)) : 0;
+      int64_t at = row * args->columns + column;
+      if (args->activation_bits == 4 || args->activation_bits == 8) {
+        ((int8_t *)args->q)[at] = (int8_t)q;
+      } else {
+        ((int16_t *)args->q)[at] = (int16_t)q;
+      }
+    }
+  }
+  return SL_OK;
+}
+
+/* Marks the outlier channels in left_out. */
+static void find_outliers(value_set *set, double outlier_ratio, bool *left_out) {
+  int64_t found = 0;
+  value_measure whole = measure(set, 0, set->rows);
+  double limit = outlier_ratio * sqrt(whole.sumsq / ((double)whole.finite_rows * (double)set->columns));
+  for (int64_t column = 0; column < set->columns; ++column) {
+    float amax = 0;
+    for (int64_t row = 0; row < set->rows; ++row) {
+      if (row_is_finite(set, row)) amax = fmaxf(amax, fabsf(value_at(set, row, column)));
+    }
+    left_out[column] = outlier_ratio > 0 && amax > limit;
+    found += left_out[column];
+  }
+  for (int64_t column = 0; column < set->columns && found > sl_most_outliers(set->columns); ++column) {
+    left_out[column] = false;
+  }
+  set->left_out = left_out;
+}
+
+/* sum over segments of scale * sum of q * w, and what was left out, for one output. */
+static double multiply_row(const sl_linear_dynamic_args *args, const value_set *set, int64_t row, int64_t output,
+                           float amax, int bits) {
+  const sl_quantized_weight *weight = &args->weight;
+  double scale = (double)sl_forward_scale(amax, bits), integers = 0, side = 0;
+  float inverse = sl_inverse_scale(amax, bits);
+  int64_t end;
+  for (int64_t begin = 0; begin < set->columns; begin = end) {
+    end = sl_segment_end(weight, begin);
+    int64_t sum = 0;
+    for (int64_t k = begin; k < end && k < set->columns; ++k) {
+      int w = sl_packed_weight(weight, 0, output, k);
+      sum += (int64_t)sl_round_to_integer(value_at(set, row, k), inverse, sl_largest_integer(bits)) * w;
+      if (!set->left_out || !set->left_out[k]) continue;
+      float x = sl_load_value(set->dtype, set->x, row * set->columns + k);
+      side += (double)x * (double)(sl_packed_scale(weight, 0, output, k) * (float)w);
+    }
+    integers += (double)sl_packed_scale(weight, 0, output, begin) * (double)sum;
+  }
+  return scale * integers + side;
+}
+
+sl_status sl_linear_dynamic_reference(const sl_linear_dynamic_args *args) {
+  SL_CHECK(sl_quantize_validate_linear(args, true));
+  const sl_quantized_weight *weight = &args->weight;
+  sl_arena arena = sl_arena_make(args->workspace, args->workspace_size);
+  bool *left_out = sl_arena_take(&arena, weight->in_features, sizeof(bool));
+  SL_REQUIRE(left_out || weight->in_features == 0, SL_OUT_OF_MEMORY, "workspace_size is %zu, expected at least %zu",
+             args->workspace_size, arena.used);
+  value_set set = {args->dtype, args->x, args->rows, weight->in_features, NULL};
+  if (weight->in_features > 0) find_outliers(&set, args->outlier_ratio, left_out);
+  value_measure whole = measure(&set, 0, args->rows);
+  for (int64_t row = 0; row < args->rows; ++row) {
+    value_measure own = measure(&set, row, 1), *values = args->per_token ? &own : &whole;
+    int bits = choose_bits(&set, values, args->activation_bits, args->target_sqnr);
+    bool finite = own.finite_rows == 1;
+    args->bits[row] = (int8_t)(finite ? bits : 0);
+    for (int64_t output = 0; output < weight->out_features; ++output) {
+      double bias = args->bias ? (double)args->bias[output] : 0;
+      double value = finite ? bias + multiply_row(args, &set, row, output, values->amax, bits) : (double)NAN;
+      sl_store_value(args->dtype, args->out, row * weight->out_features + output, (float)value);
+    }
+  }
+  return SL_OK;
+}

@@ -1,0 +1,121 @@
+/* Rows of activations: measured, their widths chosen, outlier channels found, quantised. */
+#include "quantize/rows.h"
+
+#include <stddef.h>
+#include <string.h>
+
+#include "runtime/executor.h"
+
+/* Rows in a task. */
+enum { TASK_ROWS = 8 };
+
+void sl_take_rows_workspace(sl_rows *rows, sl_arena *arena) {
+  int64_t workers = sl_executor_workers(rows->executor);
+  bool outliers = rows->outlier_ratio > 0;
+  rows->measures = sl_arena_take(arena, rows->rows, sizeof(sl_row_measure));
+  rows->values = sl_arena_take(arena, workers * rows->columns, sizeof(float));
+  rows->channel_amax = sl_arena_take(arena, outliers ? workers * rows->columns : 0, sizeof(float));
+  rows->outlier_channels = sl_arena_take(arena, outliers ? sl_most_outliers(rows->columns) : 0, sizeof(int64_t));
+}
+
+/* The row as float32, with zeros at outlier channels. */
+static const float *read_row(const sl_rows *rows, int64_t worker, int64_t row, float *outlier_values) {
+  const char *x = (const char *)rows->x + row * rows->columns * (int64_t)sl_value_size(rows->dtype);
+  float *values = rows->values + worker * rows->columns;
+  if (rows->dtype == SL_F32 && rows->outliers == 0) return (const float *)x;
+  if (rows->dtype == SL_F32) {
+    memcpy(values, x, (size_t)rows->columns * sizeof(float));
+  } else {
+    rows->kernel->load_row(rows->dtype, x, rows->columns, values);
+  }
+  for (int64_t i = 0; i < rows->outliers; ++i) {
+    int64_t channel = rows->outlier_channels[i];
+    if (outlier_values) outlier_values[i] = values[channel];
+    values[channel] = 0;
+  }
+  return values;
+}
+
+static void measure_task(void *context, int64_t worker, int64_t task) {
+  const sl_rows *rows = context;
+  int64_t end = (task + 1) * TASK_ROWS < rows->rows ? (task + 1) * TASK_ROWS : rows->rows;
+  for (int64_t row = task * TASK_ROWS; row < end; ++row) {
+    const float *values = read_row(rows, worker, row, NULL);
+    sl_row_measure *measure = &rows->measures[row];
+    rows->kernel->measure_row(values, rows->columns, &measure->amax_bits, &measure->sumsq);
+    if (rows->outlier_ratio > 0 && rows->outliers == 0 && sl_measure_is_finite(measure)) {
+      rows->kernel->measure_channels(values, rows->columns, rows->channel_amax + worker * rows->columns);
+    }
+  }
+}
+
+/* Measures all rows; returns how many are finite. */
+static int64_t measure_all(sl_rows *rows) {
+  const sl_executor *executor = sl_executor_for(rows->executor, rows->rows * rows->columns);
+  sl_run_tasks(executor, sl_ceil_divide(rows->rows, TASK_ROWS), measure_task, rows);
+  int64_t finite = 0;
+  sl_row_measure whole = {0, 0};
+  for (int64_t row = 0; row < rows->rows; ++row) {
+    const sl_row_measure *measure = &rows->measures[row];
+    if (!sl_measure_is_finite(measure)) continue;
+    ++finite;
+    if (measure->amax_bits > whole.amax_bits) whole.amax_bits = measure->amax_bits;
+    whole.sumsq += measure->sumsq;
+  }
+  rows->whole = whole;
+  return finite;
+}
+
+static void find_outliers(sl_rows *rows, int64_t finite) {
+  int64_t workers = sl_executor_workers(rows->executor), columns = rows->columns, found = 0;
+  for (int64_t worker = 1; worker < workers; ++worker) {
+    rows->kernel->measure_channels(rows->channel_amax + worker * columns, columns, rows->channel_amax);
+  }
+  double limit = rows->outlier_ratio * sqrt(rows->whole.sumsq / ((double)finite * (double)columns));
+  for (int64_t channel = 0; channel < columns; ++channel) {
+    if (!(rows->channel_amax[channel] > limit)) continue;
+    if (found == sl_most_outliers(columns)) return;
+    rows->outlier_channels[found++] = channel;
+  }
+  rows->outliers = found;
+}
+
+void sl_measure_rows(sl_rows *rows) {
+  rows->outliers = 0;
+  bool find = rows->outlier_ratio > 0;
+  if ((rows->per_token && !find) || rows->columns == 0) return;
+  if (find) {
+    size_t bytes = (size_t)(sl_executor_workers(rows->executor) * rows->columns) * sizeof(float);
+    memset(rows->channel_amax, 0, bytes);
+  }
+  int64_t finite = measure_all(rows);
+  if (find && finite > 0) find_outliers(rows, finite);
+  if (rows->per_token) return;
+  if (rows->outliers > 0) finite = measure_all(rows);
+  rows->whole_bits = sl_choose_bits(rows->activation_bits, rows->target_sqnr, sl_float_from_bits(rows->whole.amax_bits),
+                                    rows->whole.sumsq, finite * rows->columns);
+}
+
+int sl_quantize_row(const sl_rows *rows, int64_t worker, int64_t row, int16_t *q, float *scale, float *outlier_values) {
+  const float *values = read_row(rows, worker, row, outlier_values);
+  sl_row_measure measure;
+  if (rows->per_token && rows->outliers == 0 && rows->outlier_ratio > 0 && rows->columns > 0) {
+    measure = rows->measures[row]; /* nothing was left out, so it still holds */
+  } else {
+    rows->kernel->measure_row(values, rows->columns, &measure.amax_bits, &measure.sumsq);
+  }
+  if (!sl_measure_is_finite(&measure)) {
+    memset(q, 0, (size_t)rows->columns * sizeof(int16_t));
+    *scale = NAN;
+    return 0;
+  }
+  int bits = rows->whole_bits;
+  float amax = sl_float_from_bits(rows->per_token ? measure.amax_bits : rows->whole.amax_bits);
+  if (rows->per_token) {
+    bits = sl_choose_bits(rows->activation_bits, rows->target_sqnr, amax, measure.sumsq, rows->columns);
+  }
+  rows->kernel->quantize_row(values, rows->columns, sl_inverse_scale(amax, bits), sl_largest_integer(bits), q);
+  for (int64_t i = 0; i < rows->outliers; ++i) q[rows->outlier_channels[i]] = 0;
+  *scale = sl_forward_scale(amax, bits);
+  return bits;
+}

@@ -1,0 +1,72 @@
+"""How a model is called on what the user gave: one tensor, a tuple, or a dict; and what is checked about it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """The model on a tensor, on a tuple or list of positional inputs, or on a dict of keyword inputs."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
+
+
+def float_outputs(output: Any) -> list[Tensor]:
+    """The floating-point tensors of an output, of whatever structure."""
+    if isinstance(output, Mapping):  # a ModelOutput of transformers is one, and no pytree to every version
+        leaves = [leaf for value in output.values() for leaf in float_outputs(value)]
+        return leaves
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def check_example(model: nn.Module, example_inputs: Any) -> list[Tensor]:
+    """The model's outputs on the example.
+
+    Raises:
+        ValueError: the model does not run on it, gives no floating-point tensor, or gives NaN or infinity.
+    """
+    advice = "give the inputs of one call: a tensor, a tuple of positional inputs, or a dict of keyword inputs"
+    try:
+        with torch.no_grad():
+            outputs = float_outputs(call_model(model, example_inputs))
+    except Exception as error:
+        raise ValueError(
+            f"example_inputs does not match the model, whose forward raised {type(error).__name__}: {error}; expected "
+            f"inputs that it takes: {advice}"
+        ) from error
+    if not outputs:
+        raise ValueError(
+            "the model returns no floating-point tensor for example_inputs, expected at least one to measure"
+        )
+    if not all(out.isfinite().all() for out in outputs):
+        raise ValueError(
+            "the model's outputs for example_inputs are not finite, expected finite numbers: look for inf or NaN in its "
+            "weights (torch.isfinite) and in example_inputs first"
+        )
+    return outputs
+
+
+def describe_shapes(tensors: list[Tensor]) -> list[list[int]]:
+    return [list(tensor.shape) for tensor in tensors]
+
+
+class evaluating:
+    """A context in which a model is in eval mode, after which every module is in the mode that it was in."""
+
+    def __init__(self, model: nn.Module):
+        self._modules = list(model.modules())
+
+    def __enter__(self):
+        self._modes = [module.training for module in self._modules]
+        for module in self._modules:
+            module.training = False
+
+    def __exit__(self, *_):
+        for module, mode in zip(self._modules, self._modes, strict=True):
+            module.training = mode

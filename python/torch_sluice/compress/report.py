@@ -1,0 +1,95 @@
+"""What compression did: figures before and after, a decision for each layer, and what it could not do."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class LayerDecision:
+    """One group of channels, or one layer that could be quantised."""
+
+    name: str
+    action: str  # "pruned", "kept", "quantized", "float"
+    reason: str
+    before: int | None = None  # channels or heads
+    after: int | None = None
+    latency_saved: float | None = None  # seconds of one call, predicted or measured as `reason` says
+    metric_cost: float | None = None  # share of the metric that it cost alone
+
+
+@dataclass
+class CompressionReport:
+    """Hangs on a compressed model as ``model.compression_report``. Seconds, bytes, and the user's metric."""
+
+    keep: float
+    policy: str
+    metric_name: str
+    metric_before: float
+    metric_after: float
+    latency_before: float
+    latency_after: float
+    latency_p95_before: float
+    latency_p95_after: float
+    bytes_before: int
+    bytes_after: int
+    threads: int
+    layers: list[LayerDecision] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    evaluations: int = 0
+    changes: dict[str, Any] = field(default_factory=dict, repr=False)  # what load() needs; see changes.py
+
+    @property
+    def kept(self) -> float:
+        """The share of the metric that was kept."""
+        return self.metric_after / self.metric_before
+
+    @property
+    def improved(self) -> bool:
+        return self.latency_after < self.latency_before or self.bytes_after < self.bytes_before
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        plain = asdict(self)
+        del plain["changes"]
+        return {**plain, "kept": self.kept}
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """(what, before, after, change) for a table."""
+
+        def change(before, after):
+            return f"{(after / before - 1) * 100:+.1f} %" if before else ""
+
+        return [
+            (
+                self.metric_name,
+                f"{self.metric_before:.4f}",
+                f"{self.metric_after:.4f}",
+                f"{self.kept * 100:.1f} % kept",
+            ),
+            (
+                "latency, median",
+                f"{self.latency_before * 1e3:.2f} ms",
+                f"{self.latency_after * 1e3:.2f} ms",
+                change(self.latency_before, self.latency_after),
+            ),
+            (
+                "latency, p95",
+                f"{self.latency_p95_before * 1e3:.2f} ms",
+                f"{self.latency_p95_after * 1e3:.2f} ms",
+                change(self.latency_p95_before, self.latency_p95_after),
+            ),
+            (
+                "bytes",
+                f"{self.bytes_before:,}",
+                f"{self.bytes_after:,}",
+                change(self.bytes_before, self.bytes_after),
+            ),
+        ]
+
+    def __str__(self) -> str:
+        lines = [f"{what:<16} {before:>14} -> {after:>14}  {text}" for what, before, after, text in self.rows()]
+        for layer in self.layers:
+            size = f" {layer.before} -> {layer.after}" if layer.after is not None else ""
+            lines.append(f"  {layer.action:<9} {layer.name}{size}: {layer.reason}")
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])

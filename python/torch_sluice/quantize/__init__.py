@@ -1,0 +1,34 @@
+"""Input-adaptive quantisation: activations take 4, 8 or 16 bits as each input needs, weights 8 or 4.
+
+::
+
+    packed, scale = pack_linear_weight(layer.weight, bits=8)
+    with torch.inference_mode():
+        out, bits = linear_dynamic(x, packed, scale, layer.bias, out_features=layer.out_features)
+
+``bits`` says which width each row took. Formulas, layouts and limits are in ops/sluice/quantize.h.
+"""
+
+from torch_sluice.quantize import operators
+from torch_sluice.quantize.functional import (
+    DEFAULT_OUTLIER_RATIO,
+    DEFAULT_TARGET_SQNR,
+    Quantized,
+    linear_dynamic,
+    pack_conv2d_weight,
+    pack_linear_weight,
+    quantize_dynamic,
+    unpack_linear_weight,
+)
+
+__all__ = [
+    "DEFAULT_OUTLIER_RATIO",
+    "DEFAULT_TARGET_SQNR",
+    "Quantized",
+    "linear_dynamic",
+    "operators",
+    "pack_conv2d_weight",
+    "pack_linear_weight",
+    "quantize_dynamic",
+    "unpack_linear_weight",
+]

@@ -1,0 +1,111 @@
+"""What the sluice:: quantize operators need beside their kernels: shapes for tracing. See ops/sluice/quantize.h."""
+
+import torch
+
+PANEL = 16  # output channels of a panel: SL_QUANTIZE_PANEL
+DEPTH = 8  # what inputs are padded to a multiple of: SL_QUANTIZE_DEPTH
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def packed_sizes(out_features, in_features, bits: int, group_size: int, groups: int = 1):
+    """Bytes of a packed weight, and the shape of its scales."""
+    padded_outputs = groups * ((out_features // groups + PANEL - 1) // PANEL) * PANEL
+    padded_inputs = (in_features + DEPTH - 1) // DEPTH * DEPTH
+    scale_groups = torch.sym_max(1, (in_features + group_size - 1) // group_size) if group_size else 1
+    return padded_outputs * padded_inputs * bits // 8, (scale_groups, padded_outputs)
+
+
+def _check_values(name, tensor):
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"{name} is {tensor.dtype}, expected float32, bfloat16 or float16")
+
+
+def _check_rank(name, tensor, rank, meaning):
+    if tensor.dim() != rank:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {meaning}")
+
+
+def _check_weight(packed, scale, out_features, in_features, bits, group_size, groups=1):
+    if bits not in (4, 8):
+        raise ValueError(f"bits of the weight is {bits}, expected 8 or 4")
+    size, scale_shape = packed_sizes(out_features, in_features, bits, group_size, groups)
+    for name, tensor, dtype, shape in (
+        ("packed", packed, torch.uint8, (size,)),
+        ("weight_scale", scale, torch.float32, scale_shape),
+    ):
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, expected {dtype}")
+        _check_rank(name, tensor, len(shape), f"{list(shape)}")
+        for got, wanted in zip(tensor.shape, shape, strict=True):
+            torch._check_value(
+                got == wanted, lambda: f"{name} has shape {list(tensor.shape)}, expected {list(shape)}"
+            )
+
+
+def _check_bias(bias, out_features):
+    if bias is None:
+        return
+    _check_values("bias", bias)
+    _check_rank("bias", bias, 1, f"[{out_features}]")
+    torch._check_value(
+        bias.shape[0] == out_features, lambda: f"bias has shape {list(bias.shape)}, expected [{out_features}]"
+    )
+
+
+@torch.library.register_fake("sluice::quantize_dynamic")
+def _fake_quantize(x, bits, target_sqnr, per_token):
+    _check_values("x", x)
+    if x.dim() < 1:
+        raise ValueError(f"x has shape {list(x.shape)}, expected at least one dimension")
+    rows = x.shape[:-1].numel() if per_token else 1
+    q = x.new_empty(x.shape, dtype=torch.int8 if bits in (4, 8) else torch.int16)
+    return q, x.new_empty((rows,), dtype=torch.float32), x.new_empty((rows,), dtype=torch.int8)
+
+
+def _fake_packed(weight, inputs, bits, group_size, groups=1):
+    _check_values("weight", weight)
+    if bits not in (4, 8):
+        raise ValueError(f"bits of the weight is {bits}, expected 8 or 4")
+    size, scale_shape = packed_sizes(weight.shape[0], inputs, bits, group_size, groups)
+    return weight.new_empty((size,), dtype=torch.uint8), weight.new_empty(scale_shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("sluice::pack_linear_weight")
+def _fake_pack_linear(weight, bits, group_size):
+    _check_rank("weight", weight, 2, "[out_features, in_features]")
+    return _fake_packed(weight, weight.shape[1], bits, group_size)
+
+
+@torch.library.register_fake("sluice::pack_conv2d_weight")
+def _fake_pack_conv2d(weight, bits, group_size, groups):
+    _check_rank("weight", weight, 4, "[out_channels, channels / groups, height, width]")
+    return _fake_packed(weight, weight.shape[1:].numel(), bits, group_size, groups)
+
+
+@torch.library.register_fake("sluice::unpack_linear_weight")
+def _fake_unpack(packed, scale, out_features, in_features, bits, group_size):
+    _check_weight(packed, scale, out_features, in_features, bits, group_size)
+    return packed.new_empty((out_features, in_features), dtype=torch.float32)
+
+
+@torch.library.register_fake("sluice::linear_dynamic")
+def _fake_linear(
+    x,
+    packed,
+    weight_scale,
+    bias,
+    out_features,
+    weight_bits,
+    group_size,
+    activation_bits,
+    target_sqnr,
+    per_token,
+    outlier_ratio,
+):
+    _check_values("x", x)
+    if x.dim() < 1:
+        raise ValueError(f"x has shape {list(x.shape)}, expected at least one dimension")
+    _check_weight(packed, weight_scale, out_features, x.shape[-1], weight_bits, group_size)
+    _check_bias(bias, out_features)
+    out = x.new_empty((*x.shape[:-1], out_features))
+    return out, x.new_empty((x.shape[:-1].numel(),), dtype=torch.int8)

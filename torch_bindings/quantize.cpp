@@ -1,0 +1,218 @@
+// Shim of quantize: check shapes and dtypes, allocate, call C.
+#include "shim.h"
+
+#include <sluice/quantize.h>
+
+#include <tuple>
+
+namespace sluice {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+void check_values(const char *name, const Tensor &tensor) {
+  ScalarType dtype = tensor.scalar_type();
+  if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) {
+    fail(std::string(name) + " is " + describe(tensor) + ", expected float32, bfloat16 or float16");
+  }
+}
+
+void check_device(const char *name, const Tensor &tensor) {
+  if (!tensor.is_cpu()) fail(std::string(name) + " is " + describe(tensor) + ", expected it on cpu, as x is");
+}
+
+Tensor as_contiguous(const Tensor &tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// The workspace of a call; its address is a multiple of 64 in torch's CPU allocator.
+template <typename Args>
+Tensor allocate_workspace(Args &args, sl_status (*measure)(const Args *, size_t *), const Tensor &like) {
+  size_t bytes = 0;
+  check_status(measure(&args, &bytes));
+  Tensor workspace = empty({static_cast<int64_t>(bytes < 64 ? 64 : bytes)}, ScalarType::Byte, like);
+  args.workspace = workspace.mutable_data_ptr(), args.workspace_size = bytes;
+  return workspace;
+}
+
+int64_t narrow(const char *name, int64_t value) {
+  if (value < INT32_MIN || value > INT32_MAX) {
+    fail(std::string(name) + " is " + std::to_string(value) + ", expected a number of bits");
+  }
+  return value;
+}
+
+sl_quantized_weight make_weight(int64_t out_features, int64_t in_features, int64_t groups, int64_t bits,
+                                int64_t group_size) {
+  sl_quantized_weight weight{};
+  weight.out_features = out_features, weight.in_features = in_features, weight.groups = groups;
+  weight.bits = static_cast<int32_t>(narrow("weight_bits", bits)), weight.group_size = group_size;
+  return weight;
+}
+
+struct WeightSizes {
+  int64_t bytes, scale_groups, padded_features;
+};
+
+WeightSizes sizes_of(const sl_quantized_weight &weight) {
+  WeightSizes sizes{};
+  check_status(sl_packed_weight_size(&weight, &sizes.bytes, &sizes.scale_groups, &sizes.padded_features));
+  return sizes;
+}
+
+// Checks packed and scale against the sizes of the weight, and points it to them.
+void attach_weight(sl_quantized_weight &weight, const Tensor &packed, const Tensor &scale) {
+  check_device("packed", packed);
+  check_device("weight_scale", scale);
+  WeightSizes sizes = sizes_of(weight);
+  std::string made = " of " + std::to_string(weight.out_features) + " outputs x " +
+                     std::to_string(weight.in_features) + " inputs in " + std::to_string(weight.bits) + " bits";
+  if (packed.scalar_type() != ScalarType::Byte || packed.dim() != 1 || packed.size(0) != sizes.bytes ||
+      !packed.is_contiguous()) {
+    fail("packed is " + describe(packed) + ", expected contiguous uint8 [" + std::to_string(sizes.bytes) +
+         "], the packed weight" + made);
+  }
+  if (scale.scalar_type() != ScalarType::Float || scale.dim() != 2 || scale.size(0) != sizes.scale_groups ||
+      scale.size(1) != sizes.padded_features || !scale.is_contiguous()) {
+    fail("weight_scale is " + describe(scale) + ", expected contiguous float32 [" +
+         std::to_string(sizes.scale_groups) + ", " + std::to_string(sizes.padded_features) + "], the scales" + made);
+  }
+  weight.packed = packed.const_data_ptr();
+  weight.scale = static_cast<decltype(weight.scale)>(scale.const_data_ptr());
+}
+
+// The bias in float32, contiguous.
+OptionalTensor prepare_bias(const OptionalTensor &bias, int64_t out_features) {
+  if (!bias) return bias;
+  check_values("bias", *bias);
+  check_device("bias", *bias);
+  if (bias->dim() != 1 || bias->size(0) != out_features) {
+    fail("bias is " + describe(*bias) + ", expected [out_features] = [" + std::to_string(out_features) + "]");
+  }
+  if (bias->scalar_type() == ScalarType::Float) return as_contiguous(*bias);
+  Tensor single = empty({out_features}, ScalarType::Float, *bias);
+  torch::stable::copy_(single, *bias);
+  return single;
+}
+
+template <typename Args>
+void attach_bias(Args &args, const OptionalTensor &bias) {
+  if (bias) args.bias = static_cast<decltype(args.bias)>(bias->const_data_ptr());
+}
+
+// Rows of all but the last dimension.
+int64_t count_rows(const Tensor &x) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
+  return rows;
+}
+
+void check_has_columns(const Tensor &x) {
+  if (x.dim() < 1) fail("x is " + describe(x) + ", expected at least one dimension");
+}
+
+std::vector<int64_t> shape_of(const Tensor &x) {
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i < x.dim(); ++i) shape.push_back(x.size(i));
+  return shape;
+}
+
+std::tuple<Tensor, Tensor> pack_weight(const Tensor &values, const sl_quantized_weight &weight) {
+  WeightSizes sizes = sizes_of(weight);
+  Tensor packed = empty({sizes.bytes}, ScalarType::Byte, values);
+  Tensor scale = empty({sizes.scale_groups, sizes.padded_features}, ScalarType::Float, values);
+  check_status(sl_pack_weight(&weight, dtype_of(values, "weight"), values.const_data_ptr(), packed.mutable_data_ptr(),
+                              static_cast<decltype(sl_quantize_dynamic_args::scale)>(scale.mutable_data_ptr())));
+  return {packed, scale};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> quantize_dynamic(Tensor x, int64_t bits, double target_sqnr, bool per_token) {
+  check_values("x", x);
+  check_has_columns(x);
+  sl_quantize_dynamic_args args{};
+  args.rows = count_rows(x), args.columns = x.size(x.dim() - 1), args.dtype = dtype_of(x, "x");
+  args.activation_bits = static_cast<int32_t>(narrow("bits", bits)), args.target_sqnr = target_sqnr;
+  args.per_token = per_token;
+  sl_executor executor = torch_executor();
+  args.executor = &executor;
+  Tensor workspace = allocate_workspace(args, sl_quantize_dynamic_workspace_size, x);
+  Tensor dense = as_contiguous(x);
+  int64_t scales = per_token ? args.rows : 1;
+  Tensor q = empty(shape_of(x), bits == 4 || bits == 8 ? ScalarType::Char : ScalarType::Short, x);
+  Tensor scale = empty({scales}, ScalarType::Float, x), chosen = empty({scales}, ScalarType::Char, x);
+  args.x = dense.const_data_ptr(), args.q = q.mutable_data_ptr();
+  args.scale = static_cast<decltype(args.scale)>(scale.mutable_data_ptr());
+  args.bits = static_cast<decltype(args.bits)>(chosen.mutable_data_ptr());
+  check_status(sl_quantize_dynamic(&args));
+  return {q, scale, chosen};
+}
+
+std::tuple<Tensor, Tensor> pack_linear_weight(Tensor weight, int64_t bits, int64_t group_size) {
+  check_values("weight", weight);
+  if (weight.dim() != 2) fail("weight is " + describe(weight) + ", expected [out_features, in_features]");
+  return pack_weight(as_contiguous(weight), make_weight(weight.size(0), weight.size(1), 1, bits, group_size));
+}
+
+std::tuple<Tensor, Tensor> pack_conv2d_weight(Tensor weight, int64_t bits, int64_t group_size, int64_t groups) {
+  check_values("weight", weight);
+  if (weight.dim() != 4) {
+    fail("weight is " + describe(weight) + ", expected [out_channels, channels / groups, height, width]");
+  }
+  int64_t inputs = weight.size(1) * weight.size(2) * weight.size(3);
+  sl_quantized_weight sizes = make_weight(weight.size(0), inputs, groups, bits, group_size);
+  sizes_of(sizes);  // refuses what is not allowed before anything is copied
+  Tensor dense = empty({weight.size(0), weight.size(2), weight.size(3), weight.size(1)}, weight.scalar_type(), weight);
+  // The channels of a tap next to one another: a copy through a view with the dimensions of the weight.
+  Tensor view = torch::stable::transpose(torch::stable::transpose(dense, 2, 3), 1, 2);
+  torch::stable::copy_(view, weight);
+  return pack_weight(dense, sizes);
+}
+
+Tensor unpack_linear_weight(Tensor packed, Tensor scale, int64_t out_features, int64_t in_features, int64_t bits,
+                            int64_t group_size) {
+  sl_quantized_weight weight = make_weight(out_features, in_features, 1, bits, group_size);
+  attach_weight(weight, packed, scale);
+  Tensor values = empty({out_features, in_features}, ScalarType::Float, packed);
+  check_status(
+      sl_unpack_weight(&weight, static_cast<decltype(sl_quantize_dynamic_args::scale)>(values.mutable_data_ptr())));
+  return values;
+}
+
+std::tuple<Tensor, Tensor> linear_dynamic(Tensor x, Tensor packed, Tensor weight_scale, OptionalTensor bias,
+                                          int64_t out_features, int64_t weight_bits, int64_t group_size,
+                                          int64_t activation_bits, double target_sqnr, bool per_token,
+                                          double outlier_ratio) {
+  check_values("x", x);
+  check_has_columns(x);
+  std::vector<int64_t> shape = shape_of(x);
+  sl_linear_dynamic_args args{};
+  args.rows = count_rows(x), args.dtype = dtype_of(x, "x");
+  args.weight = make_weight(out_features, shape.back(), 1, weight_bits, group_size);
+  attach_weight(args.weight, packed, weight_scale);
+  OptionalTensor single_bias = prepare_bias(bias, out_features);
+  attach_bias(args, single_bias);
+  args.activation_bits = static_cast<int32_t>(narrow("activation_bits", activation_bits));
+  args.target_sqnr = target_sqnr, args.per_token = per_token, args.outlier_ratio = outlier_ratio;
+  sl_executor executor = torch_executor();
+  args.executor = &executor;
+  Tensor workspace = allocate_workspace(args, sl_linear_dynamic_workspace_size, x);
+  Tensor dense = as_contiguous(x);
+  shape.back() = out_features;
+  Tensor out = empty(shape, x.scalar_type(), x), bits = empty({args.rows}, ScalarType::Char, x);
+  args.x = dense.const_data_ptr(), args.out = out.mutable_data_ptr();
+  args.bits = static_cast<decltype(args.bits)>(bits.mutable_data_ptr());
+  check_status(sl_linear_dynamic(&args));
+  return {out, bits};
+}
+
+}  // namespace sluice
+
+STABLE_TORCH_LIBRARY_IMPL(sluice, CPU, library) {
+  library.impl("quantize_dynamic", TORCH_BOX(&sluice::quantize_dynamic));
+  library.impl("pack_linear_weight", TORCH_BOX(&sluice::pack_linear_weight));
+  library.impl("unpack_linear_weight", TORCH_BOX(&sluice::unpack_linear_weight));
+  library.impl("pack_conv2d_weight", TORCH_BOX(&sluice::pack_conv2d_weight));
+  library.impl("linear_dynamic", TORCH_BOX(&sluice::linear_dynamic));
+}
