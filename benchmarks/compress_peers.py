@@ -68,7 +68,9 @@ def _eager(model, task, folder):
 
 
 def _compile(model, task, folder):
-    return [Peer("compile", torch.compile(copy.deepcopy(model), dynamic=False), stored_bytes(model), "inductor, float32")]
+    return [
+        Peer("compile", torch.compile(copy.deepcopy(model), dynamic=False), stored_bytes(model), "inductor, float32")
+    ]
 
 
 def _fbgemm(model, task, folder):
@@ -85,11 +87,23 @@ def _fx(model, task, folder):
     from torch.ao.quantization import get_default_qconfig_mapping
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
-    prepared = prepare_fx(copy.deepcopy(model), get_default_qconfig_mapping("x86"), (task.draw_inputs(1),))
+    # Wrapped, so that optional arguments of its forward keep their defaults instead of being traced.
+    prepared = prepare_fx(
+        _Wrapped(copy.deepcopy(model)).eval(), get_default_qconfig_mapping("x86"), (task.draw_inputs(1),)
+    )
     for inputs, _ in task.selection:
         call(prepared, inputs)
     quantized = convert_fx(prepared)
     return [Peer("fx", quantized, stored_bytes(quantized), "int8 static")]
+
+
+class _Wrapped(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x)
 
 
 def _is_convolutional(model: nn.Module) -> bool:
@@ -142,7 +156,13 @@ def _onnxruntime_fp32(model, task, folder):
 
 def _onnxruntime(model, task, folder):
     """int8: dynamic, and for convolutions static too, since dynamic ones are slow there."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_dynamic,
+        quantize_static,
+    )
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     source, prepared = export_onnx(model, task, folder), folder / f"{task.name}.prepared.onnx"

@@ -7,7 +7,16 @@ from pathlib import Path
 from benchmarks.models.task import split_by_name
 
 # Not what a reader would call the library's documentation: tables, tests, other people's packages.
-_SKIPPED_FOLDERS = {"test", "tests", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data", "lib2to3"}
+_SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "encodings",
+    "pydoc_data",
+    "lib2to3",
+}
 SHARES = {"train": 0.5, "selection": 0.2, "heldout": 0.3}  # of the files
 
 Pair = tuple[str, str]  # a docstring's first paragraph, and the rest of it
@@ -19,9 +28,7 @@ def docstring_pairs(source: str) -> list[Pair]:
     while waiting:
         node = waiting.pop()
         waiting += (
-            child
-            for child in node.body
-            if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+            child for child in node.body if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
         )
         summary, _, description = (ast.get_docstring(node) or "").partition("\n\n")
         pair = " ".join(summary.split()), " ".join(description.split())
@@ -60,5 +67,7 @@ def load_pairs(most_files: int | None = None, root: Path | None = None) -> dict[
                     parts[part].append(pair)
                 seen.update(pair)
     if not all(parts.values()):
-        raise RuntimeError(f"{root} holds too few Python files with docstrings; expected the standard library's sources")
+        raise RuntimeError(
+            f"{root} holds too few Python files with docstrings; expected the standard library's sources"
+        )
     return parts

@@ -1,6 +1,7 @@
 """What a model of ``benchmarks.compress_models`` brings along: its data in parts that share nothing, and its metric."""
 
 import hashlib
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from torch_sluice.attention import Gate
 
 Batch = tuple[Any, Any]  # inputs of one call (a tensor, or a tuple of tensors), and what is right about them
 
@@ -29,7 +32,8 @@ class Task:
         metric: (a model or any callable on its inputs, batches) -> float.
         draw_inputs: batch size -> inputs of one call, for timing.
         train_step: (model, step) -> loss: one step's loss on training data, with its graph; or None.
-        train_steps, learning_rate: how long fine-tuning goes on, and Adam's rate for it.
+        train_steps, learning_rate: how long a round of fine-tuning goes on, and Adam's rate for it.
+        train_mode: whether it is done in training mode, where dropout acts and batch norms follow the batch.
         dense: the same task's model with ordinary attention, if ``model`` has another: what peers can run.
         notes: sentences about the model or the data that belong under the table.
     """
@@ -45,6 +49,7 @@ class Task:
     train_step: Callable[[nn.Module, int], Tensor] | None = None
     train_steps: int = 0
     learning_rate: float = 1e-3
+    train_mode: bool = True
     dense: nn.Module | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -86,6 +91,32 @@ def mean_cosine(model: Callable, reference: Callable, batches: list[Batch]) -> f
     """How alike the outputs of two models are: the mean cosine between those of each input."""
     outputs, wanted = call_batches(model, batches), call_batches(reference, batches)
     return torch.cosine_similarity(outputs.flatten(1), wanted.flatten(1)).mean().item()
+
+
+class FineTune:
+    """``finetune`` of ``torch_sluice.compress``: Adam on a task's ``train_step``, its rate falling to zero in a round.
+
+    Gates stay as they are, since their density would drift without its controller.
+    """
+
+    def __init__(self, task: Task):
+        self.task = task
+
+    def __call__(self, model: nn.Module, step: int) -> None:
+        task = self.task
+        if step == 0:
+            gates = {id(p) for module in model.modules() if isinstance(module, Gate) for p in module.parameters()}
+            trained = [p for p in model.parameters() if p.requires_grad and id(p) not in gates]
+            self.optimizer = torch.optim.Adam(trained, task.learning_rate)
+        model.train(task.train_mode)
+        for group in self.optimizer.param_groups:
+            group["lr"] = task.learning_rate * 0.5 * (1 + math.cos(math.pi * step / task.train_steps))
+        loss = task.train_step(model, step)
+        if not loss.isfinite():
+            raise RuntimeError(f"the loss of {task.name}'s fine-tuning is {loss.item()} at step {step}")
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
 def split_by_name(names: list[str], shares: dict[str, float], seed: int = 0) -> dict[str, list[str]]:

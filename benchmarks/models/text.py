@@ -20,7 +20,15 @@ from torch_sluice.train.sluice import SluiceSide
 SETTINGS = PRESETS["demo"].override(steps=120, context=1024, micro_batches=1, micro_size=2, warmup=12)
 GATED_STEPS = 60
 QUICK = PRESETS["demo"].override(
-    steps=30, context=64, micro_batches=1, layers=1, width=32, heads=2, feedforward=64, local_window=8, target_density=0.5
+    steps=30,
+    context=64,
+    micro_batches=1,
+    layers=1,
+    width=32,
+    heads=2,
+    feedforward=64,
+    local_window=8,
+    target_density=0.5,
 )
 
 
@@ -100,11 +108,9 @@ def load(quick: bool = False) -> Task:
     dense = build_model(settings).eval()
     dense.load_state_dict(dense_weights)
     model = build_model(settings).eval()
-    swap_attention(
-        model, target_density=settings.target_density, window=settings.local_window, sinks=settings.sinks
-    )
+    swap_attention(model, target_density=settings.target_density, window=settings.local_window, sinks=settings.sinks)
     model.load_state_dict(gated_weights)
-    windows = corpus.heldout_windows(8 if quick else 48, settings.context)
+    windows = corpus.heldout_windows(24 if quick else 48, settings.context)
     inputs, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
     # The windows lie in the order of the held-out text: its first third is to select by, the rest to judge by.
     third = len(windows) // 3
@@ -120,7 +126,9 @@ def load(quick: bool = False) -> Task:
         metric=next_byte_accuracy,
         draw_inputs=lambda batch: heldout[:batch].clone(),
         train_step=NextByteLoss(settings, corpus),
-        train_steps=4 if quick else 60,
+        train_steps=4 if quick else 30,
         learning_rate=5e-4,
-        notes=[f"text: trained here for {settings.steps} dense and {gated_settings.steps} gated steps; peers run it dense"],
+        notes=[
+            f"text: trained here for {settings.steps} dense and {gated_settings.steps} gated steps; peers run it dense"
+        ],
     )

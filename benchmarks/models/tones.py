@@ -10,7 +10,9 @@ FRAME = 1024  # samples
 LOWEST, HIGHEST = 55.0, 1600.0  # Hz
 
 
-def draw_tones(count: int, generator: torch.Generator, noise: tuple[float, float] = (-6.0, 24.0)) -> tuple[Tensor, Tensor]:
+def draw_tones(
+    count: int, generator: torch.Generator, noise: tuple[float, float] = (-6.0, 24.0)
+) -> tuple[Tensor, Tensor]:
     """Frames [count, 1024], each of mean 0 and deviation 1 as CREPE wants them, and their pitches [count] in Hz.
 
     The pitch is what the tone has in the frame's middle; vibrato of 4 to 8 Hz and up to 40 cents goes round it. A third of
