@@ -65,8 +65,8 @@ void attach_weight(sl_quantized_weight &weight, const Tensor &packed, const Tens
   check_device("packed", packed);
   check_device("weight_scale", scale);
   WeightSizes sizes = sizes_of(weight);
-  std::string made = " of " + std::to_string(weight.out_features) + " outputs x " +
-                     std::to_string(weight.in_features) + " inputs in " + std::to_string(weight.bits) + " bits";
+  std::string made = " of " + std::to_string(weight.out_features) + " outputs x " + std::to_string(weight.in_features) +
+                     " inputs in " + std::to_string(weight.bits) + " bits";
   if (packed.scalar_type() != ScalarType::Byte || packed.dim() != 1 || packed.size(0) != sizes.bytes ||
       !packed.is_contiguous()) {
     fail("packed is " + describe(packed) + ", expected contiguous uint8 [" + std::to_string(sizes.bytes) +
@@ -74,8 +74,8 @@ void attach_weight(sl_quantized_weight &weight, const Tensor &packed, const Tens
   }
   if (scale.scalar_type() != ScalarType::Float || scale.dim() != 2 || scale.size(0) != sizes.scale_groups ||
       scale.size(1) != sizes.padded_features || !scale.is_contiguous()) {
-    fail("weight_scale is " + describe(scale) + ", expected contiguous float32 [" +
-         std::to_string(sizes.scale_groups) + ", " + std::to_string(sizes.padded_features) + "], the scales" + made);
+    fail("weight_scale is " + describe(scale) + ", expected contiguous float32 [" + std::to_string(sizes.scale_groups) +
+         ", " + std::to_string(sizes.padded_features) + "], the scales" + made);
   }
   weight.packed = packed.const_data_ptr();
   weight.scale = static_cast<decltype(weight.scale)>(scale.const_data_ptr());
@@ -115,6 +115,23 @@ std::vector<int64_t> shape_of(const Tensor &x) {
   std::vector<int64_t> shape;
   for (int64_t i = 0; i < x.dim(); ++i) shape.push_back(x.size(i));
   return shape;
+}
+
+// Channels next to one another, without gaps. A dimension of size 1 has a stride that means nothing.
+bool is_channels_last(const Tensor &x) {
+  int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
+  const int64_t strides[4] = {channels * height * width, 1, width * channels, channels};
+  for (int64_t i = 0; i < 4; ++i) {
+    if (x.size(i) > 1 && x.stride(i) != strides[i]) return false;
+  }
+  return true;
+}
+
+void copy_pair(const char *name, const std::vector<int64_t> &values, int64_t pair[2]) {
+  if (values.size() != 2) {
+    fail(std::string(name) + " has " + std::to_string(values.size()) + " numbers, expected height and width");
+  }
+  pair[0] = values[0], pair[1] = values[1];
 }
 
 std::tuple<Tensor, Tensor> pack_weight(const Tensor &values, const sl_quantized_weight &weight) {
@@ -207,6 +224,50 @@ std::tuple<Tensor, Tensor> linear_dynamic(Tensor x, Tensor packed, Tensor weight
   return {out, bits};
 }
 
+std::tuple<Tensor, Tensor> conv2d_dynamic(Tensor x, Tensor packed, Tensor weight_scale, OptionalTensor bias,
+                                          int64_t out_channels, std::vector<int64_t> kernel_size,
+                                          std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                          std::vector<int64_t> dilation, int64_t groups, int64_t weight_bits,
+                                          int64_t group_size, int64_t activation_bits, double target_sqnr) {
+  check_values("x", x);
+  if (x.dim() != 4) fail("x is " + describe(x) + ", expected [images, channels, height, width]");
+  sl_conv2d_dynamic_args args{};
+  args.images = x.size(0), args.channels = x.size(1), args.height = x.size(2), args.width = x.size(3);
+  copy_pair("kernel_size", kernel_size, args.kernel);
+  copy_pair("stride", stride, args.stride);
+  copy_pair("padding", padding, args.padding);
+  copy_pair("dilation", dilation, args.dilation);
+  if (groups < 1) fail("groups is " + std::to_string(groups) + ", expected at least 1");
+  int64_t inputs = 0;
+  if (__builtin_mul_overflow(args.kernel[0], args.kernel[1], &inputs) ||
+      __builtin_mul_overflow(inputs, args.channels / groups, &inputs)) {
+    fail("kernel_size is too large for " + std::to_string(args.channels) + " channels, expected less than 2^31 inputs");
+  }
+  args.weight = make_weight(out_channels, inputs, groups, weight_bits, group_size);
+  attach_weight(args.weight, packed, weight_scale);
+  OptionalTensor single_bias = prepare_bias(bias, out_channels);
+  attach_bias(args, single_bias);
+  args.dtype = dtype_of(x, "x");
+  args.activation_bits = static_cast<int32_t>(narrow("activation_bits", activation_bits));
+  args.target_sqnr = target_sqnr;
+  sl_executor executor = torch_executor();
+  args.executor = &executor;
+  args.channels_last = !x.is_contiguous() && is_channels_last(x);
+  int64_t size[2] = {0, 0};
+  check_status(sl_conv2d_dynamic_out_size(&args, size));
+  Tensor workspace = allocate_workspace(args, sl_conv2d_dynamic_workspace_size, x);
+  Tensor dense = args.channels_last ? x : as_contiguous(x);
+  std::vector<int64_t> shape = {args.images, out_channels, size[0], size[1]};
+  std::vector<int64_t> strides = {out_channels * size[0] * size[1], 1, size[1] * out_channels, out_channels};
+  Tensor out =
+      args.channels_last ? empty_strided(shape, strides, x.scalar_type(), x) : empty(shape, x.scalar_type(), x);
+  Tensor bits = empty({args.images}, ScalarType::Char, x);
+  args.x = dense.const_data_ptr(), args.out = out.mutable_data_ptr();
+  args.bits = static_cast<decltype(args.bits)>(bits.mutable_data_ptr());
+  check_status(sl_conv2d_dynamic(&args));
+  return {out, bits};
+}
+
 }  // namespace sluice
 
 STABLE_TORCH_LIBRARY_IMPL(sluice, CPU, library) {
@@ -215,4 +276,5 @@ STABLE_TORCH_LIBRARY_IMPL(sluice, CPU, library) {
   library.impl("unpack_linear_weight", TORCH_BOX(&sluice::unpack_linear_weight));
   library.impl("pack_conv2d_weight", TORCH_BOX(&sluice::pack_conv2d_weight));
   library.impl("linear_dynamic", TORCH_BOX(&sluice::linear_dynamic));
+  library.impl("conv2d_dynamic", TORCH_BOX(&sluice::conv2d_dynamic));
 }

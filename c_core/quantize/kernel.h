@@ -5,38 +5,40 @@
 
 #include <sluice/quantize.h>
 
-/* Rows that multiply8 and multiply4 take at once, at most. */
+/* Rows that a tile has, at most. */
 enum { SL_QUANTIZE_TILE_ROWS = 6 };
 
 /* Inputs in a segment, at most: 512 products of a 16-bit activation and an 8-bit weight fit into 32 bits. */
 enum { SL_QUANTIZE_SEGMENT = 512 };
 
-/* One tile of a product: rows x SL_QUANTIZE_PANEL, over one segment. The activations of row r are at activations[r]:
- * int16_t for 8-bit weights if the table has wide_activations, else int8_t. depth is a multiple of SL_QUANTIZE_DEPTH. */
+/* One tile of a product: rows x SL_QUANTIZE_PANEL, over segments of equal depth that follow one another. The activations
+ * of row r are at activations[r]: int16_t for 8-bit weights if the table has wide_activations, else int8_t. depth is a
+ * multiple of SL_QUANTIZE_DEPTH. multiply8_unpacked gets one segment. */
 typedef struct sl_quantize_tile {
   int rows; /* 1 to SL_QUANTIZE_TILE_ROWS */
-  int64_t depth;
+  int64_t depth, segments;
   const void *const *activations;
-  const uint8_t *weight; /* the segment's blocks in the panel; or what unpack_segment made of them */
-  const int32_t *sums;   /* [rows], sum of a row's activations in the segment; only for int8_t activations */
-  const float *scale;    /* [SL_QUANTIZE_PANEL] */
-  float *out;            /* [rows, SL_QUANTIZE_PANEL]: scale * (the exact integer sums, rounded to float) is added */
+  const uint8_t *weight;      /* the segments' blocks in the panel; or what unpack_segment made of them */
+  const int32_t *const *sums; /* [rows][segments], sums of a row's activations; only for int8_t activations */
+  const float *scale;         /* [SL_QUANTIZE_PANEL] of each segment, at a distance of scale_stride */
+  int64_t scale_stride;
+  float *out; /* [rows, SL_QUANTIZE_PANEL]: scale * (the exact integer sums, rounded to float) is added, in order */
 } sl_quantize_tile;
 
 /* Rows of the output, from tiles: out[i, c] = bias[c] + sum over planes p of row_scale[i, p] * tile[i, p, c]
  *                                            + sum over outliers j of outlier[i, j] * outlier_weight[j, c]. */
 typedef struct sl_quantize_finish {
   int64_t rows;
-  int planes;          /* tiles of a row: 1, or 2 */
-  const float *tile;   /* [rows, planes, SL_QUANTIZE_PANEL] */
-  const float *scale;  /* [rows, planes] */
-  const float *bias;   /* [SL_QUANTIZE_PANEL] */
-  int64_t outliers;    /* 0: none */
+  int planes;                  /* tiles of a row: 1, or 2 */
+  const float *tile;           /* [rows, planes, SL_QUANTIZE_PANEL] */
+  const float *scale;          /* [rows, planes] */
+  const float *bias;           /* [SL_QUANTIZE_PANEL] */
+  int64_t outliers;            /* 0: none */
   const float *outlier;        /* [rows, outliers] */
   const float *outlier_weight; /* [outliers, SL_QUANTIZE_PANEL] */
-  int channels;        /* how many of the panel exist: 1 to SL_QUANTIZE_PANEL */
+  int channels;                /* how many of the panel exist: 1 to SL_QUANTIZE_PANEL */
   sl_dtype dtype;
-  void *out;            /* element of the first row and channel */
+  void *out;                          /* element of the first row and channel */
   int64_t row_stride, channel_stride; /* of out, in elements; one of them is 1 */
 } sl_quantize_finish;
 
@@ -44,6 +46,8 @@ typedef struct sl_quantize_kernel {
   const char *name;
   sl_isa isa;
   bool wide_activations;
+  /* Rows of a tile that suit each function, at most SL_QUANTIZE_TILE_ROWS. */
+  int height8, height8_unpacked, height4;
 
   /* out[i] = x[i] as float32; not called for SL_F32. */
   void (*load_row)(sl_dtype dtype, const void *x, int64_t count, float *out);

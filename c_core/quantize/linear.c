@@ -17,8 +17,8 @@ enum {
 typedef struct linear_run {
   const sl_linear_dynamic_args *args;
   const sl_quantize_kernel *kernel;
-  bool wide;          /* rows are int16_t, in one plane; else int8_t, in one or two */
-  int64_t row_bytes;  /* of a row, both planes */
+  bool wide;         /* rows are int16_t, in one plane; else int8_t, in one or two */
+  int64_t row_bytes; /* of a row, both planes */
   int64_t segments, block_rows, column_chunks;
   sl_rows rows;
   /* Workspace. */
@@ -34,12 +34,12 @@ typedef struct linear_run {
 
 /* A worker's scratch memory in a row block times a panel. */
 typedef struct block_scratch {
-  float *tile;                /* [block rows * 2, SL_QUANTIZE_PANEL] */
-  float *scale;               /* [block rows, planes] */
-  float *outlier_weight;      /* [most outliers, SL_QUANTIZE_PANEL] */
-  const void **activations;   /* [block rows * 2] */
-  const int32_t **sums;       /* [block rows * 2] */
-  char *unpacked;             /* SL_PANEL_SCRATCH bytes */
+  float *tile;              /* [block rows * 2, SL_QUANTIZE_PANEL] */
+  float *scale;             /* [block rows, planes] */
+  float *outlier_weight;    /* [most outliers, SL_QUANTIZE_PANEL] */
+  const void **activations; /* [block rows * 2] */
+  const int32_t **sums;     /* [block rows * 2] */
+  char *unpacked;           /* SL_PANEL_SCRATCH bytes */
 } block_scratch;
 
 static block_scratch cut_scratch(const linear_run *run, sl_arena *arena) {

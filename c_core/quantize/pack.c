@@ -74,9 +74,8 @@ sl_status sl_pack_weight(const sl_quantized_weight *weight, sl_dtype dtype, cons
   SL_REQUIRE(scale || padded == 0, SL_INVALID_ARGUMENT, "scale is NULL, expected data");
   for (int64_t i = 0; i < count; ++i) {
     float value = sl_load_value(dtype, values, i);
-    SL_REQUIRE(isfinite(value), SL_INVALID_ARGUMENT,
-               "weight has %g at output %lld, input %lld, expected finite values", (double)value,
-               (long long)(i / weight->in_features), (long long)(i % weight->in_features));
+    SL_REQUIRE(isfinite(value), SL_INVALID_ARGUMENT, "weight has %g at output %lld, input %lld, expected finite values",
+               (double)value, (long long)(i / weight->in_features), (long long)(i % weight->in_features));
   }
   if (bytes > 0) memset(packed, weight->bits == 8 ? 0 : 0x88, (size_t)bytes);
   if (padded > 0) memset(scale, 0, (size_t)(scale_groups * padded) * sizeof(float));
@@ -109,8 +108,8 @@ sl_status sl_unpack_weight(const sl_quantized_weight *weight, float *values) {
   for (int64_t output = 0; output < weight->out_features; ++output) {
     int64_t group = output / outputs, channel = output % outputs;
     for (int64_t k = 0; k < weight->in_features; ++k) {
-      values[output * weight->in_features + k] = sl_packed_scale(weight, group, channel, k) *
-                                                 (float)sl_packed_weight(weight, group, channel, k);
+      values[output * weight->in_features + k] =
+          sl_packed_scale(weight, group, channel, k) * (float)sl_packed_weight(weight, group, channel, k);
     }
   }
   return SL_OK;

@@ -23,8 +23,9 @@ static sl_status prepare(const sl_quantize_dynamic_args *args, sl_arena *arena, 
   rows->per_token = args->per_token;
   sl_take_rows_workspace(rows, arena);
   run->integers = sl_arena_take(arena, sl_executor_workers(args->executor) * args->columns, sizeof(int16_t));
-  SL_REQUIRE(!arena->overflow, SL_OUT_OF_RANGE, "x has %lld x %lld elements: the workspace would exceed the address space",
-             (long long)args->rows, (long long)args->columns);
+  SL_REQUIRE(!arena->overflow, SL_OUT_OF_RANGE,
+             "x has %lld x %lld elements: the workspace would exceed the address space", (long long)args->rows,
+             (long long)args->columns);
   return SL_OK;
 }
 
@@ -61,8 +62,7 @@ sl_status sl_quantize_dynamic(const sl_quantize_dynamic_args *args) {
   sl_measure_rows(rows);
   if (!args->per_token) {
     float amax = sl_float_from_bits(rows->whole.amax_bits);
-    int bits = args->columns > 0 ? rows->whole_bits
-                                 : sl_choose_bits(args->activation_bits, args->target_sqnr, 0, 0, 0);
+    int bits = args->columns > 0 ? rows->whole_bits : sl_choose_bits(args->activation_bits, args->target_sqnr, 0, 0, 0);
     args->scale[0] = sl_forward_scale(amax, bits), args->bits[0] = (int8_t)bits;
     /* With one scale for all, a row that isn't finite cannot have NaN for its scale. */
     for (int64_t row = 0; row < args->rows && args->columns > 0; ++row) {

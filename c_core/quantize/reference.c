@@ -1,6 +1,7 @@
 /* The formulas of ops/sluice/quantize.h in scalar C, one output at a time: the specification. */
 #include <stddef.h>
 
+#include "quantize/conv2d.h"
 #include "quantize/rows.h"
 #include "quantize/validate.h"
 #include "runtime/status.h"
@@ -142,6 +143,53 @@ sl_status sl_linear_dynamic_reference(const sl_linear_dynamic_args *args) {
       double bias = args->bias ? (double)args->bias[output] : 0;
       double value = finite ? bias + multiply_row(args, &set, row, output, values->amax, bits) : (double)NAN;
       sl_store_value(args->dtype, args->out, row * weight->out_features + output, (float)value);
+    }
+  }
+  return SL_OK;
+}
+
+/* Index of an element of an image in its memory. */
+static int64_t element_of(bool channels_last, int64_t channels, int64_t height, int64_t width, int64_t c, int64_t y,
+                          int64_t x) {
+  return channels_last ? (y * width + x) * channels + c : (c * height + y) * width + x;
+}
+
+static double multiply_window(const sl_conv2d_dynamic_args *args, const value_set *set, int64_t image, int64_t output,
+                              int64_t top, int64_t left, float amax, int bits) {
+  const sl_quantized_weight *weight = &args->weight;
+  int64_t channels = args->channels / weight->groups, outputs = sl_group_outputs(weight), group = output / outputs;
+  float inverse = sl_inverse_scale(amax, bits);
+  double total = 0;
+  for (int64_t i = 0; i < weight->in_features; ++i) {
+    int64_t c = group * channels + i % channels;
+    int64_t y = top + i / channels / args->kernel[1] * args->dilation[0];
+    int64_t x = left + i / channels % args->kernel[1] * args->dilation[1];
+    if (y < 0 || y >= args->height || x < 0 || x >= args->width) continue;
+    int64_t at = element_of(args->channels_last, args->channels, args->height, args->width, c, y, x);
+    int32_t q = sl_round_to_integer(value_at(set, image, at), inverse, sl_largest_integer(bits));
+    total += (double)sl_packed_scale(weight, group, output % outputs, i) * q *
+             sl_packed_weight(weight, group, output % outputs, i);
+  }
+  return (double)sl_forward_scale(amax, bits) * total;
+}
+
+sl_status sl_conv2d_dynamic_reference(const sl_conv2d_dynamic_args *args) {
+  SL_CHECK(sl_quantize_validate_conv2d(args, true));
+  int64_t height = sl_conv2d_out_size(args, 0), width = sl_conv2d_out_size(args, 1);
+  int64_t outputs = args->weight.out_features;
+  value_set set = {args->dtype, args->x, args->images, args->channels * args->height * args->width, NULL};
+  for (int64_t image = 0; image < args->images; ++image) {
+    value_measure values = measure(&set, image, 1);
+    int bits = choose_bits(&set, &values, args->activation_bits, args->target_sqnr);
+    bool finite = values.finite_rows == 1;
+    args->bits[image] = (int8_t)(finite ? bits : 0);
+    for (int64_t i = 0; i < outputs * height * width; ++i) {
+      int64_t output = i / (height * width), y = i / width % height, x = i % width;
+      int64_t top = y * args->stride[0] - args->padding[0], left = x * args->stride[1] - args->padding[1];
+      double value = args->bias ? (double)args->bias[output] : 0;
+      value += finite ? multiply_window(args, &set, image, output, top, left, values.amax, bits) : (double)NAN;
+      int64_t at = element_of(args->channels_last, outputs, height, width, output, y, x);
+      sl_store_value(args->dtype, args->out, image * outputs * height * width + at, (float)value);
     }
   }
   return SL_OK;

@@ -44,18 +44,38 @@ static inline void sl_loop_finish_row(const sl_quantize_finish *finish, int64_t 
   }
 }
 
+/* Where neighbours in memory are rows, blocks of 16 rows are turned over. */
+static inline void sl_loop_finish_columns(const sl_quantize_finish *finish) {
+  enum { BLOCK = 16 };
+  for (int64_t first = 0; first < finish->rows; first += BLOCK) {
+    float values[BLOCK][SL_QUANTIZE_PANEL];
+    int64_t rows = finish->rows - first < BLOCK ? finish->rows - first : BLOCK;
+    for (int64_t i = 0; i < rows; ++i) sl_loop_finish_row(finish, first + i, values[i]);
+    for (int c = 0; c < finish->channels; ++c) {
+      int64_t at = c * finish->channel_stride + first;
+      if (finish->dtype == SL_F32) {
+        for (int64_t i = 0; i < rows; ++i) ((float *)finish->out)[at + i] = values[i][c];
+      } else {
+        for (int64_t i = 0; i < rows; ++i) sl_store_value(finish->dtype, finish->out, at + i, values[i][c]);
+      }
+    }
+  }
+}
+
 static inline void sl_loop_finish(const sl_quantize_finish *finish) {
+  if (finish->row_stride == 1 && finish->channel_stride != 1) {
+    sl_loop_finish_columns(finish);
+    return;
+  }
   for (int64_t row = 0; row < finish->rows; ++row) {
     float values[SL_QUANTIZE_PANEL];
     sl_loop_finish_row(finish, row, values);
     int64_t at = row * finish->row_stride;
-    if (finish->dtype == SL_F32 && finish->channel_stride == 1 && finish->channels == SL_QUANTIZE_PANEL) {
+    if (finish->dtype == SL_F32 && finish->channels == SL_QUANTIZE_PANEL) {
       float *out = (float *)finish->out + at;
       for (int c = 0; c < SL_QUANTIZE_PANEL; ++c) out[c] = values[c];
     } else {
-      for (int c = 0; c < finish->channels; ++c) {
-        sl_store_value(finish->dtype, finish->out, at + c * finish->channel_stride, values[c]);
-      }
+      for (int c = 0; c < finish->channels; ++c) sl_store_value(finish->dtype, finish->out, at + c, values[c]);
     }
   }
 }

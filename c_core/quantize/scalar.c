@@ -32,38 +32,44 @@ static void narrow_row(const int16_t *q, int64_t count, int8_t *high, int8_t *lo
 
 static int32_t sum_row(const int8_t *q, int64_t count) { return sl_loop_sum_row(q, count); }
 
-static void add_tile_row(const sl_quantize_tile *tile, int row, const int32_t sums[SL_QUANTIZE_PANEL]) {
+static void add_tile_row(const sl_quantize_tile *tile, int row, int64_t segment, const int32_t *sums) {
   float *out = tile->out + row * SL_QUANTIZE_PANEL;
-  for (int c = 0; c < SL_QUANTIZE_PANEL; ++c) out[c] += tile->scale[c] * (float)sums[c];
+  const float *scale = tile->scale + segment * tile->scale_stride;
+  for (int c = 0; c < SL_QUANTIZE_PANEL; ++c) out[c] += scale[c] * (float)sums[c];
 }
 
 static void multiply8(const sl_quantize_tile *tile) {
   for (int row = 0; row < tile->rows; ++row) {
     const int16_t *x = tile->activations[row];
-    int32_t sums[SL_QUANTIZE_PANEL] = {0};
-    for (int64_t k = 0; k < tile->depth; k += 4) {
-      const int8_t *block = (const int8_t *)tile->weight + k * SL_QUANTIZE_PANEL;
-      for (int c = 0; c < SL_QUANTIZE_PANEL; ++c) {
-        const int8_t *w = block + 4 * c;
-        sums[c] += x[k] * w[0] + x[k + 1] * w[2] + x[k + 2] * w[1] + x[k + 3] * w[3];
+    const int8_t *block = (const int8_t *)tile->weight;
+    for (int64_t segment = 0; segment < tile->segments; ++segment) {
+      int32_t sums[SL_QUANTIZE_PANEL] = {0};
+      for (int64_t k = 0; k < tile->depth; k += 4, x += 4, block += 64) {
+        for (int c = 0; c < SL_QUANTIZE_PANEL; ++c) {
+          const int8_t *w = block + 4 * c;
+          sums[c] += x[0] * w[0] + x[1] * w[2] + x[2] * w[1] + x[3] * w[3];
+        }
       }
+      add_tile_row(tile, row, segment, sums);
     }
-    add_tile_row(tile, row, sums);
   }
 }
 
 static void multiply4(const sl_quantize_tile *tile) {
   for (int row = 0; row < tile->rows; ++row) {
     const int8_t *x = tile->activations[row];
-    int32_t sums[SL_QUANTIZE_PANEL];
-    for (int c = 0; c < SL_QUANTIZE_PANEL; ++c) sums[c] = -8 * tile->sums[row];
-    for (int64_t k = 0; k < tile->depth; k += 8) {
-      const uint8_t *block = tile->weight + k * SL_QUANTIZE_PANEL / 2;
-      for (int c = 0; c < SL_QUANTIZE_PANEL; ++c) {
-        for (int i = 0; i < 4; ++i) sums[c] += x[k + i] * (block[4 * c + i] & 15) + x[k + 4 + i] * (block[4 * c + i] >> 4);
+    const uint8_t *block = tile->weight;
+    for (int64_t segment = 0; segment < tile->segments; ++segment) {
+      int32_t sums[SL_QUANTIZE_PANEL];
+      for (int c = 0; c < SL_QUANTIZE_PANEL; ++c) sums[c] = -8 * tile->sums[row][segment];
+      for (int64_t k = 0; k < tile->depth; k += 8, x += 8, block += 64) {
+        for (int c = 0; c < SL_QUANTIZE_PANEL; ++c) {
+          const uint8_t *w = block + 4 * c;
+          for (int i = 0; i < 4; ++i) sums[c] += x[i] * (w[i] & 15) + x[4 + i] * (w[i] >> 4);
+        }
       }
+      add_tile_row(tile, row, segment, sums);
     }
-    add_tile_row(tile, row, sums);
   }
 }
 
@@ -89,6 +95,9 @@ const sl_quantize_kernel sl_quantize_scalar = {
     .name = "scalar",
     .isa = SL_ISA_SCALAR,
     .wide_activations = true,
+    .height8 = 1,
+    .height8_unpacked = 1,
+    .height4 = 1,
     .load_row = load_row,
     .measure_row = measure_row,
     .measure_channels = measure_channels,

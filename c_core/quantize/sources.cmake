@@ -1,5 +1,5 @@
 target_sources(sluice_objects PRIVATE
-  quantize/kernels.c quantize/linear.c quantize/pack.c quantize/panel.c quantize/quantize.c quantize/reference.c
+  quantize/conv2d.c quantize/kernels.c quantize/linear.c quantize/pack.c quantize/panel.c quantize/quantize.c quantize/reference.c
   quantize/rows.c quantize/scalar.c quantize/validate.c)
 
 # The contract rounds x * inverse once: a fused multiply-add would give other integers on other tiers.

@@ -128,11 +128,12 @@ sl_status sl_quantize_validate_conv2d(const sl_conv2d_dynamic_args *args, bool d
   int64_t area, inputs;
   bool large = __builtin_mul_overflow(args->kernel[0], args->kernel[1], &area) ||
                __builtin_mul_overflow(area, args->channels / args->weight.groups, &inputs);
-  SL_REQUIRE(!large && inputs == args->weight.in_features, SL_INVALID_ARGUMENT,
-             "the weight has in_features %lld, expected kernel_height * kernel_width * channels / groups of kernel_size "
-             "(%lld, %lld) and %lld / %lld channels",
-             (long long)args->weight.in_features, (long long)args->kernel[0], (long long)args->kernel[1],
-             (long long)args->channels, (long long)args->weight.groups);
+  SL_REQUIRE(
+      !large && inputs == args->weight.in_features, SL_INVALID_ARGUMENT,
+      "the weight has in_features %lld, expected kernel_height * kernel_width * channels / groups of kernel_size "
+      "(%lld, %lld) and %lld / %lld channels",
+      (long long)args->weight.in_features, (long long)args->kernel[0], (long long)args->kernel[1],
+      (long long)args->channels, (long long)args->weight.groups);
   int64_t padded[2] = {args->height + 2 * args->padding[0], args->width + 2 * args->padding[1]};
   for (int i = 0; i < 2; ++i) {
     int64_t reach;

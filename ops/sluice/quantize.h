@@ -74,21 +74,21 @@
 #include <sluice/executor.h>
 #include <sluice/types.h>
 
-#define SL_QUANTIZE_DYNAMIC_SCHEMA                                         \
+#define SL_QUANTIZE_DYNAMIC_SCHEMA                                           \
   "quantize_dynamic(Tensor x, int bits, float target_sqnr, bool per_token) " \
   "-> (Tensor q, Tensor scale, Tensor bits)"
 #define SL_PACK_LINEAR_WEIGHT_SCHEMA \
   "pack_linear_weight(Tensor weight, int bits, int group_size) -> (Tensor packed, Tensor scale)"
-#define SL_UNPACK_LINEAR_WEIGHT_SCHEMA                                                                            \
+#define SL_UNPACK_LINEAR_WEIGHT_SCHEMA                                                                              \
   "unpack_linear_weight(Tensor packed, Tensor scale, int out_features, int in_features, int bits, int group_size) " \
   "-> Tensor weight"
-#define SL_LINEAR_DYNAMIC_SCHEMA                                                                                     \
-  "linear_dynamic(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, int out_features, int weight_bits, "    \
-  "int group_size, int activation_bits, float target_sqnr, bool per_token, float outlier_ratio) -> (Tensor out, " \
+#define SL_LINEAR_DYNAMIC_SCHEMA                                                                                   \
+  "linear_dynamic(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, int out_features, int weight_bits, " \
+  "int group_size, int activation_bits, float target_sqnr, bool per_token, float outlier_ratio) -> (Tensor out, "  \
   "Tensor bits)"
 #define SL_PACK_CONV2D_WEIGHT_SCHEMA \
   "pack_conv2d_weight(Tensor weight, int bits, int group_size, int groups) -> (Tensor packed, Tensor scale)"
-#define SL_CONV2D_DYNAMIC_SCHEMA                                                                                     \
+#define SL_CONV2D_DYNAMIC_SCHEMA                                                                                      \
   "conv2d_dynamic(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, int out_channels, int[2] kernel_size, " \
   "int[2] stride, int[2] padding, int[2] dilation, int groups, int weight_bits, int group_size, "                     \
   "int activation_bits, float target_sqnr) -> (Tensor out, Tensor bits)"
@@ -107,13 +107,13 @@ extern "C" {
 
 /* Weights of a linear layer, or of a convolution as groups of them. */
 typedef struct sl_quantized_weight {
-  int64_t out_features;       /* of all groups together */
-  int64_t in_features;        /* of one output channel: kernel_height * kernel_width * channels / groups */
-  int64_t groups;             /* of a convolution; 1 for a linear layer. Divides out_features. */
-  int32_t bits;               /* 8 or 4 */
-  int64_t group_size;         /* inputs that share a scale, a multiple of 32; 0: all */
-  const void *packed;         /* sl_packed_weight_size() bytes */
-  const float *scale;         /* [scale groups, padded out_features] */
+  int64_t out_features; /* of all groups together */
+  int64_t in_features;  /* of one output channel: kernel_height * kernel_width * channels / groups */
+  int64_t groups;       /* of a convolution; 1 for a linear layer. Divides out_features. */
+  int32_t bits;         /* 8 or 4 */
+  int64_t group_size;   /* inputs that share a scale, a multiple of 32; 0: all */
+  const void *packed;   /* sl_packed_weight_size() bytes */
+  const float *scale;   /* [scale groups, padded out_features] */
 } sl_quantized_weight;
 
 /* Bytes of packed, and the two dimensions of scale. Reads the sizes only. */

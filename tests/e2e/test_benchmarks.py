@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import torch
 
 import torch_sluice.info
-from benchmarks import accumulate, gated_attention, import_time, recall
+from benchmarks import accumulate, channel_norms, gated_attention, import_time, recall
 
 WHERE = {"threads", "isa", "processor", "torch"}
 
@@ -82,6 +83,17 @@ def test_import_time(rows_of, capsys):
     assert row["spread"]["registered"] == [row["seconds"]] * 2
     assert import_time.middle_half([5.0, 1.0, 3.0, 2.0, 4.0]) == [2.0, 4.0]
     assert "registering adds" in capsys.readouterr().out
+
+
+def test_channel_norms(rows_of, monkeypatch, capsys):
+    small = {"out": ((8, 6), None, 0), "in, channels last": ((4, 6, 3, 3), torch.channels_last, 1)}
+    monkeypatch.setattr(channel_norms, "CASES", small)
+    rows = rows_of(channel_norms, "--repeats", 1)
+    assert [(row["case"], row["dtype"]) for row in rows] == [(c, d) for d in ("float32", "bfloat16") for c in small]
+    for row in rows:
+        assert row["peers"].keys() == {"abs().sum()", "in float64", "vector_norm"}
+        assert row["ratio"] == pytest.approx(min(row["peers"].values()) / row["seconds"])
+    assert "L1 norms of channels" in capsys.readouterr().out
 
 
 def test_recall(rows_of, capsys):

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("torch_pruning")
 
-import torch_sluice  # noqa: E402
+import torch_sluice
 
 MODULE = """
 import torch

@@ -10,10 +10,10 @@ from torch import nn
 
 pytest.importorskip("torch_pruning")
 
-import torch_sluice  # noqa: E402
-from torch_sluice.compress import QuantizedLinear, pipeline  # noqa: E402
-from torch_sluice.compress.latency import Latency  # noqa: E402
-from torch_sluice.compress.measure import Fidelity  # noqa: E402
+import torch_sluice
+from torch_sluice.compress import QuantizedLinear, pipeline, quantization
+from torch_sluice.compress.latency import Latency
+from torch_sluice.compress.measure import Fidelity
 
 QUIET = {"progress": False}
 
@@ -44,7 +44,7 @@ def accuracy(model, data):
 @pytest.fixture
 def same_speed(monkeypatch):
     """No test depends on how fast this machine happens to be: every quantised layer counts as faster."""
-    monkeypatch.setattr("torch_sluice.compress.quantization._time_both", lambda module, layer, x: (2e-3, 1e-3))
+    monkeypatch.setattr(quantization, "_time_both", lambda module, layer, x: (2e-3, 1e-3))
     monkeypatch.setattr(pipeline, "compare_latency", lambda *_: (Latency(2e-3, 2e-3), Latency(1e-3, 1e-3)))
 
 
@@ -138,7 +138,9 @@ def test_a_promise_that_nothing_can_keep_gives_a_copy_and_says_so():
 
 
 def test_finetune_is_called_on_new_parameters_and_may_win_more():
-    model, data = wide(), batches()
+    torch.manual_seed(0)
+    model = mlp(64).eval()
+    data = [(x, model(x).argmax(1)) for x in (torch.randn(128, 20) for _ in range(3))]
     seen, optimizers = [], {}
 
     def finetune(candidate, step):
@@ -154,7 +156,7 @@ def test_finetune_is_called_on_new_parameters_and_may_win_more():
         model,
         data[0][0][:1],
         data,
-        keep=0.9,
+        keep=0.97,
         metric=accuracy,
         quantize=False,
         finetune=finetune,
@@ -164,7 +166,7 @@ def test_finetune_is_called_on_new_parameters_and_may_win_more():
     assert seen
     assert {step for _, step, _ in seen} == set(range(5))
     assert all(training for *_, training in seen)
-    assert small.compression_report.kept >= 0.9
+    assert small.compression_report.kept >= 0.97
 
 
 def test_a_budget_that_is_met_prunes_nothing():
@@ -231,7 +233,7 @@ BAD = {
     "keep NaN": (dict(keep=math.nan), ValueError, r"keep is nan, expected a share"),
     "keep in per cent": (dict(keep="97%"), ValueError, r"keep is '97%', expected a share"),
     "no module": (dict(model="resnet"), TypeError, "model is a str, expected a torch.nn.Module"),
-    "another policy": (dict(policy="magic"), ValueError, "policy is 'magic', expected one of 'sensitivity', 'quantile'"),
+    "another policy": (dict(policy="magic"), ValueError, "policy is 'magic', expected one of 'sensitivity'"),
     "budget": (dict(budget=-1), ValueError, "budget is -1, expected seconds above 0"),
     "threads": (dict(threads=0), ValueError, "threads is 0, expected an integer of at least 1"),
     "neither": (dict(prune=False, quantize=False), ValueError, "prune and quantize are both False"),
@@ -246,16 +248,17 @@ BAD = {
     "no data": (dict(data=[]), ValueError, r"data yields no batch, expected at least one \(inputs, target\)"),
     "used up": (dict(data=iter(())), ValueError, "an iterator that was used up"),
     "data is no iterable": (dict(data=3), TypeError, "data is a int, expected an iterable"),
-    "batch without target": (dict(data=[torch.randn(4, 20)]), ValueError, r"batch 0 of data is a Tensor, expected a pair"),
+    "no target": (dict(data=[torch.randn(4, 20)]), ValueError, "batch 0 of data is a Tensor, expected a pair"),
     "metric NaN": (dict(metric=lambda m, d: math.nan), ValueError, "metric returned nan for the original model"),
-    "metric 0": (dict(metric=lambda m, d: 0.0), ValueError, "metric returned 0.0 for the original model, expected a number above 0"),
+    "metric 0": (dict(metric=lambda m, d: 0.0), ValueError, "metric returned 0.0 .*, expected a number above 0"),
     "metric text": (dict(metric=lambda m, d: "good"), ValueError, "metric returned a str, expected one number"),
     "NaN in weights": (dict(model=nan_weights()), ValueError, "outputs for example_inputs are not finite"),
     "inf in data": (dict(data=[(torch.full((2, 20), math.inf), None)]), ValueError, "outputs on data are not finite"),
     "nothing to prune": (
-        dict(model=nn.Sequential(nn.Linear(20, 5)), quantize=False), ValueError, "model has no layer that can be pruned",
+        dict(model=nn.Sequential(nn.Linear(20, 5)), quantize=False),
+        ValueError, "model has no layer that can be pruned",
     ),
-    "no layer at all": (dict(model=nn.ReLU()), ValueError, "model has no layer that can be pruned, and none that is faster"),
+    "no layer at all": (dict(model=nn.ReLU()), ValueError, "can be pruned, and none that is faster"),
 }  # fmt: skip
 
 
@@ -294,7 +297,7 @@ def test_threads_are_put_back():
 @pytest.mark.usefixtures("same_speed")
 @pytest.mark.parametrize("rows", [0, 1])
 def test_empty_and_one_element_tensors(rows):
-    """A compressed model takes what the original took; compressing on an empty batch alone is possible, if pointless."""
+    """A compressed model takes what the original took; an empty batch alone is possible, if pointless."""
     model = mlp().eval()
     small = torch_sluice.compress(model, EXAMPLE, [(torch.randn(8, 20), None)], keep=0.5, **QUIET)
     with torch.no_grad():

@@ -7,6 +7,7 @@ from torch import nn
 
 from torch_sluice.compress import QuantizedConv2d, QuantizedLinear, count_bits
 from torch_sluice.compress.folding import fold_batch_norms
+from torch_sluice.monitor import bits as widths
 from torch_sluice.quantize import unpack_linear_weight
 
 
@@ -43,7 +44,8 @@ def test_a_linear_layer_is_close_to_its_original(weight_bits, bias, dtype):
     "arguments",
     [
         dict(kernel_size=3), dict(kernel_size=3, padding=1, stride=2), dict(kernel_size=(1, 3), padding=(0, 1)),
-        dict(kernel_size=3, padding="same", dilation=2), dict(kernel_size=3, padding="valid", groups=2), dict(kernel_size=1),
+        dict(kernel_size=3, padding="same", dilation=2), dict(kernel_size=3, padding="valid", groups=2),
+        dict(kernel_size=1),
     ],
 )  # fmt: skip
 def test_a_convolution_is_close_to_its_original(arguments):
@@ -86,15 +88,22 @@ def test_state_and_config_recreate_a_layer():
             assert text in repr(layer)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=INDUCTOR)])
-def test_layers_are_exported_and_compiled(backend):
+def test_layers_are_exported_and_compiled():
     for layer, x in layers():
         model = nn.Sequential(layer, nn.ReLU()).requires_grad_(False)
         with torch.no_grad():
             expected = model(x)
             assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
             torch._dynamo.reset()
-            assert torch.equal(torch.compile(model, fullgraph=True, backend=backend)(x), expected)
+            assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+
+
+@INDUCTOR
+def test_inductor_takes_a_quantised_layer():
+    layer, x = next(layers())
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x))
 
 
 def test_rows_with_inf_or_nan_stay_apart():
@@ -138,6 +147,16 @@ def test_the_widths_that_inputs_take_are_counted():
         amax(torch.full((3, 64), 0.05))
         amax(torch.full((2, 64), 0.5))
     assert count_bits(amax) == {0: 0, 4: 0, 8: 3, 16: 2}
+
+
+def test_monitors_hear_of_the_widths(monkeypatch):
+    layer, heard = QuantizedLinear.from_float(nn.Linear(20, 7)), []
+    monkeypatch.setattr(widths, "listeners", [lambda bits, module: heard.append((bits, module))])
+    with torch.no_grad():
+        layer(torch.randn(3, 20))
+    ((bits, module),) = heard
+    assert module is layer
+    assert bits.shape == (3,)
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from torch import nn
 pytest.importorskip("torch_pruning")
 pytest.importorskip("transformers")
 
-import torch_sluice  # noqa: E402
-from torch_sluice.compress import storage  # noqa: E402
-from torch_sluice.compress.calling import call_model, float_outputs  # noqa: E402
+import torch_sluice
+from torch_sluice.compress import quantization, storage
+from torch_sluice.compress.calling import call_model, float_outputs
 
 
 def run(model, inputs):
@@ -27,7 +27,7 @@ def run(model, inputs):
 
 @pytest.fixture(autouse=True)
 def every_layer_is_faster(monkeypatch):
-    monkeypatch.setattr("torch_sluice.compress.quantization._time_both", lambda module, layer, x: (2e-3, 1e-3))
+    monkeypatch.setattr(quantization, "_time_both", lambda module, layer, x: (2e-3, 1e-3))
 
 
 def compressed(name, keep=0.3):

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-EXAMPLES = {"attention": 3, "gate": 1, "accumulate": 1}
+EXAMPLES = {"attention": 3, "gate": 1, "accumulate": 1, "infer": 1}
 
 
 def examples(repository, page):
@@ -41,3 +41,14 @@ def test_accumulate(repository, capsys):
 
 def test_all_examples_are_run(repository):
     assert {page: len(examples(repository, page)) for page in EXAMPLES} == EXAMPLES
+
+
+def test_infer(repository, capsys, tmp_path, monkeypatch):
+    pytest.importorskip("torch_pruning")
+    monkeypatch.chdir(tmp_path)
+    names = run(repository, "infer")
+    assert names["small"].compression_report.kept >= 0.9
+    assert "latency, median" in capsys.readouterr().out
+    x = names["data"][0][0]
+    with names["torch"].no_grad():
+        assert names["torch"].equal(names["again"](x), names["small"](x))

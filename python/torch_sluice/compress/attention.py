@@ -60,7 +60,10 @@ class AttentionLayer:
         keys = [tuple(range(u * d, (u + 1) * d)) for u in units]
         if self.fused:
             start, width = self.heads * d, self.kv_heads * d
-            fused = [(*r, *(start + i for i in k), *(start + width + i for i in k)) for r, k in zip(rows, keys)]
+            fused = [
+                (*of_query, *(start + i for i in of_key), *(start + width + i for i in of_key))
+                for of_query, of_key in zip(rows, keys, strict=True)
+            ]
             members = [Member(self.query, "out", tuple(fused))]
         else:
             members = [Member(self.query, "out", tuple(rows))]

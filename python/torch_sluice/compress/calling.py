@@ -46,8 +46,8 @@ def check_example(model: nn.Module, example_inputs: Any) -> list[Tensor]:
         )
     if not all(out.isfinite().all() for out in outputs):
         raise ValueError(
-            "the model's outputs for example_inputs are not finite, expected finite numbers: look for inf or NaN in its "
-            "weights (torch.isfinite) and in example_inputs first"
+            "the model's outputs for example_inputs are not finite, expected finite numbers: look for inf or NaN in "
+            "its weights (torch.isfinite) and in example_inputs first"
         )
     return outputs
 

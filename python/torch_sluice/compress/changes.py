@@ -22,7 +22,8 @@ _SIZES = (
 
 
 def describe_changes(original: nn.Module, compressed: nn.Module) -> dict[str, Any]:
-    """{"modules": new layers, "sizes": changed attributes, "tensors": changed or new shapes}, by name."""
+    """{"modules": new layers, "sizes": changed attributes, "tensors": changed or new shapes}, by name; and "original",
+    the shapes of all tensors before, by which the model that a file belongs to is known."""
     modules, sizes, tensors = {}, {}, {}
     before = dict(original.named_modules())
     inside: list[str] = []
@@ -48,7 +49,20 @@ def describe_changes(original: nn.Module, compressed: nn.Module) -> dict[str, An
                 if tensor is not None and (former is None or former.shape != tensor.shape):
                     full = f"{name}.{leaf}" if name else leaf
                     tensors[full] = {"kind": kind, "shape": list(tensor.shape)}
-    return {"modules": modules, "sizes": sizes, "tensors": tensors}
+    shapes = {name: list(tensor.shape) for name, tensor in _tensors(original).items()}
+    return {"modules": modules, "sizes": sizes, "tensors": tensors, "original": shapes}
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state_dict without what modules add to it that is no tensor."""
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+
+
+def _check_original(model: nn.Module, shapes: dict[str, list[int]]) -> None:
+    own = {name: list(tensor.shape) for name, tensor in _tensors(model).items()}
+    for name in (*shapes, *own):
+        if own.get(name) != shapes.get(name):
+            raise ValueError(f"its {name} has shape {own.get(name)}, and {shapes.get(name)} in the compressed one")
 
 
 def make_changes(model: nn.Module, changes: dict[str, Any]) -> None:
@@ -57,6 +71,7 @@ def make_changes(model: nn.Module, changes: dict[str, Any]) -> None:
     Raises:
         ValueError: the changes do not fit the model, or name what is not known here.
     """
+    _check_original(model, changes["original"])
     tied = _tied(model)
     for name, spec in changes["modules"].items():
         spec = dict(spec)

@@ -74,7 +74,8 @@ def run(options, console) -> CompressionReport:
     check_targets(options.out, options.json, options.report)
     parts = read_parts(load_factory(options.model, Path(options.path))(), options.model)
     given = {
-        "keep": options.keep, "policy": options.policy, "budget": None if options.budget is None else options.budget / 1e3,
+        "keep": options.keep, "policy": options.policy,
+        "budget": None if options.budget is None else options.budget / 1e3,
         "prune": False if options.no_prune else None, "quantize": False if options.no_quantize else None,
         "weight_bits": options.weight_bits, "quantize_policy": options.quantize_policy, "threads": options.threads,
     }  # fmt: skip

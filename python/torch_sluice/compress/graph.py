@@ -113,7 +113,7 @@ def _trace_channels(model, example_inputs, layers: list[AttentionLayer], notes) 
             example_inputs=example_inputs,
             forward_fn=call_model,
             output_transform=outputs_of,
-            customized_pruners={cls: pruner for cls in classes},
+            customized_pruners=dict.fromkeys(classes, pruner),
             verbose=False,
         )
         roots = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)

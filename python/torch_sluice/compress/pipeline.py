@@ -1,10 +1,11 @@
 """``torch_sluice.compress``: prune, quantise, measure; never below the share of the metric that was asked for."""
 
 import copy
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from torch_sluice.compress.pruning import (
     choose_by_quantile,
     choose_by_sensitivity,
     measure_sensitivity,
+    order_moves,
 )
 from torch_sluice.compress.quantized import check_options
 from torch_sluice.compress.report import CompressionReport, LayerDecision
@@ -95,8 +97,8 @@ def compress(
         trained further.
 
     Raises:
-        TypeError, ValueError: an argument is not allowed, the example does not match, data yields nothing, the metric is
-            not a number above 0, or there is nothing to prune or quantise; the message says what to do.
+        TypeError, ValueError: an argument is not allowed, the example does not match, data yields nothing, the metric
+            is not a number above 0, or there is nothing to prune or quantise; the message says what to do.
     """
     _check(model, keep, policy, budget, finetune, finetune_steps, round_to, prune, quantize, threads)
     check_options(quantize_policy, weight_bits, group_size, target_sqnr)
@@ -143,6 +145,13 @@ def count_bytes(model: nn.Module) -> int:
     return sum(seen.values())
 
 
+class Stage(NamedTuple):
+    """A pruned model that keeps enough: units kept by group, and what makes it."""
+
+    kept: dict[int, int]
+    build: Callable[[], nn.Module]
+
+
 class _Run:
     """One compression: what was measured so far, and what was found."""
 
@@ -182,22 +191,23 @@ class _Run:
             )
         margin = self._margin_of_quantisation(quantize_options) if prune and self.groups else 0.0
         floor = min(1.0, self.keep + margin)
-        stages, current = [self.original], self.original
+        stages: list[Stage] = [Stage({}, lambda: self.original)]
         if prune and self.groups:
             pruner = Pruner.with_scores(self.original, self.groups, policy)
             pruner.moments = self.moments
             pruner.time_layers(self.example)
-            stages = self._prune(pruner, policy, floor, budget, finetune, finetune_steps, round_to)
-            current = stages[-1]
-        result, quantized = current, []
+            stages, curves = self._prune(pruner, policy, floor, budget, finetune, finetune_steps, round_to)
+        stage, result, quantized = stages[-1], None, []
         if quantize_options is not None:
-            result, quantized = self._quantise(stages, quantize_options)
-        if prune and not self.groups and not quantized:
+            stage, result, quantized = self._quantise(stages, quantize_options)
+        if prune and self.groups:
+            self._describe_pruning(pruner, stage.kept, {curve.group: curve for curve in curves}, floor)
+        elif prune and not quantized:
             raise ValueError(
                 "model has no layer that can be pruned, and none that is faster quantised: expected convolutions or "
                 f"linear layers. {'; '.join(self.notes + [f'{d.name}: {d.reason}' for d in self.layers])}"
             )
-        return self._report(result, policy)
+        return self._report(stage.build() if result is None else result, policy)
 
     def _share(self, candidate: nn.Module) -> float:
         self.evaluations += 1
@@ -215,16 +225,15 @@ class _Run:
         cost = 1 - self._share(quantization.apply(folded, candidates))
         return min(max(0.0, cost), (1 - self.keep) / 2)
 
-    def _prune(self, pruner, policy, floor, budget, finetune, finetune_steps, round_to) -> list[nn.Module]:
-        """The stages of pruning, each within ``floor``, the first being the original."""
-        accepted: list[tuple[dict[int, int], nn.Module]] = [({}, self.original)]
+    def _prune(self, pruner, policy, floor, budget, finetune, finetune_steps, round_to):
+        """The stages of pruning, each within ``floor``, the first being the original; and what sensitivity showed."""
+        accepted: list[dict[int, int]] = []
 
         def accept(kept: dict[int, int]) -> bool:
             self.progress.step(f"{len(kept)} groups")
-            candidate = pruner.build(kept)
-            if self._share(candidate) < floor - _SLACK:
+            if self._share(pruner.build(kept)) < floor - _SLACK:
                 return False
-            accepted.append((kept, candidate))
+            accepted.append(kept)
             return True
 
         now = measure_latency(self.original, self.example).median
@@ -246,36 +255,34 @@ class _Run:
             curves = measure_sensitivity(pruner, self.measure, lowest, round_to, self.progress)
             self.evaluations += sum(len(curve.kept) for curve in curves)
             chosen = choose_by_sensitivity(pruner, curves, accept, enough, self.progress)
-        stages = [(kept, module) for kept, module in accepted if _within(kept, chosen, pruner.groups)]
-        stages.sort(key=lambda stage: -pruner.predict_seconds(stage[0]))
+        plans = [kept for kept in accepted if _within(kept, chosen, pruner.groups)]
+        plans.sort(key=lambda kept: -pruner.predict_seconds(kept))
+        stages = [Stage({}, lambda: self.original)]
+        stages += [Stage(kept, functools.partial(pruner.build, kept)) for kept in plans]
         if finetune is not None and curves:
             stages += self._finetune(pruner, curves, stages[-1], floor, enough, finetune, finetune_steps)
-            chosen = stages[-1][0]
-        self._describe_pruning(pruner, chosen, {curve.group: curve for curve in curves}, floor)
-        return [module for _, module in stages]
+        return stages, curves
 
     def _finetune(self, pruner, curves, start, floor, enough, finetune, steps):
-        """Rounds that each prune about a sixth of the predicted time and train; the first that stays below ``floor`` is
-        tried once more at half the size, and is the last."""
-        from torch_sluice.compress.pruning import order_moves
-
-        plans = [plan for plan in order_moves(pruner, curves) if _within(start[0], plan, pruner.groups)]
-        total, stages, kept, part = pruner.predict_seconds({}), [], start[0], 1 / 6
+        """Rounds that each prune about a sixth of the predicted time further and train; one that stays below ``floor``
+        is undone and tried at half the size."""
+        plans = [plan for plan in order_moves(pruner, curves) if _within(start.kept, plan, pruner.groups)]
+        total, stages, stage, part = pruner.predict_seconds({}), [], start, 1 / 6
         self.progress.start("fine-tuning", None)
-        while not enough(kept) and part > 0.05:
-            goal = pruner.predict_seconds(kept) - part * total
-            following = [plan for plan in plans if _within(kept, plan, pruner.groups) and plan != kept]
+        while not enough(stage.kept) and part > 0.05:
+            goal = pruner.predict_seconds(stage.kept) - part * total
+            following = [plan for plan in plans if _within(stage.kept, plan, pruner.groups) and plan != stage.kept]
             if not following:
                 break
             plan = next((plan for plan in following if pruner.predict_seconds(plan) <= goal), following[-1])
-            candidate = pruner.build(plan).train()
+            candidate = pruner.build_further(stage.build(), stage.kept, plan).train()
             for step in range(steps):
                 self.progress.step(f"{len(plan)} groups, step {step + 1}")
                 finetune(candidate, step)
             candidate.eval()
             if self._share(candidate) >= floor - _SLACK:
-                kept = plan
-                stages.append((plan, candidate))
+                stage = Stage(plan, functools.partial(copy.deepcopy, candidate))
+                stages.append(stage)
             else:
                 part /= 2
         return stages
@@ -298,11 +305,11 @@ class _Run:
                 decision = LayerDecision(group.name, "kept", reason, group.width * size)
             self.layers.append(decision)
 
-    def _quantise(self, stages: list[nn.Module], options) -> tuple[nn.Module, list]:
-        """The last stage that keeps enough when quantised; layers stay in floating point where that is what it takes."""
+    def _quantise(self, stages: list[Stage], options) -> tuple[Stage, nn.Module | None, list]:
+        """The last stage that keeps enough when quantised; layers stay in floating point where it takes that."""
         floor = self.keep - _SLACK
         for stage in reversed(stages[-3:]):
-            folded = copy.deepcopy(stage)
+            folded = copy.deepcopy(stage.build())
             names = fold_batch_norms(folded, self.example)
             candidates, stay = quantization.find_candidates(folded, self.example, options, self.progress)
             chosen, costly = quantization.choose(folded, candidates, self.measure, floor, self.progress)
@@ -312,8 +319,7 @@ class _Run:
             if stage is not stages[0] and won > 0 and lost > 0.5 * won:
                 continue  # pruning took what quantising needs: try with less of it
             break
-        if names:
-            self.notes.append(f"folded into the layers before them: {', '.join(names)}")
+        self.layers += [LayerDecision(name, "folded", "into the layer before it") for name in names]
         self.layers += stay + costly
         for c in chosen:
             reason = f"measured alone {c.before * 1e6:.0f} -> {c.after * 1e6:.0f} µs"
@@ -321,8 +327,9 @@ class _Run:
         result = quantization.apply(folded, chosen)
         if self._share(result) < floor:  # folding alone moves the last bits of a metric at its limit
             self.notes.append(f"not quantised: less than {self.keep:.1%} of the metric would be left")
-            return stages[-1], []
-        return result, chosen
+            self.layers = [layer for layer in self.layers if layer.action not in ("folded", "quantized")]
+            return stages[-1], None, []
+        return stage, result, chosen
 
     def _report(self, result: nn.Module, policy: str) -> nn.Module:
         self.progress.start("measuring the result")
@@ -332,7 +339,7 @@ class _Run:
         result.eval()
         share = self._share(result)
         before, after = compare_latency(self.original, result, self.example)
-        if share < self.keep - _SLACK or not any(d.action in ("pruned", "quantized") for d in self.layers):
+        if share < self.keep - _SLACK or not any(d.action in ("pruned", "quantized", "folded") for d in self.layers):
             self.notes.append(
                 f"nothing was found that keeps {self.keep:.1%} of the metric: this is a copy of the original model"
             )

@@ -1,5 +1,7 @@
 """Which channels go: by measured sensitivity against predicted latency (the default), or by the seed's quantile."""
 
+import bisect
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +16,7 @@ from torch_sluice.compress.importance import raw_norms, relative_norms
 from torch_sluice.compress.latency import measure_layers
 from torch_sluice.compress.measure import Measure
 from torch_sluice.compress.progress import Progress
-from torch_sluice.compress.slicing import gather, side_of, size_of
+from torch_sluice.compress.slicing import gather, size_of, take_out
 
 _FRACTIONS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)  # shares of a group that are tried
 _RATIOS = tuple(i / 20 for i in range(19, 0, -1))  # of the quantile policy
@@ -51,6 +53,17 @@ class Pruner:
         cut = prune(self.model, self.removals(kept))
         if self.moments is not None:
             compensate(cut, self.model, self.lost(kept), self.moments)
+        return cut
+
+    def build_further(self, module: nn.Module, before: dict[int, int], kept: dict[int, int]) -> nn.Module:
+        """A copy of ``module``, which is this model pruned to ``before`` and trained since, pruned to ``kept``."""
+        gone = {side: sorted(indices) for side, indices in self.lost(before).items()}
+        lost = {
+            side: {i - bisect.bisect(gone.get(side, []), i) for i in indices.difference(gone.get(side, []))}
+            for side, indices in self.lost(kept).items()
+        }
+        cut = copy.deepcopy(module)
+        take_out(cut, lost)
         return cut
 
     def time_layers(self, example_inputs: Any) -> None:
@@ -196,10 +209,6 @@ def choose_by_sensitivity(
             else:
                 blocked.add(g)
     return kept
-
-
-def is_prunable_layer(module: nn.Module) -> bool:
-    return isinstance(module, _LAYERS) and side_of(module, "out") is not None
 
 
 @torch.no_grad()

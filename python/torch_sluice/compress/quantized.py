@@ -6,6 +6,7 @@ They are for inference: nothing has a gradient. ops/sluice/quantize.h has formul
 import torch
 from torch import Tensor, nn
 
+from torch_sluice.monitor import bits as widths
 from torch_sluice.quantize import (
     DEFAULT_OUTLIER_RATIO,
     DEFAULT_TARGET_SQNR,
@@ -46,7 +47,11 @@ class _Quantized(nn.Module):
         self.register_buffer("weight_scale", scale)
 
     def _note(self, bits: Tensor) -> None:
-        if self.counting and not torch.compiler.is_compiling():
+        """Tells monitors, and counts for count_bits(); neither within a compiled or exported graph."""
+        if torch.compiler.is_compiling():
+            return
+        widths.record(bits, self)
+        if self.counting:
             for width in self._rows:
                 self._rows[width] += int((bits == width).sum())
 

@@ -9,7 +9,7 @@ class LayerDecision:
     """One group of channels, or one layer that could be quantised."""
 
     name: str
-    action: str  # "pruned", "kept", "quantized", "float"
+    action: str  # "pruned", "kept", "quantized", "float"; "folded": a batch norm
     reason: str
     before: int | None = None  # channels or heads
     after: int | None = None

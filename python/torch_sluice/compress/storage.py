@@ -130,8 +130,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError, UnicodeDecodeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise ValueError(
-            f"{path} cannot be read ({str(error).splitlines()[0][:120]}): it is cut off, or no file of "
+            f"{path} cannot be read ({reason}): it is cut off, or no file of "
             "torch_sluice.compress.save(). Save the model again"
         ) from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:

@@ -159,9 +159,7 @@ def linear_dynamic(
     )
 
 
-def pack_conv2d_weight(
-    weight: Tensor, bits: int = 8, group_size: int = 0, groups: int = 1
-) -> tuple[Tensor, Tensor]:
+def pack_conv2d_weight(weight: Tensor, bits: int = 8, group_size: int = 0, groups: int = 1) -> tuple[Tensor, Tensor]:
     """Rounds the weight of a convolution to integers, in the layout that conv2d_dynamic reads.
 
     Args:
@@ -177,3 +175,66 @@ def pack_conv2d_weight(
         ValueError: an argument is not allowed, or a weight is infinite or NaN; the message names it.
     """
     return _call(torch.ops.sluice.pack_conv2d_weight.default, weight.detach(), bits, group_size, groups)
+
+
+def _pair(name: str, value: int | tuple[int, int]) -> list[int]:
+    if isinstance(value, int):
+        return [value, value]
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"{name} is {value!r}, expected an integer or two, for height and width")
+    return list(value)
+
+
+def conv2d_dynamic(
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_channels: int,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    weight_bits: int = 8,
+    group_size: int = 0,
+    activation_bits: int | str = "sqnr",
+    target_sqnr: float = DEFAULT_TARGET_SQNR,
+) -> tuple[Tensor, Tensor]:
+    """A convolution on integers: each image is quantised as it comes, with one scale and width.
+
+    Args:
+        x: float32, bfloat16 or float16 [images, channels, height, width], in either memory format.
+        packed, weight_scale: from :func:`pack_conv2d_weight`.
+        bias: [out_channels], or None.
+        out_channels, kernel_size, groups, weight_bits, group_size: of the weight that was packed.
+        stride, padding, dilation: as of ``torch.nn.functional.conv2d``; padding is with zeros.
+        activation_bits, target_sqnr: as ``bits`` and so on of :func:`quantize_dynamic`, for each image.
+
+    Returns:
+        out, x's dtype [images, out_channels, height, width], in x's memory format, and bits, int8 [images]: the width
+        that each image took. An image with an infinity or NaN has NaN in out and 0 in bits.
+
+    Raises:
+        ValueError: an argument is not allowed; the message names it.
+        RuntimeError: an argument requires a gradient.
+    """
+    _refuse_gradient("conv2d_dynamic", x, bias)
+    return _call(
+        torch.ops.sluice.conv2d_dynamic.default,
+        x,
+        packed,
+        weight_scale,
+        bias,
+        out_channels,
+        _pair("kernel_size", kernel_size),
+        _pair("stride", stride),
+        _pair("padding", padding),
+        _pair("dilation", dilation),
+        groups,
+        weight_bits,
+        group_size,
+        _number_of_bits("activation_bits", activation_bits),
+        target_sqnr,
+    )

@@ -37,9 +37,7 @@ def _check_weight(packed, scale, out_features, in_features, bits, group_size, gr
             raise ValueError(f"{name} is {tensor.dtype}, expected {dtype}")
         _check_rank(name, tensor, len(shape), f"{list(shape)}")
         for got, wanted in zip(tensor.shape, shape, strict=True):
-            torch._check_value(
-                got == wanted, lambda: f"{name} has shape {list(tensor.shape)}, expected {list(shape)}"
-            )
+            torch._check_value(got == wanted, lambda: f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
 
 
 def _check_bias(bias, out_features):
@@ -109,3 +107,38 @@ def _fake_linear(
     _check_bias(bias, out_features)
     out = x.new_empty((*x.shape[:-1], out_features))
     return out, x.new_empty((x.shape[:-1].numel(),), dtype=torch.int8)
+
+
+@torch.library.register_fake("sluice::conv2d_dynamic")
+def _fake_conv2d(
+    x,
+    packed,
+    weight_scale,
+    bias,
+    out_channels,
+    kernel_size,
+    stride,
+    padding,
+    dilation,
+    groups,
+    weight_bits,
+    group_size,
+    activation_bits,
+    target_sqnr,
+):
+    _check_values("x", x)
+    _check_rank("x", x, 4, "[images, channels, height, width]")
+    images, channels, *sizes = x.shape
+    inputs = kernel_size[0] * kernel_size[1] * (channels // groups)
+    _check_weight(packed, weight_scale, out_channels, inputs, weight_bits, group_size, groups)
+    _check_bias(bias, out_channels)
+    out_sizes = [
+        (size + 2 * pad - spread * (kernel - 1) - 1) // step + 1
+        for size, kernel, step, pad, spread in zip(sizes, kernel_size, stride, padding, dilation, strict=True)
+    ]
+    for axis, size in zip(("height", "width"), out_sizes, strict=True):
+        torch._check_value(size > 0, lambda: f"{axis} of the output is {size}, expected at least 1")
+    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    out = torch.empty((images, out_channels, *out_sizes), dtype=x.dtype, device=x.device, memory_format=memory_format)
+    return out, x.new_empty((images,), dtype=torch.int8)
