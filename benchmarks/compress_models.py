@@ -1,20 +1,23 @@
-"""Real models through ``torch_sluice.compress``, against what else makes them faster: ``python -m benchmarks.compress_models``.
+"""Real models through ``torch_sluice.compress``, against what else makes them faster.
 
-For each model (benchmarks/models/, one file each): its metric before and after, on data that neither ``compress()`` nor
-fine-tuning has seen; latency of one call at batch 1 and 8, median and 95th percentile; bytes as stored; processor time of
-a call, and energy where the machine exposes RAPL. Peers (benchmarks/compress_peers.py) run the same inputs in the same
-rounds, and their metrics are measured too, so that no one's speed is bought by accuracy unseen.
+``python -m benchmarks.compress_models``. For each model (benchmarks/models/, one file each): its metric before and
+after, on data that neither ``compress()`` nor fine-tuning has seen; latency of one call at batch 1 and 8, median and 95th
+percentile; bytes as stored; processor time of a call, and energy where the machine exposes RAPL. Peers
+(benchmarks/compress_peers.py) run the same inputs in the same rounds, and their metrics are measured too, so that no
+one's speed is bought by accuracy unseen. Sluice's model is timed as it is and through ``torch.compile``.
 
-A row of ``--json``: ``model``, ``metric``, ``metric_before``, ``metric_after``, ``kept``, ``latency_ms`` (median, batch 1),
-``peers`` (name -> the same of that peer; null: not to be had), ``bytes``, ``bytes_before``; ``p95_ms``, ``batch8_ms``,
-``batch8_p95_ms``, ``cpu_seconds`` and ``joules`` of one call at batch 1 (null: not exposed), ``cosine`` (of outputs to the
-original's), ``ratios`` (peer / Sluice, median over rounds), ``details`` (all of this for each peer), ``goals``.
+A row of ``--json``: ``model``, ``metric``, ``metric_before``, ``metric_after``, ``kept``, ``latency_ms`` (median, batch
+1), ``peers`` (name -> the same of that peer; null: not to be had), ``bytes``, ``bytes_before``; ``p95_ms``,
+``batch8_ms``, ``batch8_p95_ms``, ``cpu_seconds`` and ``joules`` of one call at batch 1 (null: not exposed), ``cosine``
+(of outputs to the original's), ``ratios`` (peer / Sluice, median over rounds), ``details`` (all of this for each peer),
+``variants`` (of Sluice's model), ``goals`` (met or not).
 """
 
 import argparse
 import importlib
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -99,7 +102,10 @@ def saved_bytes(compressed: torch.nn.Module, folder: Path) -> int:
 
 def collect_entries(task: Task, compressed, options, folder: Path) -> list[Entry]:
     """Sluice's model and every peer, with metrics. Peers that share a name are variants of one."""
-    entries = [Entry(Peer(OURS, compressed, saved_bytes(compressed, folder), "pruned, int8 dynamic"))]
+    size = saved_bytes(compressed, folder)
+    entries = [Entry(Peer(OURS, compressed, size, "pruned, int8 dynamic"))]
+    if options.compile:
+        entries += map(Entry, build_compiled(compressed, size, task))
     if task.dense is not None:
         size = compress_peers.stored_bytes(task.model)
         entries.append(Entry(Peer(GATED, task.model, size, "float32, gate only")))
@@ -114,11 +120,21 @@ def collect_entries(task: Task, compressed, options, folder: Path) -> list[Entry
     return entries
 
 
+def build_compiled(compressed, size: int, task: Task) -> list[Peer]:
+    """The compressed model through ``torch.compile``, as anyone may use it."""
+    peer = Peer(OURS, torch.compile(compressed, dynamic=False), size, "pruned, int8 dynamic, torch.compile")
+    try:
+        compress_peers.check_peer(peer, task)
+    except Exception as error:
+        return [Peer(OURS, how=peer.how, problem=f"{type(error).__name__}: {str(error).strip()[:200]}")]
+    return [peer]
+
+
 def time_entries(task: Task, entries: list[Entry], options) -> None:
     running = {str(number): entry for number, entry in enumerate(entries) if entry.peer.run is not None}
     for batch in BATCHES:
         inputs = task.draw_inputs(batch)
-        candidates = {key: (lambda run=entry.peer.run: call(run, inputs)) for key, entry in running.items()}
+        candidates = {key: partial(call, entry.peer.run, inputs) for key, entry in running.items()}
         for key, latency in measure_latencies(candidates, options.repeats, options.calls).items():
             running[key].latency[batch] = latency
 
@@ -137,7 +153,10 @@ def choose_variants(entries: list[Entry], metric_before: float, keep: float) -> 
     return chosen
 
 
-def make_row(task: Task, compressed, chosen: dict[str, Entry], machine: dict) -> dict:
+def make_row(task: Task, compressed, entries: list[Entry], keep: float, machine: dict) -> dict:
+    metric_before = next(entry.metric for entry in entries if entry.peer.name == "eager")
+    chosen = choose_variants(entries, metric_before, keep)
+    variants = [entry.as_dict() for entry in entries if entry.peer.name == OURS]
     ours, eager = chosen[OURS], chosen["eager"]
     details = {name: entry.as_dict() for name, entry in chosen.items() if name != OURS}
     row = {
@@ -156,6 +175,8 @@ def make_row(task: Task, compressed, chosen: dict[str, Entry], machine: dict) ->
             if name != OURS and entry.peer.run is not None
         },
         "details": details,
+        "how": ours.peer.how,
+        "variants": variants,
         "layers": [
             [layer.name, layer.action, layer.before, layer.after] for layer in compressed.compression_report.layers
         ],
@@ -181,11 +202,7 @@ def measure_model(name: str, options, machine: dict) -> dict | None:
     with tempfile.TemporaryDirectory(prefix="compress_models_") as folder:
         entries = collect_entries(task, compressed, options, Path(folder))
         time_entries(task, entries, options)
-    return make_row(task, compressed, choose_variants(entries, metric_of_eager(entries), options.keep), machine)
-
-
-def metric_of_eager(entries: list[Entry]) -> float:
-    return next(entry.metric for entry in entries if entry.peer.name == "eager")
+    return make_row(task, compressed, entries, options.keep, machine)
 
 
 def parse_options(arguments=None):
@@ -194,6 +211,7 @@ def parse_options(arguments=None):
     parser.add_argument("--keep", type=float, default=0.97, help="share of the metric that compress() is to keep")
     parser.add_argument("--calls", type=int, default=5, help="calls that are timed in a round, after one that isn't")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="besides eager")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="don't time Sluice's model compiled")
     parser.add_argument("--no-finetune", dest="finetune", action="store_false", help="compress without training")
     parser.add_argument("--saved", type=Path, metavar="FOLDER", help="keep compressed models here, and reuse them")
     parser.add_argument("--compress-only", action="store_true", help="compress, report, and time no peers")

@@ -1,7 +1,7 @@
 """The peers of ``benchmarks.compress_models``: the same model by the paths that its users would take.
 
-Each peer is a callable on the model's inputs, with the bytes of what it is stored as. A peer that cannot be had says why.
-All may use ``torch.get_num_threads()`` threads. Those that are calibrated see the batches that ``compress()`` sees.
+Each peer is a callable on the model's inputs, with the bytes of what it is stored as. A peer that cannot be had says
+why. All may use ``torch.get_num_threads()`` threads. Those that are calibrated see what ``compress()`` sees.
 """
 
 import copy
@@ -39,7 +39,7 @@ def build_peer(name: str, task: Task, folder: Path) -> list[Peer]:
             warnings.simplefilter("ignore")
             made = _BUILDERS[name](model, task, folder)
             for peer in made:
-                _check(peer, task)
+                check_peer(peer, task)
     except ImportError as error:
         return [Peer(name, problem=f"{error.name or error} is not installed")]
     except Exception as error:  # exporters and converters raise anything
@@ -48,7 +48,7 @@ def build_peer(name: str, task: Task, folder: Path) -> list[Peer]:
     return made
 
 
-def _check(peer: Peer, task: Task) -> None:
+def check_peer(peer: Peer, task: Task) -> None:
     """Runs it once on each size that is timed."""
     for batch in (1, 8):
         output = call(peer.run, task.draw_inputs(batch))

@@ -1,8 +1,8 @@
 """A small ResNet, defined and trained here, on handwritten digits: real scans, set into 32 x 32 pictures.
 
 scikit-learn's digits are 1,797 scans of 8 x 8 pixels, on which any network is right 99 times in 100. Here each scan is
-enlarged to 16 to 26 pixels, turned by up to 20 degrees, put somewhere in a picture of 32 x 32 and covered with noise: the
-scans are real, their surroundings synthetic. Scans, not pictures, are dealt out to the parts.
+enlarged to 16 to 26 pixels, turned by up to 20 degrees, put somewhere in a picture of 32 x 32 and covered with noise:
+the scans are real, their surroundings synthetic. Scans, not pictures, are dealt out to the parts.
 """
 
 import torch
@@ -21,7 +21,7 @@ BATCH = 8
 
 
 class Block(nn.Module):
-    """The basic residual block: two 3 x 3 convolutions beside an identity, or beside a 1 x 1 one where shapes change."""
+    """The basic residual block: two 3 x 3 convolutions beside an identity, or a 1 x 1 one where shapes change."""
 
     def __init__(self, inner: int, outer: int, stride: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Summaries and descriptions of the standard library's docstrings: text that is wherever Python is, in matching pairs."""
+"""Summaries and descriptions of the standard library's docstrings: text that any Python has, in matching pairs."""
 
 import ast
 import sysconfig

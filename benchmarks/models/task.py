@@ -1,6 +1,7 @@
 """What a model of ``benchmarks.compress_models`` brings along: its data in parts that share nothing, and its metric."""
 
 import hashlib
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -125,9 +126,6 @@ def split_by_name(names: list[str], shares: dict[str, float], seed: int = 0) -> 
     for name in sorted(names):
         digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
         place = random.Random(digest).random() * sum(shares.values())
-        for part, share in shares.items():
-            place -= share
-            if place < 0:
-                break
-        parts[part].append(name)
+        bounds = zip(shares, itertools.accumulate(shares.values()), strict=True)
+        parts[next(part for part, bound in bounds if place < bound)].append(name)
     return parts

@@ -1,11 +1,10 @@
 """A small Llama over bytes, trained here on the standard library's text, densely and then with the gate.
 
-It is the model of ``torch-sluice train`` (python/torch_sluice/train/), in three steps: some steps of dense training, which
-give the model that peers run; then some more with gated sparse attention swapped in; then compression. So gate,
+It is the model of ``torch-sluice train`` (python/torch_sluice/train/), in three steps: some steps of dense training,
+which give the model that peers run; then some more with gated sparse attention swapped in; then compression. So gate,
 pruning and quantisation are seen together, and what the first of them alone gives.
 """
 
-import torch
 from torch import Tensor, nn
 
 from benchmarks.models.cache import train_once

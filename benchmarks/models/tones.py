@@ -1,4 +1,4 @@
-"""Tones of known pitch: harmonic signals with vibrato, missing partials and noise, in frames of 1024 samples at 16 kHz."""
+"""Tones of known pitch: harmonic signals with vibrato and noise, in frames of 1024 samples at 16 kHz."""
 
 import math
 
@@ -15,9 +15,9 @@ def draw_tones(
 ) -> tuple[Tensor, Tensor]:
     """Frames [count, 1024], each of mean 0 and deviation 1 as CREPE wants them, and their pitches [count] in Hz.
 
-    The pitch is what the tone has in the frame's middle; vibrato of 4 to 8 Hz and up to 40 cents goes round it. A third of
-    the tones have odd partials only, a third lack their fundamental; partials fall off by a random power. White noise is
-    added at a ratio, in dB, drawn from ``noise``.
+    The pitch is what the tone has in the frame's middle; vibrato of 4 to 8 Hz and up to 40 cents goes round it. A third
+    of the tones have odd partials only, a third lack their fundamental; partials fall off by a random power. White
+    noise is added at a ratio, in dB, drawn from ``noise``.
     """
 
     def uniform(low, high, *shape):
