@@ -1,8 +1,8 @@
 """Real models through ``torch_sluice.compress``, against what else makes them faster.
 
 ``python -m benchmarks.compress_models``. For each model (benchmarks/models/, one file each): its metric before and
-after, on data that neither ``compress()`` nor fine-tuning has seen; latency of one call at batch 1 and 8, median and 95th
-percentile; bytes as stored; processor time of a call, and energy where the machine exposes RAPL. Peers
+after, on data that neither ``compress()`` nor fine-tuning has seen; latency of one call at batch 1 and 8, median and
+95th percentile; bytes as stored; processor time of a call, and energy where the machine exposes RAPL. Peers
 (benchmarks/compress_peers.py) run the same inputs in the same rounds, and their metrics are measured too, so that no
 one's speed is bought by accuracy unseen. Sluice's model is timed as it is and through ``torch.compile``.
 

