@@ -46,6 +46,7 @@ typedef struct plan {
   int outer;                     /* dimensions over the run's */
   int64_t sizes[SL_PRUNE_MAX_RANK], strides[SL_PRUNE_MAX_RANK];
   bool by_element; /* channels are neighbours in memory, the elements of a run are not */
+  bool across;     /* a channel's next run lies behind the other channels' */
 } plan;
 
 /* Sorted by stride, merged where one dimension continues the other; sizes of 1 say nothing. */
@@ -86,8 +87,9 @@ static plan make_plan(const sl_channel_norms_args *args, const sl_prune_kernel *
   int64_t elements = p.runs * p.run_count; /* of a channel; 0 if there is an empty dimension */
   int64_t enough = elements > 0 ? TASK_ELEMENTS / elements : MOST_CHANNELS;
   p.task_channels = enough < 1 ? 1 : enough > MOST_CHANNELS ? MOST_CHANNELS : enough;
-  /* Rows of neighbours are read across channels: a task takes at least the four cache lines that a row gives it. */
-  if (p.by_element && p.task_channels < 64) p.task_channels = 64;
+  /* Rows of neighbours are read across channels: short pieces of them would each wait for memory anew. */
+  p.across = p.outer > 0 && p.channel_stride < p.strides[0];
+  if (p.by_element || p.across) p.task_channels = MOST_CHANNELS;
   return p;
 }
 
@@ -120,15 +122,29 @@ static void add_by_element(const plan *p, int64_t first, int64_t count) {
   for (int64_t i = 0; i < count; ++i) store_norm(p, first + i, sums[i]);
 }
 
-static void add_by_run(const plan *p, int64_t channel) {
+static double add_one_run(const plan *p, int64_t offset) {
   sl_dtype dtype = p->args->dtype;
-  double norm = 0;
-  for (int64_t run = 0; run < p->runs; ++run) {
-    const void *values = sl_prune_offset(p->args->weight, channel * p->channel_stride + run_offset(p, run), dtype);
-    norm += p->run_stride == 1 ? p->kernel->add_run(dtype, values, p->run_count)
-                               : sl_prune_add_spaced(dtype, values, p->run_count, p->run_stride);
+  const void *values = sl_prune_offset(p->args->weight, offset, dtype);
+  return p->run_stride == 1 ? p->kernel->add_run(dtype, values, p->run_count)
+                            : sl_prune_add_spaced(dtype, values, p->run_count, p->run_stride);
+}
+
+/* Runs of neighbouring channels are read one after the other where that is the order of memory. */
+static void add_by_run(const plan *p, int64_t first, int64_t count) {
+  double sums[MOST_CHANNELS] = {0};
+  if (p->across) {
+    for (int64_t run = 0; run < p->runs; ++run) {
+      int64_t offset = first * p->channel_stride + run_offset(p, run);
+      for (int64_t i = 0; i < count; ++i) sums[i] += add_one_run(p, offset + i * p->channel_stride);
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t run = 0; run < p->runs; ++run) {
+        sums[i] += add_one_run(p, (first + i) * p->channel_stride + run_offset(p, run));
+      }
+    }
   }
-  store_norm(p, channel, norm);
+  for (int64_t i = 0; i < count; ++i) store_norm(p, first + i, sums[i]);
 }
 
 static void run_task(void *context, int64_t worker, int64_t task) {
@@ -141,7 +157,7 @@ static void run_task(void *context, int64_t worker, int64_t task) {
   } else if (p->by_element) {
     add_by_element(p, first, count);
   } else {
-    for (int64_t i = 0; i < count; ++i) add_by_run(p, first + i);
+    add_by_run(p, first, count);
   }
 }
 

@@ -51,11 +51,13 @@ names = sorted({name.split(".")[0] for name in torch._C._dispatch_get_all_op_nam
 for name in names:
     print(name, *(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in ("CPU", "CUDA")), built())
 """
-OPERATORS = (
-    *("accumulate_", "channel_norms", "gated_attention", "gated_attention_backward", "measure_gradient"),
-    "read_accumulator",
+CPU_ONLY = (  # on other devices torch serves norms, and nothing quantises
+    *("channel_norms", "conv2d_dynamic", "linear_dynamic", "pack_conv2d_weight", "pack_linear_weight"),
+    *("quantize_dynamic", "unpack_linear_weight"),
 )
-CPU_ONLY = ("channel_norms",)  # torch serves the other devices
+OPERATORS = sorted(
+    (*CPU_ONLY, "accumulate_", "gated_attention", "gated_attention_backward", "measure_gradient", "read_accumulator")
+)
 
 
 @pytest.mark.parametrize("build", ["installed", "cuda"])
