@@ -25,7 +25,8 @@
  *     4 bits: a block is 8 inputs. Byte 4c + b is channel c, input b in its low half and 4 + b in its high half, as
  *             w + 8.
  *   in_features is padded with zero weights to a multiple of 8, out_features to a multiple of 16. The layout is the
- *   same on every machine, so that packed weights can be saved. scale: float32 [groups, padded out_features], padding 0.
+ *   same on every machine, so that packed weights can be saved. scale: float32 [groups, padded out_features], with
+ *   zeros for padding.
  *
  * PRODUCT. With K cut into segments (at the ends of groups and each 512 inputs), integer sums in a segment are exact:
  *   out[m, n] = bias[n] + scale_x[m] * sum over segments of scale_w[group, n] * sum_k q_x[m, k] * q_w[n, k]
