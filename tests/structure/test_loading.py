@@ -67,7 +67,7 @@ def test_every_operator_has_its_kernels(build):
     process = run_python(WHICH_KERNELS, str(library))
     assert process.returncode == 0, process.stderr
     cuda = "True" if build == "cuda" else process.stdout.split()[-1]
-    on_cuda = {name: cuda for name in OPERATORS} | dict.fromkeys(CPU_ONLY, "False")
+    on_cuda = dict.fromkeys(OPERATORS, cuda) | dict.fromkeys(CPU_ONLY, "False")
     assert process.stdout.splitlines() == [f"sluice::{name} True {on_cuda[name]} {cuda}" for name in sorted(on_cuda)]
 
 
