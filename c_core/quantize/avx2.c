@@ -21,9 +21,9 @@ static inline void add_to_tile(float *out, const float *scale, __m256i low, __m2
   _mm256_storeu_ps(out, first), _mm256_storeu_ps(out + 8, second);
 }
 
-/* Twelve sums and what they are made of need all sixteen registers, which takes care: the sums are variables with names,
- * since gcc keeps an array in memory; there is a function for each number of rows; and a product and its sum are one
- * piece, since gcc would start all products at once, or copy sums from one register to another. */
+/* Twelve sums and what they are made of need all sixteen registers, which takes care: the sums are variables with
+ * names, since gcc keeps an array in memory; there is a function for each number of rows; and a product and its sum
+ * are one piece, since gcc would start all products at once, or copy sums from one register to another. */
 #if defined(SL_EMULATED)
 #define ADD_WORDS(sum, x, weight) sum = _mm256_add_epi32(sum, _mm256_madd_epi16(x, weight));
 #define ADD_BYTES(sum, x, weight) sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(weight, x));

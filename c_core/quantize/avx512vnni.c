@@ -1,6 +1,6 @@
 /* The kernel table for AVX-512 VNNI. vpdpbusd adds four products of an unsigned and a signed byte to each 32-bit lane,
- * without saturation: weights are the unsigned operand, as w + 128 or w + 8, and what that adds, 128 or 8 times the sum of
- * the activations, is taken off in advance. */
+ * without saturation: weights are the unsigned operand, as w + 128 or w + 8, and what that adds, 128 or 8 times the
+ * sum of the activations, is taken off in advance. */
 #include <stddef.h>
 #include <string.h>
 
@@ -15,7 +15,8 @@ INLINE __m512i broadcast(const int8_t *from) {
   return _mm512_set1_epi32(bits);
 }
 
-/* Blocks of 64 bytes: of 4 inputs in 8 bits, of 8 inputs in 4 bits. first and second are their two groups of 4 inputs in
+/* Blocks of 64 bytes: of 4 inputs in 8 bits, of 8 inputs in 4 bits. first and second are their two groups of 4
+ * inputs in
  * the order of the activations; 8-bit weights take two blocks. */
 INLINE void read_blocks(const uint8_t *block, const int bits, __m512i *first, __m512i *second) {
   if (bits == 4) {

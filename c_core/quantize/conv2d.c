@@ -1,6 +1,7 @@
 /* conv2d_dynamic: each image is quantised once, into a padded buffer [height, width, channels]; then output pixels are
- * the rows of a product with the packed weight. A row is the window of its pixel: a stretch of the buffer where that has
- * no gaps (1 x 1 kernels, and kernels as wide as the padded image), else copied tap by tap, a block of pixels at a time. */
+ * the rows of a product with the packed weight. A row is the window of its pixel: a stretch of the buffer where that
+ * has no gaps (1 x 1 kernels, and kernels as wide as the padded image), else copied tap by tap, a block of pixels
+ * at a time. */
 #include <stddef.h>
 #include <string.h>
 

@@ -11,9 +11,9 @@ enum { SL_QUANTIZE_TILE_ROWS = 6 };
 /* Inputs in a segment, at most: 512 products of a 16-bit activation and an 8-bit weight fit into 32 bits. */
 enum { SL_QUANTIZE_SEGMENT = 512 };
 
-/* One tile of a product: rows x SL_QUANTIZE_PANEL, over segments of equal depth that follow one another. The activations
- * of row r are at activations[r]: int16_t for 8-bit weights if the table has wide_activations, else int8_t. depth is a
- * multiple of SL_QUANTIZE_DEPTH. multiply8_unpacked gets one segment. */
+/* One tile of a product: rows x SL_QUANTIZE_PANEL, over segments of equal depth that follow one another. The
+ * activations of row r are at activations[r]: int16_t for 8-bit weights if the table has wide_activations, else
+ * int8_t. depth is a multiple of SL_QUANTIZE_DEPTH. multiply8_unpacked gets one segment. */
 typedef struct sl_quantize_tile {
   int rows; /* 1 to SL_QUANTIZE_TILE_ROWS */
   int64_t depth, segments;

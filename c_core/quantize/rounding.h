@@ -1,4 +1,5 @@
-/* The rules of rounding and of choosing a width, as ops/sluice/quantize.h has them, and the layout of packed weights. */
+/* The rules of rounding and of choosing a width, as ops/sluice/quantize.h has them, and the layout of packed
+ * weights. */
 #ifndef SL_QUANTIZE_ROUNDING_H
 #define SL_QUANTIZE_ROUNDING_H
 

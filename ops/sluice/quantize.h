@@ -24,16 +24,17 @@
  *     8 bits: a block is 4 inputs. Byte 4c + b is channel c, input {0, 2, 1, 3}[b] of the block.
  *     4 bits: a block is 8 inputs. Byte 4c + b is channel c, input b in its low half and 4 + b in its high half, as
  *             w + 8.
- *   in_features is padded with zero weights to a multiple of 8, out_features to a multiple of 16. The layout is the same
- *   on every machine, so that packed weights can be saved. scale: float32 [groups, padded out_features], padding 0.
+ *   in_features is padded with zero weights to a multiple of 8, out_features to a multiple of 16. The layout is the
+ *   same on every machine, so that packed weights can be saved. scale: float32 [groups, padded out_features], with
+ *   zeros for padding.
  *
  * PRODUCT. With K cut into segments (at the ends of groups and each 512 inputs), integer sums in a segment are exact:
  *   out[m, n] = bias[n] + scale_x[m] * sum over segments of scale_w[group, n] * sum_k q_x[m, k] * q_w[n, k]
  * Sums over segments are float32, in order. Sums of 4-bit weights take 16 bits as two 8-bit ones.
  *
- * OUTLIER CHANNELS. If outlier_ratio > 0, an input channel k whose max_m |x[m, k]| exceeds outlier_ratio * rms(x) is left
- * out of the integers, where it would stretch every scale, and x[m, k] * w[n, k] is added in float32, if there are at most
- * max(1, in_features / 32) such channels; with more of them none is left out. Rows that are not finite don't count.
+ * OUTLIER CHANNELS. If outlier_ratio > 0, an input channel k whose max_m |x[m, k]| exceeds outlier_ratio * rms(x) is
+ * set to zero in the integers, where it would stretch every scale, and x[m, k] * w[n, k] is added in float32, if there
+ * are at most max(1, in_features / 32) such channels; with more of them none is. Rows that are not finite don't count.
  * (Dettmers et al., LLM.int8(), arXiv 2208.07339.)
  *
  * CONVOLUTION. conv2d_dynamic quantises each image of the batch with one scale and one width. Its weight is packed with
@@ -47,23 +48,25 @@
  *   sluice::pack_linear_weight(Tensor weight, int bits, int group_size) -> (Tensor packed, Tensor scale)
  *   sluice::unpack_linear_weight(Tensor packed, Tensor scale, int out_features, int in_features, int bits,
  *       int group_size) -> Tensor weight                                                float32, what the product uses
- *   sluice::linear_dynamic(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, int out_features, int weight_bits,
- *       int group_size, int activation_bits, float target_sqnr, bool per_token, float outlier_ratio)
+ *   sluice::linear_dynamic(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, int out_features,
+ *       int weight_bits, int group_size, int activation_bits, float target_sqnr, bool per_token, float outlier_ratio)
  *       -> (Tensor out, Tensor bits)
  *     x [..., in_features], out [..., out_features]; bits int8 [rows]: the width of each row, 0 for one not finite.
  *   sluice::pack_conv2d_weight(Tensor weight, int bits, int group_size, int groups) -> (Tensor packed, Tensor scale)
  *   sluice::conv2d_dynamic(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, int out_channels,
- *       int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups, int weight_bits, int group_size,
- *       int activation_bits, float target_sqnr) -> (Tensor out, Tensor bits)
+ *       int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups, int weight_bits,
+ *       int group_size, int activation_bits, float target_sqnr) -> (Tensor out, Tensor bits)
  *     x [images, channels, height, width], out likewise, in channels-last memory if x is; bits int8 [images].
  *
  * DTYPES  x and weight: float32, bfloat16 or float16; out has x's. bias: any of these. Rows are all but the last
  *         dimension of x.
  * STRIDES x may have any: what is not contiguous (or channels-last, for conv2d_dynamic) goes through a copy.
- * DEVICES CPU. INFERENCE only: there is no gradient, and asking for one is an error.
+ * DEVICES CPU. INFERENCE only: there is no gradient. The functions of torch_sluice.quantize refuse
+ *         arguments that require one; backward through the bare operators warns and gives none, torch's rule for
+ *         operators without a derivative.
  * ERRORS  SL_INVALID_ARGUMENT, SL_OUT_OF_RANGE, SL_OUT_OF_MEMORY (workspace_size too small), SL_UNSUPPORTED (dtype).
- * DETERMINISM  the same inputs give the same bits, whatever the number of threads. q, scale and bits are the same on every
- *         CPU tier but where a predicted ratio is within rounding of the target; out differs in its last bits.
+ * DETERMINISM  the same inputs give the same bits, whatever the number of threads. q, scale and bits are the same on
+ *         every CPU tier but where a predicted ratio is within rounding of the target; out differs in its last bits.
  */
 #ifndef SLUICE_QUANTIZE_H
 #define SLUICE_QUANTIZE_H

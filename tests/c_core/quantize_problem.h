@@ -27,7 +27,8 @@ inline std::vector<sl_isa> quantize_tiers() {
   return tiers;
 }
 
-inline GuardedBuffer make_values(sl_dtype dtype, int64_t count, const Fill &next, Random &random, bool shifted = false) {
+inline GuardedBuffer make_values(sl_dtype dtype, int64_t count, const Fill &next, Random &random,
+                                 bool shifted = false) {
   size_t size = sl_dtype_size(dtype);
   GuardedBuffer buffer(static_cast<size_t>(count) * size, shifted ? size : 0);
   for (int64_t i = 0; i < count; ++i) store_number(dtype, buffer.data(), i, next(random));

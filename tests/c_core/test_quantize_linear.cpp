@@ -117,7 +117,7 @@ TEST_P(QuantizeLinear, NothingSaturates) {
       for (int64_t rows : {2, 20}) {
         for (const Fill &x : {Fill(alike), Fill(negative), Fill(mixed)}) {
           for (const Fill &w : {Fill(alike), Fill(negative), Fill(mixed)}) {
-            Case shape{rows, 1024, 16, weight_bits, 0, activation_bits};
+            Case shape{rows, 576, 16, weight_bits, 0, activation_bits};
             shape.x = x, shape.w = w;
             check(shape, ++seed);
           }
