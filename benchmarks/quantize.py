@@ -150,7 +150,7 @@ def parse_options(arguments=None):
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="images of a convolution")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--compiled", action="store_true", help="torchao under torch.compile")
-    parser.add_argument("--activation-bits", type=_bits, default="sqnr", help="4, 8, 16, sqnr or amax")
+    parser.add_argument("--activation-bits", type=_bits, default="sqnr", help="4, 7, 8, 16, sqnr or amax")
     parser.add_argument("--target-sqnr", type=float, default=30.0, help="dB")
     options = parser.parse_args(arguments)
     if min(*options.rows, *options.batch) < 1:

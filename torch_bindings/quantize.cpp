@@ -157,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_dynamic(Tensor x, int64_t bits, doub
   Tensor workspace = allocate_workspace(args, sl_quantize_dynamic_workspace_size, x);
   Tensor dense = as_contiguous(x);
   int64_t scales = per_token ? args.rows : 1;
-  Tensor q = empty(shape_of(x), bits == 4 || bits == 8 ? ScalarType::Char : ScalarType::Short, x);
+  Tensor q = empty(shape_of(x), bits > 0 && bits <= 8 ? ScalarType::Char : ScalarType::Short, x);
   Tensor scale = empty({scales}, ScalarType::Float, x), chosen = empty({scales}, ScalarType::Char, x);
   args.x = dense.const_data_ptr(), args.q = q.mutable_data_ptr();
   args.scale = static_cast<decltype(args.scale)>(scale.mutable_data_ptr());

@@ -1,18 +1,13 @@
 /* The kernel table for AVX2. The two instructions for 8-bit products have a flaw each: vpmaddubsw saturates its 16-bit
- * sums, so it is used only where they are known to be small (4-bit weights, multiply4); vpmaddwd wants 16-bit operands,
- * so 8-bit weights are widened in registers, which leaves 16-bit activations at the price of 8-bit ones. */
+ * sums, so it is used only where they are known to be small (multiply4, with 4-bit weights, and avx2_seven.c, with
+ * 7-bit activations); vpmaddwd wants 16-bit operands, so 8-bit weights are widened in registers, which leaves 16-bit
+ * activations at the price of 8-bit ones. */
 #include <stddef.h>
 #include <string.h>
 
+#include "quantize/avx2_multiply.h"
 #include "quantize/avx2_rows.h"
 #include "runtime/simd.h"
-
-/* Bits of int32 or four bytes at an address of any alignment, in all lanes. */
-static inline __m256i broadcast(const void *from) {
-  int32_t bits;
-  memcpy(&bits, from, sizeof bits);
-  return _mm256_set1_epi32(bits);
-}
 
 /* out += scale * sums, for the two halves of a row of a tile. */
 static inline void add_to_tile(float *out, const float *scale, __m256i low, __m256i high) {
@@ -38,7 +33,6 @@ static inline void add_to_tile(float *out, const float *scale, __m256i low, __m2
 #define ADD_WORDS(sum, x, weight) ADD_PIECE("vpmaddwd", "vpaddd", sum, x, weight)
 #define ADD_BYTES(sum, x, weight) ADD_PIECE("vpmaddubsw", "vpaddw", sum, x, weight)
 #endif
-#define INLINE static inline __attribute__((always_inline))
 #define EACH_ROW(DO) \
   DO(0)              \
   if (rows > 1) {    \
@@ -83,18 +77,19 @@ INLINE void multiply8_rows(const sl_quantize_tile *tile, const int rows) {
   for (int64_t segment = 0; segment < tile->segments; ++segment, scale += tile->scale_stride) {
     ZERO_SUMS
     for (const int64_t end = k + depth; k < end; k += 4, block += 64) {
+      sl_quantize_avx2_fetch(block);
       __m256i bytes = _mm256_loadu_si256((const __m256i *)block);
       __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8), odd = _mm256_srai_epi16(bytes, 8);
-#define STEP(r)                                \
-  ADD_WORDS(low##r, broadcast(x##r + k), even) \
-  ADD_WORDS(low##r, broadcast(x##r + k + 2), odd)
+#define STEP(r)                                                 \
+  ADD_WORDS(low##r, sl_quantize_avx2_broadcast(x##r + k), even) \
+  ADD_WORDS(low##r, sl_quantize_avx2_broadcast(x##r + k + 2), odd)
       EACH_ROW(STEP)
 #undef STEP
       bytes = _mm256_loadu_si256((const __m256i *)(block + 32));
       even = _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8), odd = _mm256_srai_epi16(bytes, 8);
-#define STEP(r)                                 \
-  ADD_WORDS(high##r, broadcast(x##r + k), even) \
-  ADD_WORDS(high##r, broadcast(x##r + k + 2), odd)
+#define STEP(r)                                                  \
+  ADD_WORDS(high##r, sl_quantize_avx2_broadcast(x##r + k), even) \
+  ADD_WORDS(high##r, sl_quantize_avx2_broadcast(x##r + k + 2), odd)
       EACH_ROW(STEP)
 #undef STEP
     }
@@ -107,6 +102,7 @@ static void multiply8(const sl_quantize_tile *tile) { EACH_HEIGHT(multiply8_rows
 static void unpack_segment(const uint8_t *weight, int64_t depth, void *out) {
   __m256i *to = out;
   for (int64_t k = 0; k < depth; k += 4, weight += 64, to += 4) {
+    sl_quantize_avx2_fetch(weight);
     __m256i low = _mm256_loadu_si256((const __m256i *)weight);
     __m256i high = _mm256_loadu_si256((const __m256i *)(weight + 32));
     _mm256_store_si256(to, _mm256_srai_epi16(_mm256_slli_epi16(low, 8), 8));
@@ -122,11 +118,11 @@ INLINE void multiply8_unpacked_rows(const sl_quantize_tile *tile, const int rows
   const __m256i *pairs = (const __m256i *)tile->weight;
   const int64_t depth = tile->depth;
   const float *scale = tile->scale;
-#define STEP(r)                         \
-  {                                     \
-    __m256i two = broadcast(x##r + at); \
-    ADD_WORDS(low##r, two, left)        \
-    ADD_WORDS(high##r, two, right)      \
+#define STEP(r)                                          \
+  {                                                      \
+    __m256i two = sl_quantize_avx2_broadcast(x##r + at); \
+    ADD_WORDS(low##r, two, left)                         \
+    ADD_WORDS(high##r, two, right)                       \
   }
   for (int64_t k = 0; k < depth; k += 4, pairs += 4) {
     __m256i left = _mm256_load_si256(pairs), right = _mm256_load_si256(pairs + 1);
@@ -156,20 +152,21 @@ INLINE void multiply4_rows(const sl_quantize_tile *tile, const int rows) {
     for (const int64_t segment_end = k + depth; k < segment_end;) {
       ZERO_SUMS
       for (const int64_t end = k + 32 < segment_end ? k + 32 : segment_end; k < end; k += 8, block += 64) {
+        sl_quantize_avx2_fetch(block);
         __m256i pairs = _mm256_loadu_si256((const __m256i *)block);
         __m256i left = _mm256_and_si256(pairs, nibble);
         __m256i next_left = _mm256_and_si256(_mm256_srli_epi16(pairs, 4), nibble);
         pairs = _mm256_loadu_si256((const __m256i *)(block + 32));
         __m256i right = _mm256_and_si256(pairs, nibble);
         __m256i next_right = _mm256_and_si256(_mm256_srli_epi16(pairs, 4), nibble);
-#define STEP(r)                          \
-  {                                      \
-    __m256i four = broadcast(x##r + k);  \
-    ADD_BYTES(low##r, four, left)        \
-    ADD_BYTES(high##r, four, right)      \
-    four = broadcast(x##r + k + 4);      \
-    ADD_BYTES(low##r, four, next_left)   \
-    ADD_BYTES(high##r, four, next_right) \
+#define STEP(r)                                          \
+  {                                                      \
+    __m256i four = sl_quantize_avx2_broadcast(x##r + k); \
+    ADD_BYTES(low##r, four, left)                        \
+    ADD_BYTES(high##r, four, right)                      \
+    four = sl_quantize_avx2_broadcast(x##r + k + 4);     \
+    ADD_BYTES(low##r, four, next_left)                   \
+    ADD_BYTES(high##r, four, next_right)                 \
   }
         EACH_ROW(STEP)
 #undef STEP
@@ -211,7 +208,8 @@ const sl_quantize_kernel sl_quantize_avx2 = {
     .isa = SL_ISA_AVX2,
     .wide_activations = true,
     .height8 = 3, /* with four and more, widening waits for registers */
-    .height8_unpacked = 6,
+    .height8_unpacked = SL_QUANTIZE_TILE_ROWS,
+    .height7 = SL_QUANTIZE_AVX2_ROWS7,
     .height4 = 4,
     .load_row = sl_quantize_avx2_load_row,
     .measure_row = sl_quantize_avx2_measure_row,
@@ -221,6 +219,7 @@ const sl_quantize_kernel sl_quantize_avx2 = {
     .sum_row = sl_quantize_avx2_sum_row,
     .multiply8 = multiply8,
     .multiply4 = multiply4,
+    .multiply7 = sl_quantize_avx2_multiply7,
     .unpack_segment = unpack_segment,
     .multiply8_unpacked = multiply8_unpacked,
     .finish = sl_quantize_avx2_finish,

@@ -22,8 +22,8 @@ enum {
 typedef struct conv2d_run {
   const sl_conv2d_dynamic_args *args;
   const sl_quantize_kernel *kernel;
-  bool wide;      /* integers are int16_t, else int8_t in one or two planes */
-  size_t element; /* bytes of one */
+  bool wide;      /* integers are int16_t or, in an image of at most 7 bits, int8_t; else int8_t in one or two planes */
+  size_t element; /* bytes of one, at most */
   bool direct;    /* windows have no gaps */
   int64_t padded_height, padded_width, out_width, pixels;
   int64_t image_elements, chunks, inputs, segments;
@@ -42,7 +42,7 @@ typedef struct conv2d_scratch {
   float *values;            /* for load_row: [CHUNK or the longest line] */
   int16_t *integers;        /* a line of the image */
   char *windows;            /* [block rows, 2, inputs] */
-  int32_t *sums;            /* [block rows, 2, segments] */
+  int32_t *sums;            /* [block rows, 2, segments], of int8_t rows */
   const void **activations; /* [block rows * 2] */
   const int32_t **sum_rows; /* [block rows * 2] */
   float *scale;             /* [block rows, 2] */
@@ -58,7 +58,7 @@ static conv2d_scratch cut_scratch(const conv2d_run *run, sl_arena *arena) {
   scratch.integers = sl_arena_take(arena, line, sizeof(int16_t));
   /* Two planes of bytes, or one of two bytes: the same room. */
   scratch.windows = sl_arena_take(arena, run->direct ? 0 : rows, (size_t)run->inputs);
-  scratch.sums = sl_arena_take(arena, run->wide ? 0 : rows * run->segments, sizeof(int32_t));
+  scratch.sums = sl_arena_take(arena, rows * run->segments, sizeof(int32_t));
   scratch.activations = sl_arena_take(arena, rows, sizeof(void *));
   scratch.sum_rows = sl_arena_take(arena, rows, sizeof(int32_t *));
   scratch.scale = sl_arena_take(arena, rows, sizeof(float));
@@ -171,18 +171,24 @@ static char *plane_of(const conv2d_run *run, int64_t image, int plane) {
   return run->planes + (image * (run->wide ? 1 : 2) + plane) * run->plane_bytes;
 }
 
+static bool image_is_wide(const conv2d_run *run, int64_t image) {
+  return sl_row_is_wide(run->kernel, run->args->weight.bits, run->args->bits[image]);
+}
+static int64_t element_of(const conv2d_run *run, int64_t image) { return image_is_wide(run, image) ? 2 : 1; }
+
 /* Integers of consecutive elements of the buffer (step 1), or of one channel of a line (step channels). */
 static void store_integers(const conv2d_run *run, int64_t image, int64_t at, int64_t step, const int16_t *q,
                            int64_t count) {
-  bool two = run->args->bits[image] == 16;
-  if (run->wide) {
+  if (image_is_wide(run, image)) {
     int16_t *to = (int16_t *)plane_of(run, image, 0) + at;
     for (int64_t i = 0; i < count; ++i) to[i * step] = q[i];
     return;
   }
-  int8_t *low = (int8_t *)plane_of(run, image, 0) + at, *high = (int8_t *)plane_of(run, image, 1) + at;
+  int8_t *low = (int8_t *)plane_of(run, image, 0) + at;
   for (int64_t i = 0; i < count; ++i) low[i * step] = (int8_t)(uint8_t)(q[i] & 0xff);
-  for (int64_t i = 0; i < count && two; ++i) high[i * step] = (int8_t)((q[i] + 128) >> 8);
+  if (run->args->bits[image] != 16) return;
+  int8_t *high = (int8_t *)plane_of(run, image, 1) + at;
+  for (int64_t i = 0; i < count; ++i) high[i * step] = (int8_t)((q[i] + 128) >> 8);
 }
 
 static void quantize_line(const conv2d_run *run, const conv2d_scratch *scratch, int64_t image, int64_t index,
@@ -206,8 +212,8 @@ static void quantize_task(void *context, int64_t worker, int64_t task) {
   conv2d_scratch scratch = scratch_of(run, worker);
   bool last = line + 1 == run->padded_height;
   for (int plane = 0; plane < (run->wide ? 1 : 2); ++plane) {
-    size_t elements = (size_t)(row_elements + (last ? SL_QUANTIZE_DEPTH : 0));
-    memset(plane_of(run, image, plane) + line * row_elements * (int64_t)run->element, 0, elements * run->element);
+    int64_t elements = row_elements + (last ? SL_QUANTIZE_DEPTH : 0), element = element_of(run, image);
+    memset(plane_of(run, image, plane) + line * row_elements * element, 0, (size_t)(elements * element));
   }
   if (y < 0 || y >= args->height) return;
   int64_t first = image * run->image_elements, at = line * row_elements + args->padding[1] * channels;
@@ -223,10 +229,9 @@ static void quantize_task(void *context, int64_t worker, int64_t task) {
 }
 
 /* Copies the window whose first element is at from to a row of inputs. */
-static void copy_window(const conv2d_run *run, const char *from, char *to) {
+static void copy_window(const conv2d_run *run, size_t element, const char *from, char *to) {
   const sl_conv2d_dynamic_args *args = run->args;
   int64_t channels = args->channels / args->weight.groups;
-  size_t element = run->element;
   bool lines = args->weight.groups == 1 && args->dilation[1] == 1;
   size_t stretch = (size_t)(lines ? args->kernel[1] * channels : channels) * element;
   int64_t stretches = lines ? 1 : args->kernel[1];
@@ -242,21 +247,22 @@ static void copy_window(const conv2d_run *run, const char *from, char *to) {
 static void list_windows(const conv2d_run *run, const conv2d_scratch *scratch, int64_t image, int64_t group,
                          int64_t first, int64_t rows, int planes) {
   const sl_conv2d_dynamic_args *args = run->args;
+  int64_t element = element_of(run, image);
   for (int64_t i = 0; i < rows; ++i) {
     int64_t y = (first + i) / run->out_width, x = (first + i) % run->out_width;
     int64_t pixel = y * args->stride[0] * run->padded_width + x * args->stride[1];
     int64_t at = pixel * args->channels + group * (args->channels / args->weight.groups);
     for (int plane = 0; plane < planes; ++plane) {
       int64_t row = i * planes + plane;
-      const char *window = plane_of(run, image, plane) + at * (int64_t)run->element;
+      const char *window = plane_of(run, image, plane) + at * element;
       if (!run->direct) {
-        char *copy = scratch->windows + row * run->inputs * (int64_t)run->element;
-        copy_window(run, window, copy);
+        char *copy = scratch->windows + row * run->inputs * element;
+        copy_window(run, (size_t)element, window, copy);
         window = copy;
       }
       scratch->activations[row] = window;
       scratch->scale[row] = plane ? 256 * run->scale[image] : run->scale[image];
-      if (run->wide) continue;
+      if (element == 2) continue;
       int32_t *sums = scratch->sums + row * run->segments;
       sl_sum_segments(run->kernel, &args->weight, (const int8_t *)window, sums);
       scratch->sum_rows[row] = sums;
@@ -279,7 +285,8 @@ static void multiply_task(void *context, int64_t worker, int64_t task) {
 
   sl_panel_product product = {0};
   product.kernel = run->kernel, product.weight = weight, product.rows = rows * planes;
-  product.activations = scratch.activations, product.sums = run->wide ? NULL : scratch.sum_rows;
+  product.activations = scratch.activations, product.sums = scratch.sum_rows;
+  product.wide = image_is_wide(run, image);
   product.unpacked = scratch.unpacked, product.tile = scratch.tile;
   sl_quantize_finish finish = {0};
   finish.rows = rows, finish.planes = planes, finish.tile = scratch.tile, finish.scale = scratch.scale;

@@ -12,10 +12,9 @@ enum { SL_QUANTIZE_TILE_ROWS = 6 };
 enum { SL_QUANTIZE_SEGMENT = 512 };
 
 /* One tile of a product: rows x SL_QUANTIZE_PANEL, over segments of equal depth that follow one another. The
- * activations of row r are at activations[r]: int16_t for 8-bit weights if the table has wide_activations, else
- * int8_t. depth is a multiple of SL_QUANTIZE_DEPTH. multiply8_unpacked gets one segment. */
+ * activations of row r are at activations[r]: int16_t for multiply8 if the table has wide_activations, else int8_t. depth is a multiple of SL_QUANTIZE_DEPTH. multiply8_unpacked gets one segment. */
 typedef struct sl_quantize_tile {
-  int rows; /* 1 to SL_QUANTIZE_TILE_ROWS */
+  int rows; /* from 1 to what the table says */
   int64_t depth, segments;
   const void *const *activations;
   const uint8_t *weight;      /* the segments' blocks in the panel; or what unpack_segment made of them */
@@ -31,6 +30,7 @@ typedef struct sl_quantize_finish {
   int64_t rows;
   int planes;                  /* tiles of a row: 1, or 2 */
   const float *tile;           /* [rows, planes, SL_QUANTIZE_PANEL] */
+  const int32_t *place;        /* [rows]: the row of tile; NULL: the same */
   const float *scale;          /* [rows, planes] */
   const float *bias;           /* [SL_QUANTIZE_PANEL] */
   int64_t outliers;            /* 0: none */
@@ -47,7 +47,7 @@ typedef struct sl_quantize_kernel {
   sl_isa isa;
   bool wide_activations;
   /* Rows of a tile that suit each function, at most SL_QUANTIZE_TILE_ROWS. */
-  int height8, height8_unpacked, height4;
+  int height8, height8_unpacked, height7, height4;
 
   /* out[i] = x[i] as float32; not called for SL_F32. */
   void (*load_row)(sl_dtype dtype, const void *x, int64_t count, float *out);
@@ -63,6 +63,8 @@ typedef struct sl_quantize_kernel {
 
   void (*multiply8)(const sl_quantize_tile *tile);
   void (*multiply4)(const sl_quantize_tile *tile);
+  /* 8-bit weights and int8_t activations of at most 7 bits. NULL: nothing is gained over multiply8. */
+  void (*multiply7)(const sl_quantize_tile *tile);
   /* For many rows: rewrites the blocks of a segment of 8-bit weights so that multiply8_unpacked is faster than
    * multiply8. out has 2 * depth * SL_QUANTIZE_PANEL bytes, 64-byte aligned. Both NULL: nothing is gained. */
   void (*unpack_segment)(const uint8_t *weight, int64_t depth, void *out);

@@ -17,17 +17,17 @@ enum {
 typedef struct linear_run {
   const sl_linear_dynamic_args *args;
   const sl_quantize_kernel *kernel;
-  bool wide;         /* rows are int16_t, in one plane; else int8_t, in one or two */
+  bool wide;         /* rows are int16_t or, of at most 7 bits, int8_t, in one plane; else int8_t, in one or two */
   int64_t row_bytes; /* of a row, both planes */
   int64_t segments, block_rows, column_chunks;
   sl_rows rows;
   /* Workspace. */
   char *activations; /* [rows, row_bytes] */
   float *scale;      /* [rows, 2]: of each plane, 0 for a plane that isn't there */
-  int32_t *sums;     /* [rows, 2, segments], unless wide */
+  int32_t *sums;     /* [rows, 2, segments], of int8_t rows */
   int8_t *bits;      /* [rows] */
   float *outliers;   /* [rows, most outliers] */
-  int16_t *integers; /* [workers, padded inputs], unless wide */
+  int16_t *integers; /* [workers, padded inputs] */
   char *scratch;     /* [workers, scratch_bytes] */
   int64_t scratch_bytes;
 } linear_run;
@@ -39,6 +39,7 @@ typedef struct block_scratch {
   float *outlier_weight;    /* [most outliers, SL_QUANTIZE_PANEL] */
   const void **activations; /* [block rows * 2] */
   const int32_t **sums;     /* [block rows * 2] */
+  int32_t *place;           /* [block rows * 2] */
   char *unpacked;           /* SL_PANEL_SCRATCH bytes */
 } block_scratch;
 
@@ -50,6 +51,7 @@ static block_scratch cut_scratch(const linear_run *run, sl_arena *arena) {
   scratch.outlier_weight = sl_arena_take(arena, most * SL_QUANTIZE_PANEL, sizeof(float));
   scratch.activations = sl_arena_take(arena, rows, sizeof(void *));
   scratch.sums = sl_arena_take(arena, rows, sizeof(int32_t *));
+  scratch.place = sl_arena_take(arena, rows, sizeof(int32_t));
   scratch.unpacked = sl_arena_take(arena, SL_PANEL_SCRATCH, 1);
   return scratch;
 }
@@ -62,7 +64,8 @@ static sl_status prepare(const sl_linear_dynamic_args *args, sl_arena *arena, li
   int64_t inputs = sl_padded_inputs(&args->weight), rows = args->rows;
   int64_t panels = sl_ceil_divide(args->weight.out_features, SL_QUANTIZE_PANEL);
   int64_t workers = sl_executor_workers(args->executor);
-  run->row_bytes = 2 * inputs;
+  run->row_bytes =
+      sl_round_up(2 * inputs, 64) + 64; /* not a power of two, which would put all rows into one set of a cache */
   run->segments = sl_count_segments(&args->weight);
   run->block_rows = inputs > 0 ? BLOCK_BYTES / run->row_bytes : MOST_BLOCK_ROWS;
   if (run->block_rows > MOST_BLOCK_ROWS) run->block_rows = MOST_BLOCK_ROWS;
@@ -81,9 +84,9 @@ static sl_status prepare(const sl_linear_dynamic_args *args, sl_arena *arena, li
   int64_t most = source->outlier_ratio > 0 ? sl_most_outliers(source->columns) : 0;
   run->activations = sl_arena_take(arena, rows, (size_t)run->row_bytes);
   run->scale = sl_arena_take(arena, rows, 2 * sizeof(float));
-  run->sums = sl_arena_take(arena, run->wide ? 0 : rows * 2, (size_t)run->segments * sizeof(int32_t));
+  run->sums = sl_arena_take(arena, rows * 2, (size_t)run->segments * sizeof(int32_t));
   run->outliers = sl_arena_take(arena, rows * most, sizeof(float));
-  run->integers = sl_arena_take(arena, run->wide ? 0 : workers, (size_t)inputs * sizeof(int16_t));
+  run->integers = sl_arena_take(arena, workers, (size_t)inputs * sizeof(int16_t));
   sl_arena measured = sl_arena_make(NULL, 0);
   cut_scratch(run, &measured);
   run->scratch_bytes = (int64_t)measured.used;
@@ -109,15 +112,18 @@ static void quantize_task(void *context, int64_t worker, int64_t row) {
   const sl_quantized_weight *weight = &run->args->weight;
   int64_t inputs = sl_padded_inputs(weight), columns = weight->in_features;
   char *activations = run->activations + row * run->row_bytes;
-  int16_t *q = run->wide ? (int16_t *)activations : run->integers + worker * inputs;
+  int16_t *q = run->integers + worker * inputs;
   float *scale = run->scale + 2 * row;
   float *outliers = run->rows.outliers ? run->outliers + row * run->rows.outliers : NULL;
   int bits = sl_quantize_row(&run->rows, worker, row, q, &scale[0], outliers);
   run->args->bits[row] = (int8_t)bits;
   scale[1] = 0;
   if (inputs > columns) memset(q + columns, 0, (size_t)(inputs - columns) * sizeof(int16_t));
-  if (run->wide) return;
-  int8_t *low = (int8_t *)activations, *high = bits == 16 ? low + inputs : NULL;
+  if (sl_row_is_wide(run->kernel, weight->bits, bits)) {
+    memcpy(activations, q, (size_t)inputs * sizeof(int16_t));
+    return;
+  }
+  int8_t *low = (int8_t *)activations, *high = bits == 16 ? low + inputs : NULL; /* 16 bits: not in a wide run */
   run->kernel->narrow_row(q, inputs, high, low);
   int32_t *sums = run->sums + 2 * row * run->segments;
   sl_sum_segments(run->kernel, weight, low, sums);
@@ -140,10 +146,28 @@ static void read_outlier_weights(const linear_run *run, int64_t panel, float *ou
   }
 }
 
+/* The rows of a block that are int8_t, then those that are int16_t; returns how many the first are. */
+static int64_t list_wide_rows(const linear_run *run, int64_t first, int64_t rows, const block_scratch *scratch) {
+  const sl_quantized_weight *weight = &run->args->weight;
+  int64_t narrow = 0, listed = 0;
+  for (int wide = 0; wide < 2; ++wide) {
+    for (int64_t i = 0; i < rows; ++i) {
+      int64_t row = first + i;
+      if (sl_row_is_wide(run->kernel, weight->bits, run->args->bits[row]) != (wide == 1)) continue;
+      scratch->activations[listed] = run->activations + row * run->row_bytes;
+      scratch->sums[listed] = run->sums + 2 * row * run->segments;
+      scratch->scale[i] = run->scale[2 * row];
+      scratch->place[i] = (int32_t)listed++;
+    }
+    if (!wide) narrow = listed;
+  }
+  return narrow;
+}
+
 /* The rows of a block as planes, for sl_multiply_panel(); returns how many planes each has. */
 static int list_planes(const linear_run *run, int64_t first, int64_t rows, const block_scratch *scratch) {
   int planes = 1;
-  for (int64_t i = 0; i < rows && !run->wide; ++i) {
+  for (int64_t i = 0; i < rows; ++i) {
     if (run->args->bits[first + i] == 16) planes = 2;
   }
   for (int64_t i = 0; i < rows; ++i) {
@@ -154,7 +178,7 @@ static int list_planes(const linear_run *run, int64_t first, int64_t rows, const
       const char *activations = run->activations + (first + i) * run->row_bytes;
       scratch->activations[at] = activations + source * sl_padded_inputs(&run->args->weight);
       scratch->scale[at] = run->scale[2 * (first + i) + plane];
-      if (!run->wide) scratch->sums[at] = run->sums + (2 * (first + i) + source) * run->segments;
+      scratch->sums[at] = run->sums + (2 * (first + i) + source) * run->segments;
     }
   }
   return planes;
@@ -171,13 +195,18 @@ static void multiply_task(void *context, int64_t worker, int64_t task) {
   sl_arena arena = sl_arena_make(run->scratch + worker * run->scratch_bytes, (size_t)run->scratch_bytes);
   block_scratch scratch = cut_scratch(run, &arena);
 
-  int planes = list_planes(run, first, rows, &scratch);
-  sl_panel_product product = {0};
-  product.kernel = run->kernel, product.weight = weight, product.rows = rows * planes;
-  product.activations = scratch.activations, product.sums = run->wide ? NULL : scratch.sums;
+  int planes = run->wide ? 1 : list_planes(run, first, rows, &scratch);
+  int64_t narrow = run->wide ? list_wide_rows(run, first, rows, &scratch) : rows * planes;
+  sl_panel_product product = {0}, wide;
+  product.kernel = run->kernel, product.weight = weight, product.rows = narrow;
+  product.activations = scratch.activations, product.sums = scratch.sums;
   product.unpacked = scratch.unpacked, product.tile = scratch.tile;
+  wide = product;
+  wide.wide = true, wide.rows = rows * planes - narrow;
+  wide.activations += narrow, wide.tile += narrow * SL_QUANTIZE_PANEL;
   sl_quantize_finish finish = {0};
   finish.rows = rows, finish.planes = planes, finish.tile = scratch.tile, finish.scale = scratch.scale;
+  finish.place = run->wide ? scratch.place : NULL;
   finish.outliers = run->rows.outliers, finish.outlier_weight = scratch.outlier_weight;
   if (finish.outliers) finish.outlier = run->outliers + first * finish.outliers;
   finish.dtype = args->dtype, finish.row_stride = weight->out_features, finish.channel_stride = 1;
@@ -191,7 +220,8 @@ static void multiply_task(void *context, int64_t worker, int64_t task) {
     int64_t at = first * weight->out_features + channel;
     finish.out = (char *)args->out + at * (int64_t)sl_value_size(args->dtype);
     read_outlier_weights(run, panel, scratch.outlier_weight);
-    sl_multiply_panel(&product, panel);
+    if (product.rows > 0) sl_multiply_panel(&product, panel);
+    if (wide.rows > 0) sl_multiply_panel(&wide, panel);
     run->kernel->finish(&finish);
   }
 }

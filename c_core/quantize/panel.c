@@ -18,10 +18,10 @@ static void multiply_segments(const sl_panel_product *product, sl_quantize_tile 
     const int32_t *sums[SL_QUANTIZE_TILE_ROWS];
     for (int64_t row = top; row < end; ++row) {
       activations[row - top] = (const char *)product->activations[row] + begin * (int64_t)element;
-      if (product->sums) sums[row - top] = product->sums[row] + first;
+      if (!product->wide) sums[row - top] = product->sums[row] + first;
     }
     tile->rows = (int)(end - top);
-    tile->activations = activations, tile->sums = product->sums ? sums : NULL;
+    tile->activations = activations, tile->sums = product->wide ? NULL : sums;
     tile->out = product->tile + top * SL_QUANTIZE_PANEL;
     multiply(tile);
   }
@@ -30,12 +30,17 @@ static void multiply_segments(const sl_panel_product *product, sl_quantize_tile 
 void sl_multiply_panel(const sl_panel_product *product, int64_t panel) {
   const sl_quantize_kernel *kernel = product->kernel;
   const sl_quantized_weight *weight = product->weight;
-  bool unpack = weight->bits == 8 && kernel->unpack_segment && product->rows >= MANY_ROWS;
-  size_t element = sl_rows_are_wide(kernel, weight->bits) ? 2 : 1;
+  bool seven = weight->bits == 8 && kernel->wide_activations && !product->wide;
+  bool unpack = weight->bits == 8 && !seven && kernel->unpack_segment && product->rows >= MANY_ROWS;
+  size_t element = product->wide ? 2 : 1;
   void (*multiply)(const sl_quantize_tile *) = weight->bits == 4 ? kernel->multiply4
+                                               : seven           ? kernel->multiply7
                                                : unpack          ? kernel->multiply8_unpacked
                                                                  : kernel->multiply8;
-  int height = weight->bits == 4 ? kernel->height4 : unpack ? kernel->height8_unpacked : kernel->height8;
+  int height = weight->bits == 4 ? kernel->height4
+               : seven           ? kernel->height7
+               : unpack          ? kernel->height8_unpacked
+                                 : kernel->height8;
   const uint8_t *bytes = weight->packed;
   if (bytes) bytes += panel * sl_panel_bytes(weight, sl_padded_inputs(weight));
   int64_t columns = sl_padded_outputs(weight), segment = 0, begin = 0;

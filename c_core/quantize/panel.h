@@ -10,8 +10,9 @@ typedef struct sl_panel_product {
   const sl_quantize_kernel *kernel;
   const sl_quantized_weight *weight;
   int64_t rows;
+  bool wide;                      /* int16_t rows */
   const void *const *activations; /* [rows] */
-  const int32_t *const *sums;     /* [rows]: of each segment; NULL for int16_t rows */
+  const int32_t *const *sums;     /* [rows]: of each segment; not read for int16_t rows */
   void *unpacked;                 /* scratch, SL_PANEL_SCRATCH bytes */
   float *tile;                    /* written, [rows, SL_QUANTIZE_PANEL] */
 } sl_panel_product;
@@ -21,9 +22,13 @@ enum { SL_PANEL_SCRATCH = 2 * SL_QUANTIZE_SEGMENT * SL_QUANTIZE_PANEL };
 /* panel counts through all groups of output channels. */
 void sl_multiply_panel(const sl_panel_product *product, int64_t panel);
 
-/* Whether rows for weights of this width are int16_t. */
+/* Whether rows for weights of this width are int16_t, */
 static inline bool sl_rows_are_wide(const sl_quantize_kernel *kernel, int32_t weight_bits) {
   return weight_bits == 8 && kernel->wide_activations;
+}
+/* and whether one of so few bits (0: not finite) is. */
+static inline bool sl_row_is_wide(const sl_quantize_kernel *kernel, int32_t weight_bits, int bits) {
+  return sl_rows_are_wide(kernel, weight_bits) && !(kernel->multiply7 && bits <= 7);
 }
 
 /* Sum of each segment of an int8_t row. */

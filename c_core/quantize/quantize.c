@@ -42,7 +42,7 @@ sl_status sl_quantize_dynamic_workspace_size(const sl_quantize_dynamic_args *arg
 static void quantize_task(void *context, int64_t worker, int64_t row) {
   const quantize_run *run = context;
   const sl_quantize_dynamic_args *args = run->args;
-  bool bytes = args->activation_bits == 4 || args->activation_bits == 8;
+  bool bytes = args->activation_bits > 0 && args->activation_bits <= 8;
   int64_t at = row * args->columns;
   int16_t *q = bytes ? run->integers + worker * args->columns : (int16_t *)args->q + at;
   float scale;

@@ -73,7 +73,7 @@ sl_status sl_quantize_dynamic_reference(const sl_quantize_dynamic_args *args) {
     for (int64_t column = 0; column < args->columns; ++column) {
       int32_t q = finite ? sl_round_to_integer(value_at(&set, row, column), inverse, sl_largest_integer(bits)) : 0;
       int64_t at = row * args->columns + column;
-      if (args->activation_bits == 4 || args->activation_bits == 8) {
+      if (args->activation_bits > 0 && args->activation_bits <= 8) {
         ((int8_t *)args->q)[at] = (int8_t)q;
       } else {
         ((int16_t *)args->q)[at] = (int16_t)q;

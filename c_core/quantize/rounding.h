@@ -8,7 +8,7 @@
 #include "quantize/kernel.h"
 #include "runtime/number.h"
 
-static inline int32_t sl_largest_integer(int bits) { return bits == 4 ? 7 : bits == 8 ? 127 : 32639; }
+static inline int32_t sl_largest_integer(int bits) { return bits == 4 ? 7 : bits == 7 ? 63 : bits == 8 ? 127 : 32639; }
 
 /* What x is multiplied by: qmax / amax, or 0 for what is too small to be divided by. */
 static inline float sl_inverse_scale(float amax, int bits) {
@@ -30,9 +30,10 @@ static inline int sl_choose_bits(int32_t activation_bits, double target_sqnr, fl
   if (activation_bits > 0) return (int)activation_bits;
   if (activation_bits == SL_BITS_BY_AMAX) return amax < 0.1f ? 8 : 16;
   double wanted = pow(10, target_sqnr / 10) * (double)amax * (double)amax * (double)count;
-  for (int bits = 4; bits < 16; bits *= 2) {
-    double qmax = sl_largest_integer(bits);
-    if (12 * qmax * qmax * sumsq >= wanted) return bits;
+  static const int widths[] = {4, 7, 8};
+  for (int i = 0; i < 3; ++i) {
+    double qmax = sl_largest_integer(widths[i]);
+    if (12 * qmax * qmax * sumsq >= wanted) return widths[i];
   }
   return 16;
 }

@@ -31,7 +31,8 @@ static inline int32_t sl_loop_sum_row(const int8_t *q, int64_t count) {
 
 /* The values of one row of the output. */
 static inline void sl_loop_finish_row(const sl_quantize_finish *finish, int64_t row, float *values) {
-  const float *tile = finish->tile + row * finish->planes * SL_QUANTIZE_PANEL;
+  int64_t place = finish->place ? finish->place[row] : row;
+  const float *tile = finish->tile + place * finish->planes * SL_QUANTIZE_PANEL;
   const float *scale = finish->scale + row * finish->planes;
   for (int c = 0; c < SL_QUANTIZE_PANEL; ++c) values[c] = finish->bias[c] + scale[0] * tile[c];
   if (finish->planes == 2) {

@@ -39,8 +39,8 @@ sl_status sl_quantize_validate_dtype(const char *name, sl_dtype dtype) {
 }
 
 static sl_status check_choice(const char *name, int32_t bits, double target_sqnr) {
-  SL_REQUIRE(bits == SL_BITS_BY_SQNR || bits == SL_BITS_BY_AMAX || bits == 4 || bits == 8 || bits == 16,
-             SL_INVALID_ARGUMENT, "%s is %d, expected 4, 8, 16, 0 (by signal-to-noise ratio) or -1 (by amax)", name,
+  SL_REQUIRE(bits == SL_BITS_BY_SQNR || bits == SL_BITS_BY_AMAX || bits == 4 || bits == 7 || bits == 8 || bits == 16,
+             SL_INVALID_ARGUMENT, "%s is %d, expected 4, 7, 8, 16, 0 (by signal-to-noise ratio) or -1 (by amax)", name,
              (int)bits);
   SL_REQUIRE(bits != SL_BITS_BY_SQNR || (target_sqnr >= 0 && target_sqnr <= 200), SL_INVALID_ARGUMENT,
              "target_sqnr is %g, expected 0 to 200 dB", target_sqnr);

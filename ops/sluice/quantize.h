@@ -1,15 +1,16 @@
-/* quantize: input-adaptive quantisation. Activations are rounded to 4, 8 or 16 bits when they arrive, a width for each
+/* quantize: input-adaptive quantisation. Activations are rounded to 4, 7, 8 or 16 bits when they arrive, a width for each
  * row or tensor, and multiplied by weights that were packed once in 8 or 4 bits.
  *
  * ROUNDING is symmetric, to nearest even. With amax = max |x| over a row (or the tensor, or an image):
- *   qmax  = 7, 127, 32639 for 4, 8, 16 bits                  32639 = 127 * 256 + 127: two bytes of at most 127 each
+ *   qmax  = 7, 63, 127, 32639 for 4, 7, 8, 16 bits           32639 = 127 * 256 + 127: two bytes of at most 127 each
  *   scale = amax / qmax
  *   q     = clamp(round(x * (qmax / amax)), -qmax, qmax)     all in float32
  * amax < 2^-110: scale and q are 0. A row that holds an infinity or NaN has scale NaN and q 0: every product with it is
  * NaN, as in floating point, and the other rows are as if it weren't there.
  *
  * WIDTH (activation_bits):
- *   4, 8, 16            that.
+ *   4, 7, 8, 16         that. (With 8-bit weights 7 bits are what AVX2 multiplies fastest: two products of a byte in
+ *                       1 .. 255 and one in -63 .. 63 fit into 16 bits.)
  *   SL_BITS_BY_SQNR, 0  the smallest whose predicted signal-to-noise ratio is at least target_sqnr, in dB; else 16:
  *                         10 log10(12 qmax^2 / crest^2),  crest = amax / rms
  *                       Rounding makes an error of variance scale^2 / 12 if all fractions are equally likely (Bennett,
@@ -44,7 +45,7 @@
  * OPERATORS (Python's functions of the same names in torch_sluice.quantize have the defaults)
  *   sluice::quantize_dynamic(Tensor x, int bits, float target_sqnr, bool per_token)
  *       -> (Tensor q, Tensor scale, Tensor bits)
- *     q: int8 if bits is 4 or 8, else int16, like x. scale float32 and bits int8: [rows], or [1] if not per_token.
+ *     q: int8 if bits is 4, 7 or 8, else int16, like x. scale float32 and bits int8: [rows], or [1] if not per_token.
  *   sluice::pack_linear_weight(Tensor weight, int bits, int group_size) -> (Tensor packed, Tensor scale)
  *   sluice::unpack_linear_weight(Tensor packed, Tensor scale, int out_features, int in_features, int bits,
  *       int group_size) -> Tensor weight                                                float32, what the product uses

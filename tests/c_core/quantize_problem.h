@@ -49,8 +49,7 @@ struct Weight {
     packed = GuardedBuffer(static_cast<size_t>(bytes));
     scale = GuardedBuffer(static_cast<size_t>(scale_groups * padded) * sizeof(float));
     GuardedBuffer values = make_values(SL_F32, outputs * inputs, next, random);
-    sl_status status =
-        sl_pack_weight(&sizes, SL_F32, values.data(), packed.data(), static_cast<float *>(scale.data()));
+    sl_status status = sl_pack_weight(&sizes, SL_F32, values.data(), packed.data(), static_cast<float *>(scale.data()));
     EXPECT_EQ(status, SL_OK) << sl_last_error();
     EXPECT_TRUE(packed.intact() && scale.intact() && values.intact());
     sizes.packed = packed.data(), sizes.scale = static_cast<const float *>(scale.data());
@@ -85,8 +84,8 @@ inline void expect_close(sl_dtype dtype, const GuardedBuffer &got, const Guarded
     if (std::isnan(y)) {
       ASSERT_TRUE(std::isnan(x)) << where << " element " << i << " is " << x << ", expected NaN";
     } else if (x != y) {
-      ASSERT_LE(std::fabs(x - y), 2e-6 * largest + rounding * std::fabs(y)) << where << " element " << i << " is " << x
-                                                                           << ", expected " << y;
+      ASSERT_LE(std::fabs(x - y), 2e-6 * largest + rounding * std::fabs(y))
+          << where << " element " << i << " is " << x << ", expected " << y;
     }
   }
 }

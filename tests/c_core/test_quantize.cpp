@@ -62,12 +62,12 @@ class Quantize : public testing::TestWithParam<sl_isa> {
 TEST_P(Quantize, IntegersAreThoseOfTheReference) {
   uint64_t seed = 1;
   for (int64_t columns : {0, 1, 7, 16, 31, 100, 1000}) {
-    for (int bits : {4, 8, 16, 0, -1}) {
+    for (int bits : {4, 7, 8, 16, 0, -1}) {
       for (bool per_token : {true, false}) {
         for (sl_dtype dtype : {SL_F32, SL_BF16, SL_F16}) {
           Random random(++seed);
           int64_t rows = static_cast<int64_t>(seed % 12);
-          size_t size = bits == 4 || bits == 8 ? 1 : 2, scales = per_token ? static_cast<size_t>(rows) : 1;
+          size_t size = bits > 0 && bits <= 8 ? 1 : 2, scales = per_token ? static_cast<size_t>(rows) : 1;
           double spread = seed % 2 ? 1 : 0.01, bad = seed % 5 == 0 ? NAN : 1;
           Fill next = [=](Random &r) { return r.normal(spread) * (r.chance(0.002) ? 20 * bad : 1); };
           GuardedBuffer x = make_values(dtype, rows * columns, next, random, seed % 3 == 0);
@@ -192,7 +192,7 @@ TEST(QuantizeErrors, NameTheArgument) {
   linear([](Args a) { a.weight.bits = 5; }, SL_INVALID_ARGUMENT, "bits of the weight is 5, expected 8 or 4");
   linear([](Args a) { a.weight.group_size = 48; }, SL_INVALID_ARGUMENT, "group_size is 48, expected a multiple of 32");
   linear([](Args a) { a.weight.groups = 5; }, SL_INVALID_ARGUMENT, "groups is 5, expected 1");
-  linear([](Args a) { a.activation_bits = 7; }, SL_INVALID_ARGUMENT, "activation_bits is 7, expected 4, 8, 16");
+  linear([](Args a) { a.activation_bits = 6; }, SL_INVALID_ARGUMENT, "activation_bits is 6, expected 4, 7, 8, 16");
   linear([](Args a) { a.activation_bits = 0, a.target_sqnr = NAN; }, SL_INVALID_ARGUMENT, "target_sqnr is nan");
   linear([](Args a) { a.outlier_ratio = -1; }, SL_INVALID_ARGUMENT, "outlier_ratio is -1");
   linear([](Args a) { a.dtype = SL_F64; }, SL_UNSUPPORTED, "x is float64, expected float32, bfloat16 or float16");

@@ -90,7 +90,7 @@ TEST_P(QuantizeLinear, AnyNumberOfRows) {
 
 TEST_P(QuantizeLinear, EveryWidthPolicyDtypeAndGroup) {
   uint64_t seed = 200;
-  for (int activation_bits : {4, 8, 16, 0, -1}) {
+  for (int activation_bits : {4, 7, 8, 16, 0, -1}) {
     for (bool per_token : {true, false}) {
       for (sl_dtype dtype : {SL_F32, SL_BF16, SL_F16}) {
         for (int weight_bits : {8, 4}) {
@@ -112,7 +112,7 @@ TEST_P(QuantizeLinear, NothingSaturates) {
   auto alike = [](Random &) { return 1.0; };
   auto negative = [](Random &) { return -1.0; };
   auto mixed = [](Random &r) { return r.chance(0.5) ? 1.0 : -1.0; };
-  for (int activation_bits : {4, 8, 16}) {
+  for (int activation_bits : {4, 7, 8, 16}) {
     for (int weight_bits : {8, 4}) {
       for (int64_t rows : {2, 20}) {
         for (const Fill &x : {Fill(alike), Fill(negative), Fill(mixed)}) {

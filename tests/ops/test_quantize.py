@@ -42,7 +42,7 @@ def linear(x, weight, bias=None, weight_bits=8, group_size=0, **options):
     st.lists(st.integers(0, 4), max_size=2),
     st.integers(1, 200),
     st.sampled_from(DTYPES),
-    st.sampled_from([4, 8, 16]),
+    st.sampled_from([4, 7, 8, 16]),
     st.booleans(),
     st.integers(0, 2**31),
 )

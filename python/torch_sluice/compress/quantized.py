@@ -15,7 +15,7 @@ from torch_sluice.quantize import (
 )
 
 POLICIES = {"sqnr": 0, "amax": -1}  # SL_BITS_BY_SQNR, SL_BITS_BY_AMAX
-_WIDTHS = (4, 8, 16)
+_WIDTHS = (4, 7, 8, 16)
 
 
 def check_options(policy: str, weight_bits: int, group_size: int, target_sqnr: float) -> None:
@@ -56,7 +56,7 @@ class _Quantized(nn.Module):
                 self._rows[width] += int((bits == width).sum())
 
     def bits_chosen(self) -> dict[int, int]:
-        """Rows (for a convolution, images) that took 4, 8 or 16 bits while counting; 0: those with inf or NaN."""
+        """Rows (for a convolution, images) that took 4, 7, 8 or 16 bits while counting; 0: those with inf or NaN."""
         return dict(self._rows)
 
     def _options(self) -> str:
@@ -70,7 +70,7 @@ class _Quantized(nn.Module):
 class QuantizedLinear(_Quantized):
     """``nn.Linear`` in integers: x [..., in_features] -> [..., out_features], in x's dtype.
 
-    Each row of x takes 4, 8 or 16 bits: by ``policy`` "sqnr" the smallest whose predicted signal-to-noise ratio is
+    Each row of x takes 4, 7, 8 or 16 bits: by ``policy`` "sqnr" the smallest whose predicted signal-to-noise ratio is
     ``target_sqnr`` dB, by "amax" 8 where max |x| < 0.1, else 16. A row with an infinity or NaN becomes NaN.
     """
 

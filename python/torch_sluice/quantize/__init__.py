@@ -1,4 +1,4 @@
-"""Input-adaptive quantisation: activations take 4, 8 or 16 bits as each input needs, weights 8 or 4.
+"""Input-adaptive quantisation: activations take 4, 7, 8 or 16 bits as each input needs, weights 8 or 4.
 
 ::
 

@@ -30,7 +30,7 @@ class Quantized(NamedTuple):
 def _number_of_bits(name: str, bits) -> int:
     if isinstance(bits, str):
         if bits not in _POLICIES:
-            raise ValueError(f"{name} is {bits!r}, expected 4, 8, 16, 'sqnr' or 'amax'")
+            raise ValueError(f"{name} is {bits!r}, expected 4, 7, 8, 16, 'sqnr' or 'amax'")
         return _POLICIES[bits]
     return bits
 
@@ -61,13 +61,13 @@ def quantize_dynamic(
 
     Args:
         x: float32, bfloat16 or float16 [..., columns]; all but the last dimension are rows.
-        bits: 4, 8 or 16; "sqnr": for each row the smallest whose predicted signal-to-noise ratio,
+        bits: 4, 7, 8 or 16; "sqnr": for each row the smallest whose predicted signal-to-noise ratio,
             ``12 qmax^2 rms^2 / amax^2``, is at least target_sqnr; "amax": 8 for ``max |x| < 0.1``, else 16.
         target_sqnr: in dB, 0 to 200; for "sqnr".
         per_token: a scale and a width for each row; else one for all.
 
     Returns:
-        :class:`Quantized`: q is int8 for bits 4 and 8, else int16.
+        :class:`Quantized`: q is int8 for bits 4, 7 and 8, else int16.
 
     Raises:
         ValueError: an argument is not allowed; the message names it.

@@ -60,7 +60,7 @@ def _fake_quantize(x, bits, target_sqnr, per_token):
     if x.dim() < 1:
         raise ValueError(f"x has shape {list(x.shape)}, expected at least one dimension")
     rows = x.shape[:-1].numel() if per_token else 1
-    q = x.new_empty(x.shape, dtype=torch.int8 if bits in (4, 8) else torch.int16)
+    q = x.new_empty(x.shape, dtype=torch.int8 if bits in (4, 7, 8) else torch.int16)
     return q, x.new_empty((rows,), dtype=torch.float32), x.new_empty((rows,), dtype=torch.int8)
 
 
