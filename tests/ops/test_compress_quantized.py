@@ -128,7 +128,7 @@ def test_empty_and_single_inputs():
 
 def test_the_widths_that_inputs_take_are_counted():
     model = nn.Sequential(QuantizedLinear.from_float(nn.Linear(64, 8), target_sqnr=30.0))
-    assert count_bits(model) == {0: 0, 4: 0, 8: 0, 16: 0}
+    assert count_bits(model) == {0: 0, 4: 0, 7: 0, 8: 0, 16: 0}
     x = torch.randn(10, 64)
     x[0] = 0
     x[1, 0] = torch.nan
@@ -137,7 +137,7 @@ def test_the_widths_that_inputs_take_are_counted():
     counts = count_bits(model, enabled=False)
     assert sum(counts.values()) == 10
     assert counts[0] == 1
-    assert counts[8] == 8
+    assert counts[7] == 8
     with torch.no_grad():
         model(x)
     assert count_bits(model) == counts
@@ -146,7 +146,7 @@ def test_the_widths_that_inputs_take_are_counted():
     with torch.no_grad():
         amax(torch.full((3, 64), 0.05))
         amax(torch.full((2, 64), 0.5))
-    assert count_bits(amax) == {0: 0, 4: 0, 8: 3, 16: 2}
+    assert count_bits(amax) == {0: 0, 4: 0, 7: 0, 8: 3, 16: 2}
 
 
 def test_monitors_hear_of_the_widths(monkeypatch):

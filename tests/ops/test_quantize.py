@@ -19,7 +19,7 @@ from torch_sluice.quantize import (
 )
 
 ops = torch.ops.sluice
-LARGEST = {4: 7, 8: 127, 16: 32639}
+LARGEST = {4: 7, 7: 63, 8: 127, 16: 32639}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -97,13 +97,13 @@ def test_the_widths_are_the_smallest_that_meet_the_target():
     for target in (15.0, 25.0, 40.0):
         result = quantize_dynamic(x, "sqnr", target_sqnr=target)
         crest = x.abs().amax(1) / x.square().mean(1).sqrt()
-        for bits in (4, 8):
+        for bits in (4, 7, 8):
             predicted = 10 * torch.log10(12 * LARGEST[bits] ** 2 / crest**2)
             assert torch.equal(result.bits <= bits, predicted >= target)
         noise = (result.dequantize() - x).square().mean(1)
         measured = 10 * torch.log10(x.square().mean(1) / noise)
         assert ((measured > target - 2) | (result.bits == 16)).all()
-    assert {4, 8} <= set(quantize_dynamic(x, "sqnr", target_sqnr=15.0).bits.tolist())
+    assert {4, 7} <= set(quantize_dynamic(x, "sqnr", target_sqnr=15.0).bits.tolist())
     assert {8, 16} <= set(quantize_dynamic(x, "sqnr", target_sqnr=40.0).bits.tolist())
 
 
@@ -143,7 +143,7 @@ def test_outlier_tokens_leak_nowhere():
     expected = F.linear(x.double(), w.double())
     out, _, _ = linear(x, w)
     ours = relative_error(out[rows], expected[rows])
-    assert ours < 0.015
+    assert ours < 0.02
     if "fbgemm" in torch.backends.quantized.supported_engines:
         torch.backends.quantized.engine = "fbgemm"
         peer = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(layer), {torch.nn.Linear})
@@ -178,7 +178,7 @@ def test_half_precision_in_and_out(dtype):
     assert out.dtype == dtype
     assert out.shape == (2, 5, 30)
     assert bits.shape == (10,)
-    assert relative_error(out, expected) < 0.01
+    assert relative_error(out, expected) < 0.015
 
 
 def test_any_strides_of_x():
@@ -233,7 +233,7 @@ def test_convolutions_are_those_of_torch(name, weight_bits):
         )
         assert out.shape == expected.shape
         assert bits.shape == (x.shape[0],)
-        assert relative_error(out, expected) < (0.015 if weight_bits == 8 else 0.15)
+        assert relative_error(out, expected) < (0.02 if weight_bits == 8 else 0.15)
         results.append(out)
     if x.shape[1] > 1:  # with one channel both formats are the same
         assert results[1].is_contiguous(memory_format=torch.channels_last)
