@@ -16,7 +16,7 @@ WIDTHS = (24, 48, 96, 192)
 SIZE = 32
 NOISE = 0.2  # standard deviation; a scan's darkest pixel is 1
 PARTS = {"train": 1000, "selection": 297, "heldout": 500}  # scans
-PICTURES = {"selection": 1, "heldout": 4}  # of each scan
+PICTURES = {"selection": 1, "heldout": 2}  # of each scan
 BATCH = 8
 
 
