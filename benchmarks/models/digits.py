@@ -16,7 +16,7 @@ WIDTHS = (24, 48, 96, 192)
 SIZE = 32
 NOISE = 0.2  # standard deviation; a scan's darkest pixel is 1
 PARTS = {"train": 1000, "selection": 297, "heldout": 500}  # scans
-PICTURES = {"selection": 2, "heldout": 4}  # of each scan
+PICTURES = {"selection": 1, "heldout": 2}  # of each scan
 BATCH = 8
 
 
@@ -121,7 +121,7 @@ def accuracy(model, batches) -> float:
 def load(quick: bool = False) -> Task:
     """The task; trains the model the first time (a cached file after that). ``quick``: less of everything."""
     scans = load_scans()
-    steps, widths = (30, (8, 16, 16, 16)) if quick else (240, WIDTHS)
+    steps, widths = (60, (8, 16)) if quick else (240, WIDTHS)
     model = ResNet(widths)
     recipe = f"digits 1: {widths} {steps} {NOISE} {PARTS}"
     model.load_state_dict(train_once("digits", recipe, lambda: train(scans["train"], steps, widths).state_dict()))

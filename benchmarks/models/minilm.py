@@ -15,7 +15,7 @@ from benchmarks.models.docstrings import Pair, load_pairs
 from benchmarks.models.task import MissingPackageError, Task, call_batches, make_batches, targets_of
 
 LENGTH = 64  # tokens of a sentence, padding included
-CANDIDATES = 200  # pairs among which one is to be found
+CANDIDATES = {"selection": 80, "heldout": 200}  # pairs among which one is to be found
 BATCH = 8
 
 
@@ -105,9 +105,8 @@ def load(quick: bool = False) -> Task:
     """The task. ``quick``: few pairs."""
     model, tokenizer = load_model()
     parts = load_pairs(most_files=40 if quick else None)
-    count = 20 if quick else CANDIDATES
     training = [text for pair in parts["train"] for text in pair][: 64 if quick else None]
-    heldout = make_pair_batches(tokenizer, parts["heldout"][:count])
+    heldout = make_pair_batches(tokenizer, parts["heldout"][: 20 if quick else CANDIDATES["heldout"]])
     # For timing: sentences that fill LENGTH, so that no peer gains by leaving out padding.
     long = [text for _, text in parts["heldout"] if len(text.split()) >= LENGTH]
     timed = tokenize(tokenizer, (long or [parts["heldout"][0][1]]) * 64)
@@ -117,7 +116,7 @@ def load(quick: bool = False) -> Task:
         title="all-MiniLM-L6-v2, sentences of 64 tokens",
         metric_name="mean reciprocal rank",
         model=model,
-        selection=make_pair_batches(tokenizer, parts["selection"][:count]),
+        selection=make_pair_batches(tokenizer, parts["selection"][: 20 if quick else CANDIDATES["selection"]]),
         heldout=heldout,
         metric=retrieval,
         draw_inputs=lambda batch: tuple(tensor[:batch].clone() for tensor in timed),

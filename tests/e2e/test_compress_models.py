@@ -39,7 +39,7 @@ def test_digits_against_peers(run, tmp_path):
         assert row["peers"][name] == detail["latency_ms"] > 0
         assert detail["p95_ms"] >= detail["latency_ms"]
         assert detail["bytes"] > 1000
-    assert row["metric_before"] == row["details"]["eager"]["metric"] > 0.1
+    assert row["metric_before"] == row["details"]["eager"]["metric"] > 0.12  # guessing gives 0.1
     assert row["kept"] == pytest.approx(row["metric_after"] / row["metric_before"])
     assert row["details"]["eager"]["cosine"] == pytest.approx(1, abs=1e-5)
     assert row["details"]["onnxruntime"]["cosine"] > 0.9

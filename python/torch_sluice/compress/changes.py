@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from torch_sluice.compress.embedding import QuantizedEmbedding
 from torch_sluice.compress.quantization import forgo_fast_paths
 from torch_sluice.compress.quantized import QuantizedConv2d, QuantizedLinear
 
-_KINDS = {"QuantizedLinear": QuantizedLinear, "QuantizedConv2d": QuantizedConv2d, "Identity": nn.Identity}
+_KINDS = {"QuantizedLinear": QuantizedLinear, "QuantizedConv2d": QuantizedConv2d}
+_KINDS |= {"QuantizedEmbedding": QuantizedEmbedding, "Identity": nn.Identity}
 # Attributes that hold sizes, in the modules that pruning cuts.
 _SIZES = (
     *("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_channels"),

@@ -14,6 +14,7 @@ from torch_sluice.compress import quantization
 from torch_sluice.compress.calling import check_example, evaluating
 from torch_sluice.compress.changes import describe_changes
 from torch_sluice.compress.compensation import measure_moments, reading_layers
+from torch_sluice.compress.embedding import QuantizedEmbedding
 from torch_sluice.compress.folding import fold_batch_norms
 from torch_sluice.compress.graph import ChannelGroup, find_groups
 from torch_sluice.compress.latency import compare_latency, measure_latency
@@ -323,6 +324,8 @@ class _Run:
         self.layers += stay + costly
         for c in chosen:
             reason = f"measured alone {c.before * 1e6:.0f} -> {c.after * 1e6:.0f} µs"
+            if isinstance(c.quantized, QuantizedEmbedding):
+                reason = "for its bytes"
             self.layers.append(LayerDecision(c.name, "quantized", reason, None, None, c.before - c.after))
         result = quantization.apply(folded, chosen)
         if self._share(result) < floor:  # folding alone moves the last bits of a metric at its limit

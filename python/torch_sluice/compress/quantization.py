@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_sluice.compress.calling import call_model, evaluating
+from torch_sluice.compress.embedding import QuantizedEmbedding
 from torch_sluice.compress.latency import time_call
 from torch_sluice.compress.measure import Measure
 from torch_sluice.compress.progress import Progress
@@ -15,6 +16,7 @@ from torch_sluice.compress.quantized import QuantizedConv2d, QuantizedLinear
 from torch_sluice.compress.report import LayerDecision
 from torch_sluice.compress.slicing import is_depthwise
 
+_LAYERS = (nn.Linear, nn.Conv2d, nn.Embedding)
 _GAIN = 1.1  # a layer must become so many times faster
 
 
@@ -37,11 +39,14 @@ def find_candidates(
     candidates, stay = [], []
     progress.start("timing", len(inputs))
     for name, module in model.named_modules():
-        if type(module) not in (nn.Linear, nn.Conv2d):
+        if type(module) not in _LAYERS:
             continue
         progress.step(name)
         reason = _why_not(name, module, inputs, shared, model)
         if reason is None:
+            if isinstance(module, nn.Embedding):  # for its bytes: the lookup is a share of the time that nobody notices
+                candidates.append(Candidate(name, QuantizedEmbedding.from_float(module), 1e-9, 0.0))
+                continue
             try:
                 layer = _quantize(module, options)
                 before, after = _time_both(module, layer, inputs[name])
@@ -68,6 +73,8 @@ def _why_not(name: str, module: nn.Module, inputs, shared: set[str], model: nn.M
         return "its weight has NaN or infinity"
     if module.weight.dtype == torch.float64:
         return "its weight is float64"
+    if isinstance(module, nn.Embedding):
+        return QuantizedEmbedding.why_not(module)
     if isinstance(module, nn.Conv2d):
         if is_depthwise(module):
             return "it is depth-wise: a product of few numbers each"
@@ -98,7 +105,7 @@ def _record_inputs(model: nn.Module, example_inputs: Any) -> tuple[dict[str, Ten
 
     try:
         for name, module in model.named_modules():
-            if type(module) in (nn.Linear, nn.Conv2d):
+            if type(module) in _LAYERS:
                 hooks.append(module.register_forward_pre_hook(record(name)))
         with evaluating(model), torch.no_grad():
             call_model(model, example_inputs)
