@@ -35,7 +35,14 @@ def test_the_page_stands_alone(page_of):
     assert '<meta name="viewport" content="width=device-width' in page
     assert "&lt;run&gt;: 3 steps of 50 ms" in page
     assert "steps to the target loss 2.5" in page
+    assert "not judged: little was added" in page
+    assert "goal missed" not in page
     assert "Nothing is beyond its limit" in page  # though matplotlib has been loaded since
+
+
+def test_an_mfu_above_one_is_called_what_it_is(page_of):
+    page = html.unescape(page_of([1.0], peak_flops=1.0))
+    assert "MFU is above 1: the peak was measured while the machine did other work; give peak_flops." in page
 
 
 def test_plots_leave_their_colours_to_the_page(page_of):
