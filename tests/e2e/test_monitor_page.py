@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from torch_sluice.monitor import Monitor, MonitorWarning
+from torch_sluice.report.monitor_rows import tiles
 
 
 @pytest.fixture
@@ -35,7 +36,34 @@ def test_the_page_stands_alone(page_of):
     assert '<meta name="viewport" content="width=device-width' in page
     assert "&lt;run&gt;: 3 steps of 50 ms" in page
     assert "steps to the target loss 2.5" in page
+    assert "goal missed" not in page
     assert "Nothing is beyond its limit" in page  # though matplotlib has been loaded since
+
+
+@pytest.mark.parametrize(
+    ("added", "note", "within"),
+    [
+        (2**16, "limit: at most 10", True),
+        (2**20, "not judged: little was added", True),
+        (2**25, "limit: at most 10", False),
+    ],
+)
+def test_a_memory_ratio_is_judged_from_sixteen_megabytes_on(added, note, within):
+    summary = quiet_summary(parameter_bytes=2**16, peak_bytes=2**16 + added)
+    (tile,) = (tile for tile in tiles(summary, (0.7, 10)) if tile[1] == "peak memory / parameters")
+    assert tile[2:] == (note, within)
+
+
+def quiet_summary(**figures):
+    """The summary of a monitor that has seen nothing, with these figures in it."""
+    with Monitor(nn.Linear(2, 2), mfu_limit=None, memory_ratio_limit=None) as monitor:
+        summary = {**monitor.summary(), **figures}
+    return {**summary, "memory_ratio": summary["peak_bytes"] / summary["parameter_bytes"]}
+
+
+def test_an_mfu_above_one_is_called_what_it_is(page_of):
+    page = html.unescape(page_of([1.0], peak_flops=1.0))
+    assert "MFU is above 1: the peak was measured while the machine did other work; give peak_flops." in page
 
 
 def test_plots_leave_their_colours_to_the_page(page_of):

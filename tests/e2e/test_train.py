@@ -136,7 +136,7 @@ def test_window_has_the_density_it_was_asked_for(finished):
 def test_report_stands_alone(finished):
     _, folder, figures = finished
     page = (folder / "report.html").read_text()
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 4
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#)|@import|url\((?!#)""", page)
     for sentence in figures["losses"]:
         assert sentence in html.unescape(page)

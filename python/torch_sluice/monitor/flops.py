@@ -1,11 +1,13 @@
 """Counts the floating-point operations of a step: as executed, as dense-equivalent, and by the dtype they ran in."""
 
 import contextlib
+import functools
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from torch_sluice.monitor import formulas
@@ -96,6 +98,13 @@ class StepFlopCounter:
 
     def __exit__(self, *exception) -> None:
         self._stack.__exit__(*exception)
+
+
+@functools.cache
+def load_counter() -> None:
+    """Loads what torch's counter loads at its first use: a second or two, and some 60 MB that are not the model's."""
+    with StepFlopCounter():
+        torch.mm(torch.zeros(1, 1), torch.zeros(1, 1))
 
 
 def measure_flops(function: Callable[[], object]) -> FlopCount:

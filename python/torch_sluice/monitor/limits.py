@@ -5,6 +5,7 @@ import math
 MFU_LIMIT = 0.70  # below it the machine is not used well
 MEMORY_RATIO_LIMIT = 10.0  # above it something other than the parameters takes the memory
 
+_LITTLE_MEMORY = 16 * 2**20  # bytes that a process adds for its own ends; less growth than this is not the model's
 _MUCH_OUTSIDE = 0.2  # of the time from the first step to the last
 _SHORT_STEP = 0.02  # seconds; below it what Python does around the operators is much of a step
 
@@ -55,6 +56,11 @@ def _advise_on_mfu(summary: dict) -> str:
     return "torch.profiler shows which operators take the time of a step"
 
 
+def is_memory_judged(summary: dict) -> bool:
+    """Whether so much memory was added that the ratio says something about the model."""
+    return summary["peak_bytes"] - summary["parameter_bytes"] >= _LITTLE_MEMORY
+
+
 def find_hints(summary: dict) -> list[str]:
     """What a report says beside the limits."""
     hints = []
@@ -63,6 +69,8 @@ def find_hints(summary: dict) -> list[str]:
             f"{summary['outside_share']:.0%} of the time passed outside of steps: loading data (num_workers of a "
             "DataLoader), evaluating, saving"
         )
+    if summary["mfu"] is not None and summary["mfu"] > 1:
+        hints.append("MFU is above 1: the peak was measured while the machine did other work; give peak_flops")
     if summary["odd_losses"]:
         hints.append(f"the loss was not finite at {summary['odd_losses']} of {summary['steps']} steps")
     if summary["target_loss"] is not None and summary["steps_to_target"] is None:

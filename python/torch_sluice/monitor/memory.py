@@ -4,6 +4,7 @@ import contextlib
 import resource
 import sys
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -39,6 +40,14 @@ class MemoryMeter:
         """Bytes by which the peak exceeds what was in use when the meter was made."""
         self._note()
         return self._highest - self.before
+
+    @contextlib.contextmanager
+    def excluding(self) -> Iterator[None]:
+        """What is added in the block, and stays, is not counted."""
+        start = self._current()
+        yield
+        self.before += max(self._current() - start, 0)
+        self._highest = max(self._highest, self.before)
 
     def stop(self) -> None:
         """What comes after this is not counted."""

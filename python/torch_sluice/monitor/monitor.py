@@ -12,19 +12,19 @@ import torch
 from torch import nn
 
 from torch_sluice.monitor.figures import Figures
-from torch_sluice.monitor.flops import StepFlopCounter, measure_flops
+from torch_sluice.monitor.flops import StepFlopCounter, load_counter, measure_flops
 from torch_sluice.monitor.limits import (
     MEMORY_RATIO_LIMIT,
     MFU_LIMIT,
     MonitorWarning,
     check_limit,
     find_problems,
+    is_memory_judged,
 )
 from torch_sluice.monitor.outputs import Output
 from torch_sluice.parallel.statistics import communication_statistics
 
 _TENSORBOARD_SHARE = 0.003  # of the time of the steps
-_LITTLE_MEMORY = 16 * 2**20  # bytes that a process adds for its own ends; less growth than this is not the model's
 _RESERVED = frozenset({"step", "time", "monitor", "seconds", "tokens", "tokens_per_second"})
 
 
@@ -205,10 +205,14 @@ class Monitor(Figures):
     def count_flops(self, step: Callable[[], object]) -> int:
         """Runs the function once and takes its floating-point operations as those of a step; returns those that were
         executed. Later steps with another density are counted by proportion."""
+        with self._meter.excluding():
+            load_counter()
         self.flops = measure_flops(step)
         return self.flops.executed
 
     def _start_counter(self) -> None:
+        with self._meter.excluding():
+            load_counter()
         counter = StepFlopCounter()
         counter.__enter__()
         self._counter = counter
@@ -256,7 +260,7 @@ class Monitor(Figures):
     def check(self) -> list[str]:
         """Sentences about the figures beyond their limits. Each kind is also warned of, the first time."""
         summary = self.summary()
-        ratio = summary["memory_ratio"] if self._meter.added >= _LITTLE_MEMORY else None
+        ratio = summary["memory_ratio"] if is_memory_judged(summary) else None
         problems = find_problems(summary["mfu"], ratio, *self.limits, summary=summary)
         for problem in problems:
             self._warn_once(problem.split(" is ")[0], problem)

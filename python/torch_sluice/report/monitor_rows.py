@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from torch_sluice.monitor.limits import is_memory_judged
+
 
 def _percent(value: float) -> str:
     return f"{100 * value:.0f} %" if value >= 0.1 or value == 0 else f"{100 * value:.1f} %"
@@ -95,6 +97,8 @@ def tiles(summary: dict, limits: tuple[float | None, float | None]) -> list[tupl
     if summary["memory_ratio"] is not None:
         note = "" if ratio_limit is None else f"limit: at most {ratio_limit:g}"
         within = ratio_limit is None or summary["memory_ratio"] <= ratio_limit
+        if not within and not is_memory_judged(summary):
+            note, within = "not judged: little was added", True
         found.append((f"{summary['memory_ratio']:.1f}", "peak memory / parameters", note, within))
     if summary["target_loss"] is not None:
         if summary["steps_to_target"] is None:

@@ -30,7 +30,8 @@ def run_mesh(options: argparse.Namespace, settings: Settings | None) -> int:
     Returns the exit code.
     """
     for name in _NOT_HERE:
-        if getattr(options, name) not in (None, False):
+        value = getattr(options, name)
+        if value is not None and value is not False:  # a port may be 0
             raise TrainError(f"--{name.replace('_', '-')} does not go with --mesh, expected one of them")
     if options.save_every is not None and options.save_every < 1:
         raise TrainError(f"--save-every is {options.save_every}, expected at least 1 step")
