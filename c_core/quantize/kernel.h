@@ -12,7 +12,8 @@ enum { SL_QUANTIZE_TILE_ROWS = 6 };
 enum { SL_QUANTIZE_SEGMENT = 512 };
 
 /* One tile of a product: rows x SL_QUANTIZE_PANEL, over segments of equal depth that follow one another. The
- * activations of row r are at activations[r]: int16_t for multiply8 if the table has wide_activations, else int8_t. depth is a multiple of SL_QUANTIZE_DEPTH. multiply8_unpacked gets one segment. */
+ * activations of row r are at activations[r]: int16_t for multiply8 if the table has wide_activations, else int8_t.
+ * depth is a multiple of SL_QUANTIZE_DEPTH. multiply8_unpacked gets one segment. */
 typedef struct sl_quantize_tile {
   int rows; /* from 1 to what the table says */
   int64_t depth, segments;

@@ -1,5 +1,5 @@
-/* quantize: input-adaptive quantisation. Activations are rounded to 4, 7, 8 or 16 bits when they arrive, a width for each
- * row or tensor, and multiplied by weights that were packed once in 8 or 4 bits.
+/* quantize: input-adaptive quantisation. Activations are rounded to 4, 7, 8 or 16 bits when they arrive, a width for
+ * each row or tensor, and multiplied by weights that were packed once in 8 or 4 bits.
  *
  * ROUNDING is symmetric, to nearest even. With amax = max |x| over a row (or the tensor, or an image):
  *   qmax  = 7, 63, 127, 32639 for 4, 7, 8, 16 bits           32639 = 127 * 256 + 127: two bytes of at most 127 each
