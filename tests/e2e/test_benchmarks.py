@@ -86,7 +86,7 @@ def test_import_time(rows_of, capsys):
 
 
 def test_monitor_overhead(rows_of, capsys):
-    (row,) = rows_of(monitor_overhead, "--case", "small model")
+    (row,) = rows_of(monitor_overhead, "--quick", "--case", "small model")
     assert (row["case"], row["rounds"], row["steps_a_round"]) == ("small model", 2, 3)
     assert row["ratio"] == pytest.approx(1 / (1 + row["overhead"]))
     assert row["middle_half"][0] <= row["overhead"] <= row["middle_half"][1]

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from torch_sluice.monitor import Monitor, MonitorWarning
+from torch_sluice.monitor.outputs import Output
 from torch_sluice.monitor.outputs.json_lines import keep_lines_up_to
 
 
@@ -151,12 +152,17 @@ def test_tensorboard_has_the_scalars(make_monitor, tmp_path):
     assert [event.step for event in scalars.Scalars("tokens_per_second")] == [1, 2]
 
 
-def test_tensorboard_gets_fewer_steps_where_writing_would_take_long(make_monitor, tmp_path):
-    monitor = make_monitor(log_dir=tmp_path)
-    for _ in range(100):
-        monitor.record(1e-9, loss=1.0)
-    monitor.close()
-    assert len(EventAccumulator(str(tmp_path)).Reload().Scalars("loss")) == 1
+@pytest.mark.parametrize(("free", "written"), [(0.0, [1, 5]), (3600.0, [1, 2, 3, 4, 5])])
+def test_fewer_steps_are_written_where_writing_would_take_long(free, written):
+    class Steps(list):
+        def write(self, step, figures):
+            self.append(step)
+
+    steps = Steps()
+    output = Output("steps", lambda: steps, share=1e-9, free=free)
+    for step, seconds in enumerate((1e-9, 1e-9, 1e-9, 1e-9, 1e12), 1):
+        output.write(step, seconds, {})
+    assert steps == written
 
 
 def test_prometheus_shows_the_last_step(make_monitor):

@@ -76,6 +76,8 @@ class Figures:
     def take_communication(self) -> dict[str, float]:
         """Adds what was communicated since the last call. Returns it as figures; none in a job without groups."""
         now = communication_statistics()
+        if now is self._communication_before:  # this process has made no group
+            return {}
         step = now - self._communication_before
         self._communication_before = now
         if not step.collectives and not step.sends:

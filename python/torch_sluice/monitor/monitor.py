@@ -24,7 +24,7 @@ from torch_sluice.monitor.limits import (
 from torch_sluice.monitor.outputs import Output
 from torch_sluice.parallel.statistics import communication_statistics
 
-_TENSORBOARD_SHARE = 0.003  # of the time of the steps
+_TENSORBOARD_SHARE = 0.001  # of the time of the steps
 _RESERVED = frozenset({"step", "time", "monitor", "seconds", "tokens", "tokens_per_second"})
 
 

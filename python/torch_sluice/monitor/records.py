@@ -84,10 +84,11 @@ class StepTimes:
 
 
 class Budget:
-    """Keeps the cost of looking below a share of the time of the steps: look only while ``open``."""
+    """Keeps the cost of looking below a share of the time of the steps, after a number of seconds that are free: look
+    only while ``open``."""
 
-    def __init__(self, share: float):
-        self._share, self._spent, self._earned = share, 0.0, 0.0
+    def __init__(self, share: float, free: float = 0.0):
+        self._share, self._spent, self._earned = share, -free, 0.0
 
     def earn(self, seconds: float) -> None:
         self._earned += seconds

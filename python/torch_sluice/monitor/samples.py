@@ -12,13 +12,13 @@ from torch_sluice.attention.density import sample_gate
 from torch_sluice.monitor import bits
 from torch_sluice.monitor.records import Budget
 
-_SHARE = 0.002  # of the time of the steps that looking may take
+_SHARE = 0.001  # of the time of the steps that looking may take
 _listening: "weakref.WeakSet[ModelSampler]" = weakref.WeakSet()
 _MOST_CALLS = 256  # of attention, or of quantised operators, that are kept of one step
 
 
 class ModelSampler:
-    """Looks at a model during a step, now and then: so seldom that it takes a five-hundredth of the time at most."""
+    """Looks at a model during a step, now and then: so seldom that it takes a thousandth of the time at most."""
 
     def __init__(self, model: nn.Module):
         self._model = model

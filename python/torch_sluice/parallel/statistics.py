@@ -47,11 +47,14 @@ class CommunicationStatistics:
         return 1 - self.waited_seconds / self.busy_seconds if self.busy_seconds > 0 else None
 
 
+_NOTHING = CommunicationStatistics()
+
+
 def communication_statistics() -> CommunicationStatistics:
     """The counters now; all are 0 in a process that has made no group of the backend "sluice"."""
     library = backend.loaded_library()
     if library is None:
-        return CommunicationStatistics()
+        return _NOTHING
     numbers = (ctypes.c_uint64 * 6)()
     library.sluice_c10d_read_statistics(numbers)
     collectives, size, busy, waited, sends, sent = numbers

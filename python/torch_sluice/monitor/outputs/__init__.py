@@ -15,11 +15,12 @@ class Output:
         make: makes the output. What it raises is warned of, too, except ImportError, ValueError and TypeError: those
             are mistakes of the caller.
         share: of the time of the steps that writing may take; None: every step is written.
+        free: seconds that writing may take beside that, so that a short run is written whole.
     """
 
-    def __init__(self, what: str, make: Callable[[], object], share: float | None = None):
+    def __init__(self, what: str, make: Callable[[], object], share: float | None = None, free: float = 0.2):
         self._what, self._warned = what, False
-        self._budget = None if share is None else Budget(share)
+        self._budget = None if share is None else Budget(share, free)
         self._output = None
         try:
             self._output = make()
