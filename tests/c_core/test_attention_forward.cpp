@@ -285,7 +285,8 @@ TEST(AttentionForward, NamesTheKernel) {
   for (sl_isa tier : tiers()) {
     IsaCap cap(tier);
     std::string name = sl_gated_attention_kernel_name(SL_BF16);
-    EXPECT_EQ(name.find(sl_isa_name(tier)), 0u) << name;
+    sl_isa served = tier == SL_ISA_AVX512VNNI ? SL_ISA_AVX512 : tier;  // it adds products of bytes alone
+    EXPECT_EQ(name.find(sl_isa_name(served)), 0u) << name;
     EXPECT_STREQ(sl_gated_attention_kernel_name(SL_F64), "reference");
   }
 }
