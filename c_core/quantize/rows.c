@@ -36,6 +36,14 @@ static const float *read_row(const sl_rows *rows, int64_t worker, int64_t row, f
   return values;
 }
 
+/* An infinity in a channel that is left out must not go unseen. */
+static bool outliers_are_finite(const sl_rows *rows, int64_t row) {
+  for (int64_t i = 0; i < rows->outliers; ++i) {
+    if (!isfinite(sl_load_value(rows->dtype, rows->x, row * rows->columns + rows->outlier_channels[i]))) return false;
+  }
+  return true;
+}
+
 static void measure_task(void *context, int64_t worker, int64_t task) {
   const sl_rows *rows = context;
   int64_t end = (task + 1) * TASK_ROWS < rows->rows ? (task + 1) * TASK_ROWS : rows->rows;
@@ -43,6 +51,7 @@ static void measure_task(void *context, int64_t worker, int64_t task) {
     const float *values = read_row(rows, worker, row, NULL);
     sl_row_measure *measure = &rows->measures[row];
     rows->kernel->measure_row(values, rows->columns, &measure->amax_bits, &measure->sumsq);
+    if (!outliers_are_finite(rows, row)) measure->amax_bits = 0x7f800000u;
     if (rows->outlier_ratio > 0 && rows->outliers == 0 && sl_measure_is_finite(measure)) {
       rows->kernel->measure_channels(values, rows->columns, rows->channel_amax + worker * rows->columns);
     }
@@ -104,7 +113,7 @@ int sl_quantize_row(const sl_rows *rows, int64_t worker, int64_t row, int16_t *q
   } else {
     rows->kernel->measure_row(values, rows->columns, &measure.amax_bits, &measure.sumsq);
   }
-  if (!sl_measure_is_finite(&measure)) {
+  if (!sl_measure_is_finite(&measure) || !outliers_are_finite(rows, row)) {
     memset(q, 0, (size_t)rows->columns * sizeof(int16_t));
     *scale = NAN;
     return 0;

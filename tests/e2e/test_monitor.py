@@ -256,16 +256,16 @@ def test_two_monitors_at_a_time():
 
 def test_memory_is_that_of_each_monitors_time():
     model = nn.Linear(2, 2)
-    before = torch.ones(64 * 2**18)  # 64 MiB
+    before = torch.ones(64 * 2**18)  # 64 MiB; from 32 on the C library takes fresh pages, and gives them back
     del before
     first = quiet_monitor(model)
-    kept = torch.ones(32 * 2**18)
+    kept = torch.ones(40 * 2**18)
     second = quiet_monitor(model)
-    more = torch.ones(16 * 2**18)
-    assert second.peak_bytes - second.parameter_bytes == pytest.approx(16 * 2**20, rel=0.2)
-    assert first.peak_bytes - first.parameter_bytes == pytest.approx(48 * 2**20, rel=0.2)
+    more = torch.ones(48 * 2**18)
+    assert second.peak_bytes - second.parameter_bytes == pytest.approx(48 * 2**20, rel=0.2)
+    assert first.peak_bytes - first.parameter_bytes == pytest.approx(88 * 2**20, rel=0.2)
     del kept, more
-    assert first.peak_bytes - first.parameter_bytes == pytest.approx(48 * 2**20, rel=0.2)
+    assert first.peak_bytes - first.parameter_bytes == pytest.approx(88 * 2**20, rel=0.2)
 
 
 def test_what_comes_after_the_end_is_not_the_runs_memory():

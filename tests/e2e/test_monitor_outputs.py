@@ -232,7 +232,8 @@ def test_the_port_is_free_again_after_the_end(make_monitor):
 def test_ctrl_c_leaves_no_port_and_whole_lines(tmp_path):
     path = tmp_path / "steps.jsonl"
     program = (
-        "import torch_sluice, torch, sys, time\n"
+        "import torch_sluice, torch, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background starts without\n"
         "with torch_sluice.Monitor(torch.nn.Linear(2, 2), jsonl=sys.argv[1], metrics_port=0, mfu_limit=None) as m:\n"
         "    m.record(0.1); print(m.metrics_port, flush=True); time.sleep(60)\n"
     )

@@ -98,7 +98,7 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_resume(text_folder, tmp_path, 
     assert process.returncode == 130, err
     assert f"torch-sluice train --resume '{folder}'" in out
     assert "Traceback" not in err
-    assert [path.name for path in folder.iterdir()] == ["checkpoint.pt"]
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pt", "steps.jsonl"]
 
     assert main(["train", "--data", str(text_folder), "--out", str(folder), *TINY]) == 2
     message = capsys.readouterr().err

@@ -36,6 +36,10 @@ def test_a_row_that_is_not_finite_is_nan_and_leaves_the_others_alone(bad, per_to
     assert torch.equal(out[others], expected[others])
     with_side, _ = linear_dynamic(x, packed, scale, outlier_ratio=3.0, **options)
     assert torch.equal(with_side.isnan(), out.isnan())
+    x[0, 11] = 100  # now the bad value is in a channel that is left out
+    with_side, bits = linear_dynamic(x, packed, scale, outlier_ratio=3.0, **options)
+    assert torch.equal(with_side.isnan(), out.isnan())
+    assert bits[4] == 0
 
 
 def test_integers_of_a_row_that_is_not_finite_are_zero_with_scale_nan():
