@@ -33,22 +33,10 @@ static inline void add_to_tile(float *out, const float *scale, __m256i low, __m2
 #define ADD_WORDS(sum, x, weight) ADD_PIECE("vpmaddwd", "vpaddd", sum, x, weight)
 #define ADD_BYTES(sum, x, weight) ADD_PIECE("vpmaddubsw", "vpaddw", sum, x, weight)
 #endif
-#define EACH_ROW(DO) \
-  DO(0)              \
-  if (rows > 1) {    \
-    DO(1)            \
-  }                  \
-  if (rows > 2) {    \
-    DO(2)            \
-  }                  \
-  if (rows > 3) {    \
-    DO(3)            \
-  }                  \
-  if (rows > 4) {    \
-    DO(4)            \
-  }                  \
-  if (rows > 5) {    \
-    DO(5)            \
+#define EACH_ROW(DO)    \
+  EACH_OF_FIVE_ROWS(DO) \
+  if (rows > 5) {       \
+    DO(5)               \
   }
 #define EACH_HEIGHT(function, tile)    \
   switch ((tile)->rows) {              \

@@ -9,6 +9,22 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* DO(r) for each of the first five rows that there are; `rows` is a constant where it stands. */
+#define EACH_OF_FIVE_ROWS(DO) \
+  DO(0)                       \
+  if (rows > 1) {             \
+    DO(1)                     \
+  }                           \
+  if (rows > 2) {             \
+    DO(2)                     \
+  }                           \
+  if (rows > 3) {             \
+    DO(3)                     \
+  }                           \
+  if (rows > 4) {             \
+    DO(4)                     \
+  }
+
 /* Bits of int32 or four bytes at an address of any alignment, in all lanes. */
 INLINE __m256i sl_quantize_avx2_broadcast(const void *from) {
   int32_t bits;

@@ -21,20 +21,6 @@
             : [x_] "x"(x), [w_] "x"(weight), [ones_] "x"(ones));                                              \
   }
 #endif
-#define EACH_ROW(DO) \
-  DO(0)              \
-  if (rows > 1) {    \
-    DO(1)            \
-  }                  \
-  if (rows > 2) {    \
-    DO(2)            \
-  }                  \
-  if (rows > 3) {    \
-    DO(3)            \
-  }                  \
-  if (rows > 4) {    \
-    DO(4)            \
-  }
 
 INLINE __m256i read_weights(const uint8_t *half_block) {
   const __m256i order = _mm256_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15, /* as packed */
@@ -53,7 +39,7 @@ INLINE void multiply_rows(const sl_quantize_tile *tile, const int rows) {
   const int8_t *const *list = (const int8_t *const *)tile->activations;
   const int8_t *x0 = NULL, *x1 = NULL, *x2 = NULL, *x3 = NULL, *x4 = NULL;
 #define TAKE(r) x##r = list[r];
-  EACH_ROW(TAKE)
+  EACH_OF_FIVE_ROWS(TAKE)
   const uint8_t *block = tile->weight;
   const float *scale = tile->scale;
   const int64_t depth = tile->depth;
@@ -62,7 +48,7 @@ INLINE void multiply_rows(const sl_quantize_tile *tile, const int rows) {
     __m256i low0, low1, low2, low3, low4, high0, high1, high2, high3, high4;
     low0 = low1 = low2 = low3 = low4 = high0 = high1 = high2 = high3 = high4 = _mm256_setzero_si256();
 #define START(r) low##r = high##r = _mm256_set1_epi32(-128 * tile->sums[r][segment]);
-    EACH_ROW(START)
+    EACH_OF_FIVE_ROWS(START)
     for (const int64_t end = k + depth; k < end; k += 4, block += 64) {
       sl_quantize_avx2_fetch(block);
       __m256i left = read_weights(block), right = read_weights(block + 32);
@@ -72,12 +58,12 @@ INLINE void multiply_rows(const sl_quantize_tile *tile, const int rows) {
     ADD_PRODUCTS(low##r, four, left, ones)               \
     ADD_PRODUCTS(high##r, four, right, ones)             \
   }
-      EACH_ROW(STEP)
+      EACH_OF_FIVE_ROWS(STEP)
     }
 #define FINISH(r)                                                  \
   add_to_tile(tile->out + (r) * SL_QUANTIZE_PANEL, scale, low##r); \
   add_to_tile(tile->out + (r) * SL_QUANTIZE_PANEL + 8, scale + 8, high##r);
-    EACH_ROW(FINISH)
+    EACH_OF_FIVE_ROWS(FINISH)
   }
 }
 

@@ -296,10 +296,8 @@ static void multiply_task(void *context, int64_t worker, int64_t task) {
   int64_t end = run->panels * (chunk + 1) / run->column_chunks;
   for (int64_t panel = run->panels * chunk / run->column_chunks; panel < end; ++panel) {
     int64_t left = outputs - panel * SL_QUANTIZE_PANEL, channel = group * outputs + panel * SL_QUANTIZE_PANEL;
-    float bias[SL_QUANTIZE_PANEL] = {0};
-    finish.channels = left < SL_QUANTIZE_PANEL ? (int)left : SL_QUANTIZE_PANEL;
-    if (args->bias) memcpy(bias, args->bias + channel, (size_t)finish.channels * sizeof(float));
-    finish.bias = bias;
+    float bias[SL_QUANTIZE_PANEL];
+    sl_set_panel_channels(&finish, left, args->bias ? args->bias + channel : NULL, bias);
     int64_t at =
         image * weight->out_features * run->pixels + channel * finish.channel_stride + first * finish.row_stride;
     finish.out = (char *)args->out + at * (int64_t)sl_value_size(args->dtype);

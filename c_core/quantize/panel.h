@@ -2,6 +2,8 @@
 #ifndef SL_QUANTIZE_PANEL_H
 #define SL_QUANTIZE_PANEL_H
 
+#include <string.h>
+
 #include "quantize/rounding.h"
 
 /* A row of activations here is one plane: an int16_t row, an int8_t row, or one of the two int8_t rows of a 16-bit one.
@@ -29,6 +31,16 @@ static inline bool sl_rows_are_wide(const sl_quantize_kernel *kernel, int32_t we
 /* and whether one of so few bits (0: not finite) is. */
 static inline bool sl_row_is_wide(const sl_quantize_kernel *kernel, int32_t weight_bits, int bits) {
   return sl_rows_are_wide(kernel, weight_bits) && !(kernel->multiply7 && bits <= 7);
+}
+
+/* Tells finish which channels the panel has, of `left` that are still to come, and their bias (NULL: none), for which
+ * it is lent memory. */
+static inline void sl_set_panel_channels(sl_quantize_finish *finish, int64_t left, const float *bias,
+                                         float lent[SL_QUANTIZE_PANEL]) {
+  finish->channels = left < SL_QUANTIZE_PANEL ? (int)left : SL_QUANTIZE_PANEL;
+  memset(lent, 0, SL_QUANTIZE_PANEL * sizeof(float));
+  if (bias) memcpy(lent, bias, (size_t)finish->channels * sizeof(float));
+  finish->bias = lent;
 }
 
 /* Sum of each segment of an int8_t row. */
