@@ -83,6 +83,7 @@ packages-demo packages-test: packages-%:
 
 # With a GPU and nvcc at hand the package gets its CUDA kernels.
 .venv/package: .venv/torch pyproject.toml README.md $(SOURCES)
+	@echo "== Building Sluice and installing it into .venv, with what its tests need: some minutes without a word =="
 	$(PIP) --no-build-isolation --config-settings=build-dir=build/wheel \
 	  --config-settings=cmake.define.SLUICE_BUILD_CUDA=$(if $(GPU),ON,OFF) '.[test]'
 	touch $@
