@@ -17,7 +17,8 @@ SOURCES := $(shell find CMakeLists.txt cmake c_core ops torch_bindings python to
              -not -name '*.pyc' -not -name '* *')
 NVCC := $(shell command -v nvcc)
 GPU := $(if $(NVCC),$(shell nvidia-smi -L 2>/dev/null | head -n 1))
-PRESETS := release asan tsan emulated $(if $(NVCC),cuda)
+# Where there is nvcc, `cuda` is the optimised build: `release` and the CUDA kernels.
+PRESETS := asan tsan emulated $(if $(NVCC),cuda,release)
 
 .PHONY: help
 help: ## List the targets
@@ -28,15 +29,15 @@ demo: packages-demo .venv/package ## Set up, then train a small model densely an
 	$(BIN)/torch-sluice train --preset demo --out runs/demo $(ARGS)
 
 .PHONY: test
-test: packages-test .venv/package .venv/weights native ## Set up, then run every test: GoogleTest for C, pytest for the rest
-	$(BIN)/python -m pytest $(ARGS)
+test: packages-test .venv/test .venv/weights native ## Set up, then run every test: GoogleTest for C, pytest for the rest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
 .PHONY: native
 native: $(PRESETS:%=native-%) ## Build the C core under every preset and run its tests
 
 # Every preset runs its tests; `cuda` needs no GPU to build, and its GPU tests skip where there is none.
 .PHONY: $(PRESETS:%=native-%)
-$(PRESETS:%=native-%): native-%: packages-test .venv/package
+$(PRESETS:%=native-%): native-%: packages-test .venv/test
 	@echo "== C core, $* =="
 	@cmake --preset $* $(if $(CI),-DCMAKE_COMPILE_WARNING_AS_ERROR=ON) $(if $(filter emulated cuda,$*),"-DPython3_EXECUTABLE=$$PWD/$(BIN)/python") >/dev/null
 	@cmake --build --preset $* --parallel "$$CMAKE_BUILD_PARALLEL_LEVEL" >build/$*/build.log 2>&1 || \
@@ -53,15 +54,15 @@ format: .venv/lint ## Rewrite all sources with clang-format and ruff
 	tools/lint.sh format
 
 .PHONY: test-abi
-test-abi: .venv/package ## Opt-in, several GB: run one library file under torch 2.13, 2.11 and the newest
+test-abi: .venv/test ## Opt-in, several GB: run one library file under torch 2.13, 2.11 and the newest
 	tools/test_abi.sh $(ARGS)
 
 .PHONY: test-c10d
-test-c10d: packages-test .venv/package ## Opt-in, long: torch's own tests of process groups, on gloo and on sluice
+test-c10d: packages-test .venv/test ## Opt-in, long: torch's own tests of process groups, on gloo and on sluice
 	$(BIN)/python tests/parallel/c10d_suite.py $(ARGS)
 
 .PHONY: soak
-soak: packages-test .venv/package ## Opt-in, long: 100,000 random collectives against gloo
+soak: packages-test .venv/test ## Opt-in, long: 100,000 random collectives against gloo
 	$(BIN)/python tests/parallel/soak.py $(ARGS)
 
 .PHONY: clean
@@ -72,7 +73,7 @@ clean: ## Remove build/ and .venv/
 packages-demo packages-test: packages-%:
 	@tools/debian_packages.sh $* "$(PYTHON)"
 
-# The three steps of the environment. A stamp is newer than all that it was made from.
+# The steps of the environment. A stamp is newer than all that it was made from.
 .venv/created:
 	$(PYTHON) -m venv .venv
 	touch $@
@@ -83,9 +84,14 @@ packages-demo packages-test: packages-%:
 
 # With a GPU and nvcc at hand the package gets its CUDA kernels.
 .venv/package: .venv/torch pyproject.toml README.md $(SOURCES)
-	@echo "== Building Sluice and installing it into .venv, with what its tests need: some minutes without a word =="
+	@echo "== Building Sluice and installing it into .venv, with what training needs: some minutes without a word =="
 	$(PIP) --no-build-isolation --config-settings=build-dir=build/wheel \
-	  --config-settings=cmake.define.SLUICE_BUILD_CUDA=$(if $(GPU),ON,OFF) '.[test]'
+	  --config-settings=cmake.define.SLUICE_BUILD_CUDA=$(if $(GPU),ON,OFF) '.[train,monitor]'
+	touch $@
+
+.venv/test: .venv/package
+	@echo "== Installing what the tests need: a minute without a word =="
+	$(PIP) 'torch-sluice[test]'
 	touch $@
 
 # Packages that hold the weights of real models; nothing of what they depend on is needed to read these.

@@ -121,7 +121,7 @@ def accuracy(model, batches) -> float:
 def load(quick: bool = False) -> Task:
     """The task; trains the model the first time (a cached file after that). ``quick``: less of everything."""
     scans = load_scans()
-    steps, widths = (60, (8, 16)) if quick else (240, WIDTHS)
+    steps, widths = (60, (8, 16)) if quick else (800, WIDTHS)
     model = ResNet(widths)
     recipe = f"digits 1: {widths} {steps} {NOISE} {PARTS}"
     model.load_state_dict(train_once("digits", recipe, lambda: train(scans["train"], steps, widths).state_dict()))

@@ -2,7 +2,7 @@
 
 The task is retrieval: to find for a docstring's first paragraph the description that follows it, among those of all
 others (benchmarks/models/docstrings.py). Fine-tuning is distillation: it moves a compressed model's embeddings of other
-docstrings towards those of the original, and needs no labels.
+docstrings, and what the last layer makes of each token, towards those of the original, and needs no labels.
 """
 
 import copy
@@ -15,7 +15,7 @@ from benchmarks.models.docstrings import Pair, load_pairs
 from benchmarks.models.task import MissingPackageError, Task, call_batches, make_batches, targets_of
 
 LENGTH = 64  # tokens of a sentence, padding included
-CANDIDATES = {"selection": 80, "heldout": 200}  # pairs among which one is to be found
+CANDIDATES = {"selection": 160, "heldout": 200}  # pairs among which one is to be found
 BATCH = 8
 
 
@@ -28,7 +28,14 @@ class SentenceEncoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids, attention_mask int64 [B, N] -> [B, 384]."""
-        hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return self.pool(self.encode(input_ids, attention_mask), attention_mask)
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """What the last layer makes of each token, [B, N, 384]."""
+        return self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+    @staticmethod
+    def pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
         weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
         return F.normalize((hidden * weight).sum(1) / weight.sum(1).clamp(min=1e-9), dim=-1)
 
@@ -87,18 +94,26 @@ def retrieval(model, batches) -> float:
 
 
 class Distillation:
-    """Loss on texts of the training part: one minus the cosine between the embeddings of two models."""
+    """Loss on texts of the training part: one minus the cosine between the embeddings of two models, and the squared
+    error of the last layer's tokens, relative to their variance.
 
-    def __init__(self, teacher: nn.Module, tokens: tuple[Tensor, Tensor], size: int = 16):
+    The teacher's answers are kept, since every round of training asks for the same ones.
+    """
+
+    def __init__(self, teacher: SentenceEncoder, tokens: tuple[Tensor, Tensor], size: int = 16):
         self.teacher, self.tokens, self.size = teacher, tokens, size
+        self._wanted: dict[int, Tensor] = {}  # step -> hidden states
 
-    def __call__(self, model: nn.Module, step: int) -> Tensor:
+    def __call__(self, model: SentenceEncoder, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(step)
         chosen = torch.randint(len(self.tokens[0]), (self.size,), generator=generator)
-        inputs = tuple(tensor[chosen] for tensor in self.tokens)
-        with torch.no_grad():
-            wanted = self.teacher(*inputs)
-        return (1 - F.cosine_similarity(model(*inputs), wanted)).mean()
+        ids, mask = (tensor[chosen] for tensor in self.tokens)
+        if step not in self._wanted:
+            with torch.no_grad():
+                self._wanted[step] = self.teacher.encode(ids, mask).half()  # half the memory
+        hidden, wanted, real = model.encode(ids, mask), self._wanted[step].float(), mask.bool()
+        cosine = F.cosine_similarity(SentenceEncoder.pool(hidden, mask), SentenceEncoder.pool(wanted, mask))
+        return (1 - cosine).mean() + F.mse_loss(hidden[real], wanted[real]) / wanted[real].var()
 
 
 def load(quick: bool = False) -> Task:
@@ -121,8 +136,8 @@ def load(quick: bool = False) -> Task:
         metric=retrieval,
         draw_inputs=lambda batch: tuple(tensor[:batch].clone() for tensor in timed),
         train_step=Distillation(teacher, tokenize(tokenizer, training)),
-        train_steps=10 if quick else 100,
-        learning_rate=1e-4,
+        train_steps=10 if quick else 300,
+        learning_rate=2e-4,
         train_mode=False,
         notes=[
             "minilm: finds a docstring's description for its first paragraph; fine-tuned by distillation to the "

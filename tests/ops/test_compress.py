@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from support.compress_models import Branches, Convolutions, gated_llama, mlp, tokens
+from support.compress_models import Branches, Convolutions, call_all_faster, gated_llama, mlp, tokens
 from torch import nn
 
 pytest.importorskip("torch_pruning")
@@ -44,7 +44,7 @@ def accuracy(model, data):
 @pytest.fixture
 def same_speed(monkeypatch):
     """No test depends on how fast this machine happens to be: every quantised layer counts as faster."""
-    monkeypatch.setattr(quantization, "_time_both", lambda module, layer, x: (2e-3, 1e-3))
+    monkeypatch.setattr(quantization, "_time_in_place", call_all_faster)
     monkeypatch.setattr(pipeline, "compare_latency", lambda *_: (Latency(2e-3, 2e-3), Latency(1e-3, 1e-3)))
 
 

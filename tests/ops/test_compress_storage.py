@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from support.compress_models import MODELS, make, mlp
+from support.compress_models import MODELS, call_all_faster, make, mlp
 from torch import nn
 
 pytest.importorskip("torch_pruning")
@@ -27,7 +27,7 @@ def run(model, inputs):
 
 @pytest.fixture(autouse=True)
 def every_layer_is_faster(monkeypatch):
-    monkeypatch.setattr(quantization, "_time_both", lambda module, layer, x: (2e-3, 1e-3))
+    monkeypatch.setattr(quantization, "_time_in_place", call_all_faster)
 
 
 def compressed(name, keep=0.3):
@@ -127,6 +127,23 @@ def test_changes_that_are_none_of_compression_are_refused(part, value, tmp_path)
     torch_sluice.compress.save(small, tmp_path / "x.pt")
     with pytest.raises(ValueError, match="does not belong to this model"):
         torch_sluice.compress.load(tmp_path / "x.pt", model)
+
+
+def test_a_report_of_another_version_does_not_keep_a_model_from_being_loaded(tmp_path):
+    model, inputs, small = compressed("mlp")
+    path = tmp_path / "small.pt"
+    torch_sluice.compress.save(small, path)
+    content = torch.load(path, weights_only=True)
+    content["report"]["joules"] = 1.0
+    content["report"]["layers"][0]["colour"] = "blue"
+    torch.save(content, path)
+    loaded = torch_sluice.compress.load(path, model)
+    assert torch.equal(run(loaded, inputs), run(small, inputs))
+    assert loaded.compression_report.as_dict() == small.compression_report.as_dict()
+    del content["report"]["keep"]
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=r"has a report that cannot be read \(.*keep.*\): save the model again"):
+        torch_sluice.compress.load(path, model)
 
 
 def test_what_was_not_compressed_is_not_saved(tmp_path):

@@ -135,3 +135,9 @@ def make(name, seed=0):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias)
     return model, inputs()
+
+
+def call_all_faster(model, candidates, *_):
+    """In place of ``quantization._time_in_place``: every quantised layer takes half the time, whatever the machine."""
+    for candidate in candidates:
+        candidate.before, candidate.after = 2e-3, 1e-3

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch_sluice.compress.calling import call_model, evaluating, float_outputs
 
 Metric = Callable[[nn.Module, list], float]
+_COMPARED = 8  # batches on which outputs are compared
+_FAILURES = (RuntimeError, ValueError, IndexError, TypeError)  # of shapes that only other data leads to
 
 
 def read_batches(data: Iterable) -> list[tuple[Any, Any]]:
@@ -72,12 +74,17 @@ class Fidelity:
 
 
 class Measure:
-    """The metric of the original and of candidates, on batches that stay the same."""
+    """The metric of the original and of candidates, on batches that stay the same.
+
+    ``loss()`` is smoother: a metric such as an accuracy moves by whole samples, which drown what one small cut costs.
+    """
 
     def __init__(self, original: nn.Module, data: Iterable, metric: Metric | None):
         self.batches = read_batches(data)
         self.fidelity = metric is None
         self._metric = metric or Fidelity(original, self.batches)
+        self._compared = self.batches[:_COMPARED]
+        self._closeness = self._compare_outputs(original)
         self.original = self._run(original)
         if not math.isfinite(self.original):
             raise ValueError(
@@ -106,6 +113,26 @@ class Measure:
         """The candidate's metric as a share of the original's; -inf for NaN and for a candidate that does not run."""
         try:
             value = self._run(candidate)
-        except (RuntimeError, ValueError, IndexError, TypeError):  # of shapes that only other data leads to
+        except _FAILURES:
             return -math.inf
         return value / self.original if math.isfinite(value) else -math.inf
+
+    def _compare_outputs(self, original: nn.Module) -> Fidelity | None:
+        """None where the metric calls the model otherwise than ``model(inputs)``, or outputs are infinite."""
+        if self.fidelity and len(self._compared) == len(self.batches):
+            return self._metric
+        try:
+            return Fidelity(original, self._compared)
+        except _FAILURES:
+            return None
+
+    def loss(self, candidate: nn.Module) -> float:
+        """What the candidate costs, for comparing candidates: 1 - fidelity on the first batches; where outputs cannot
+        be compared, 1 - ``share()``. Infinity for a candidate that does not run."""
+        if self._closeness is None:
+            return 1 - self.share(candidate)
+        try:
+            value = 1 - self._closeness(candidate, self._compared)
+        except _FAILURES:
+            return math.inf
+        return value if math.isfinite(value) else math.inf

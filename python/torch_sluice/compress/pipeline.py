@@ -202,7 +202,7 @@ class _Run:
         if quantize_options is not None:
             stage, result, quantized = self._quantise(stages, quantize_options)
         if prune and self.groups:
-            self._describe_pruning(pruner, stage.kept, {curve.group: curve for curve in curves}, floor)
+            self._describe_pruning(pruner, stage.kept, {curve.group: curve for curve in curves})
         elif prune and not quantized:
             raise ValueError(
                 "model has no layer that can be pruned, and none that is faster quantised: expected convolutions or "
@@ -251,9 +251,10 @@ class _Run:
             self.progress.start("pruning", 5)
             chosen = choose_by_quantile(pruner, accept, round_to)
         else:
-            slack = 3 if finetune is not None else 1
-            lowest = max(0.0, 1 - slack * (1 - floor)) - _SLACK
-            curves = measure_sensitivity(pruner, self.measure, lowest, round_to, self.progress)
+            # Where closeness is the metric, what is far below the floor is of no use; a metric of the user's may not
+            # mind that outputs move.
+            most = 3 * (1 - floor) + _SLACK if self.measure.fidelity and finetune is None else 1.0
+            curves = measure_sensitivity(pruner, self.measure, most, round_to, self.progress)
             self.evaluations += sum(len(curve.kept) for curve in curves)
             chosen = choose_by_sensitivity(pruner, curves, accept, enough, self.progress)
         plans = [kept for kept in accepted if _within(kept, chosen, pruner.groups)]
@@ -288,21 +289,23 @@ class _Run:
                 part /= 2
         return stages
 
-    def _describe_pruning(self, pruner, chosen, curves, floor) -> None:
+    def _describe_pruning(self, pruner, chosen, curves) -> None:
         base = pruner.predict_seconds({})
         for g, group in enumerate(pruner.groups):
             kept = chosen.get(g)
             size = group.channels if group.kind == "channels" else 1
             curve = curves.get(g)
             if kept is not None:
-                cost = 1 - curve.shares[curve.kept.index(kept)] if curve and kept in curve.kept else None
+                cost = curve.losses[curve.kept.index(kept)] if curve and kept in curve.kept else None
                 saved = base - pruner.predict_seconds({g: kept})
-                reason = f"predicted to save {saved * 1e3:.2f} ms" + (f", alone costs {cost:.2%}" if cost else "")
+                reason = f"predicted to save {saved * 1e3:.2f} ms"
+                if cost is not None:
+                    reason += f", alone moves the outputs by {cost:.2%}"
                 decision = LayerDecision(group.name, "pruned", reason, group.width * size, kept * size, saved, cost)
             else:
                 reason = "not worth what it would cost"
                 if curve is not None and not curve.kept:
-                    reason = f"its smallest cut alone leaves less than {floor:.1%} of the metric"
+                    reason = "its smallest cut alone moves the outputs too far"
                 decision = LayerDecision(group.name, "kept", reason, group.width * size)
             self.layers.append(decision)
 
@@ -323,9 +326,9 @@ class _Run:
         self.layers += [LayerDecision(name, "folded", "into the layer before it") for name in names]
         self.layers += stay + costly
         for c in chosen:
-            reason = f"measured alone {c.before * 1e6:.0f} -> {c.after * 1e6:.0f} µs"
-            if isinstance(c.quantized, QuantizedEmbedding):
-                reason = "for its bytes"
+            reason = "for its bytes"
+            if not isinstance(c.quantized, QuantizedEmbedding):
+                reason = f"measured {c.before * 1e6:.0f} -> {c.after * 1e6:.0f} µs"
             self.layers.append(LayerDecision(c.name, "quantized", reason, None, None, c.before - c.after))
         result = quantization.apply(folded, chosen)
         if self._share(result) < floor:  # folding alone moves the last bits of a metric at its limit

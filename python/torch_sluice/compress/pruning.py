@@ -126,34 +126,34 @@ def _bisect(count: int, accept: Callable[[int], bool]) -> int:
 
 @dataclass
 class Sensitivity:
-    """One group's shares of the metric at each number of kept units, descending, down to where too much is lost."""
+    """What one group costs (``Measure.loss``) at each number of kept units, descending, down to where it is too much."""
 
     group: int
     kept: list[int]
-    shares: list[float]
+    losses: list[float]
 
 
 def measure_sensitivity(
-    pruner: Pruner, measure: Measure, floor: float, round_to: int, progress: Progress
+    pruner: Pruner, measure: Measure, most: float, round_to: int, progress: Progress
 ) -> list[Sensitivity]:
-    """Prunes each group alone, further and further, until less than ``floor`` of the metric is left."""
+    """Prunes each group alone, further and further, until it costs more than ``most``."""
     curves = []
     progress.start("sensitivity of", len(pruner.groups))
     for g, group in enumerate(pruner.groups):
         progress.step(group.name)
         curve = Sensitivity(g, [], [])
         for kept in group.kept_choices(_FRACTIONS, round_to):
-            share = measure.share(pruner.build({g: kept}))
-            if share < floor:
+            loss = measure.loss(pruner.build({g: kept}))
+            if loss > most:
                 break
             curve.kept.append(kept)
-            curve.shares.append(share)
+            curve.losses.append(loss)
         curves.append(curve)
     return curves
 
 
 def order_moves(pruner: Pruner, curves: list[Sensitivity]) -> list[dict[int, int]]:
-    """Plans of growing size: each adds the step of a group that wins most predicted latency per metric lost."""
+    """Plans of growing size: each adds the step of a group that wins most predicted latency for what it costs."""
     place = [0] * len(curves)  # steps taken of each curve
     kept: dict[int, int] = {}
     plans = []
@@ -164,8 +164,8 @@ def order_moves(pruner: Pruner, curves: list[Sensitivity]) -> list[dict[int, int
             if place[i] == len(curve.kept):
                 continue
             saved = now - pruner.predict_seconds({**kept, curve.group: curve.kept[place[i]]})
-            before = curve.shares[place[i] - 1] if place[i] else 1.0
-            cost = max(before - curve.shares[place[i]], 1e-5)
+            before = curve.losses[place[i] - 1] if place[i] else 0.0
+            cost = max(curve.losses[place[i]] - before, 1e-6)
             if saved > 0 and (best is None or saved / cost > best[0]):
                 best = (saved / cost, i)
         if best is None:
@@ -181,10 +181,10 @@ def choose_by_sensitivity(
     pruner: Pruner,
     curves: list[Sensitivity],
     accept: Callable[[dict[int, int]], bool],
-    stop: Callable,
+    stop: Callable[[dict[int, int]], bool],
     progress: Progress,
 ) -> dict[int, int]:
-    """The longest accepted prefix of the greedy order, found by bisection; then single steps that still fit.
+    """The longest accepted prefix of the greedy order, found by bisection.
 
     ``stop(kept)``: whether the budget is met, so that nothing more need be pruned.
     """
@@ -192,23 +192,7 @@ def choose_by_sensitivity(
     enough = next((i + 1 for i, plan in enumerate(plans) if stop(plan)), len(plans))
     progress.start("pruning", None)
     good = _bisect(enough, lambda count: accept(plans[count - 1]))
-    kept = plans[good - 1] if good else {}
-    if good == enough:
-        return kept
-    blocked: set[int] = set()
-    by_group = {curve.group: curve for curve in curves}
-    for plan in plans[good:]:
-        changed = [g for g in plan if plan[g] != (plans[good - 1] if good else {}).get(g)]
-        for g in changed:
-            following = next((k for k in by_group[g].kept if k < kept.get(g, pruner.groups[g].width)), None)
-            if g in blocked or following is None or stop(kept):
-                continue
-            trial = {**kept, g: following}
-            if accept(trial):
-                kept = trial
-            else:
-                blocked.add(g)
-    return kept
+    return plans[good - 1] if good else {}
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
-"""Which layers are quantised: those that become faster on this machine, as far as the metric allows."""
+"""Which layers are quantised: those that become faster on this machine, or as fast and smaller, as far as the metric
+allows."""
 
 import copy
 from dataclasses import dataclass
@@ -8,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from torch_sluice.compress.calling import call_model, evaluating
-from torch_sluice.compress.embedding import QuantizedEmbedding
-from torch_sluice.compress.latency import time_call
+from torch_sluice.compress.embedding import SMALLEST, QuantizedEmbedding
+from torch_sluice.compress.latency import measure_layers
 from torch_sluice.compress.measure import Measure
 from torch_sluice.compress.progress import Progress
 from torch_sluice.compress.quantized import QuantizedConv2d, QuantizedLinear
@@ -17,7 +18,9 @@ from torch_sluice.compress.report import LayerDecision
 from torch_sluice.compress.slicing import is_depthwise
 
 _LAYERS = (nn.Linear, nn.Conv2d, nn.Embedding)
-_GAIN = 1.1  # a layer must become so many times faster
+_GAIN = 1.1  # a layer must become so many times faster, or just faster if it has SMALLEST weights
+_TURNS = 3  # of timing
+_BYTES_WORTH = 0.1  # what all the bytes that quantising wins count for, all the time counting 1
 
 
 @dataclass
@@ -26,40 +29,53 @@ class Candidate:
 
     name: str
     quantized: nn.Module
-    before: float  # seconds of a call, measured on the example
+    before: float  # seconds in a call of the model on the example
     after: float
+    bytes: int = 0  # won
 
 
 def find_candidates(
     model: nn.Module, example_inputs: Any, options: dict, progress: Progress
 ) -> tuple[list[Candidate], list[LayerDecision]]:
-    """The layers that are faster quantised, each timed on the input that the example gives it; and why others stay."""
-    inputs, uses = _record_inputs(model, example_inputs)
+    """The layers that are better quantised, timed within calls of the whole model; and why others stay."""
+    inputs = _record_inputs(model, example_inputs)
     shared = _shared_weights(model)
-    candidates, stay = [], []
-    progress.start("timing", len(inputs))
+    possible, stay = [], []
+    progress.start("packing", len(inputs))
     for name, module in model.named_modules():
         if type(module) not in _LAYERS:
             continue
         progress.step(name)
         reason = _why_not(name, module, inputs, shared, model)
         if reason is None:
-            if isinstance(module, nn.Embedding):  # for its bytes: the lookup is a share of the time that nobody notices
-                candidates.append(Candidate(name, QuantizedEmbedding.from_float(module), 1e-9, 0.0))
-                continue
             try:
                 layer = _quantize(module, options)
-                before, after = _time_both(module, layer, inputs[name])
+                with torch.inference_mode():
+                    layer(inputs[name])
             except (ValueError, RuntimeError) as error:
                 reason = str(error).splitlines()[0][:200]
             else:
-                if before > _GAIN * after:
-                    count = uses[name]
-                    candidates.append(Candidate(name, layer, before * count, after * count))
-                    continue
-                reason = f"it is not {_GAIN:g} times faster quantised: {before * 1e6:.0f} -> {after * 1e6:.0f} µs"
+                won = _bytes(module) - _bytes(layer)
+                possible.append(Candidate(name, layer, 0.0, 0.0, won))
+                continue
         stay.append(LayerDecision(name, "float", reason))
-    return candidates, stay
+    timed = [candidate for candidate in possible if not isinstance(candidate.quantized, QuantizedEmbedding)]
+    _time_in_place(model, timed, example_inputs, progress)
+    chosen = []
+    for candidate in possible:
+        before, after = candidate.before, candidate.after
+        small = model.get_submodule(candidate.name).weight.numel() < SMALLEST
+        # An embedding's lookup is a share of the time that nobody notices: it is quantised for its bytes.
+        if isinstance(candidate.quantized, QuantizedEmbedding) or before > (_GAIN if small else 1.0) * after:
+            chosen.append(candidate)
+        else:
+            reason = f"it is not {f'{_GAIN:g} times ' if small else ''}faster quantised"
+            stay.append(LayerDecision(candidate.name, "float", f"{reason}: {before * 1e6:.0f} -> {after * 1e6:.0f} µs"))
+    return chosen, stay
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _why_not(name: str, module: nn.Module, inputs, shared: set[str], model: nn.Module) -> str | None:
@@ -84,22 +100,22 @@ def _why_not(name: str, module: nn.Module, inputs, shared: set[str], model: nn.M
 
 def _quantize(module: nn.Module, options: dict) -> nn.Module:
     options = dict(options)
+    if isinstance(module, nn.Embedding):
+        return QuantizedEmbedding.from_float(module)
     if isinstance(module, nn.Linear):
         return QuantizedLinear.from_float(module, **options)
     options.pop("outlier_ratio", None)
     return QuantizedConv2d.from_float(module, **options)
 
 
-def _record_inputs(model: nn.Module, example_inputs: Any) -> tuple[dict[str, Tensor], dict[str, int]]:
+def _record_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Tensor]:
     inputs: dict[str, Tensor] = {}
-    uses: dict[str, int] = {}
     hooks = []
 
     def record(name):
         def hook(module, args):
             if len(args) == 1:
                 inputs.setdefault(name, args[0].detach().clone(memory_format=torch.preserve_format))
-                uses[name] = uses.get(name, 0) + 1
 
         return hook
 
@@ -112,7 +128,7 @@ def _record_inputs(model: nn.Module, example_inputs: Any) -> tuple[dict[str, Ten
     finally:
         for hook in hooks:
             hook.remove()
-    return inputs, uses
+    return inputs
 
 
 def _shared_weights(model: nn.Module) -> set[str]:
@@ -124,13 +140,26 @@ def _shared_weights(model: nn.Module) -> set[str]:
     return {name for shared in names.values() if len(shared) > 1 for name in shared}
 
 
-def _time_both(module: nn.Module, layer: nn.Module, x: Tensor) -> tuple[float, float]:
-    with torch.inference_mode():
-        times = ([], [])
-        for _ in range(2):  # in turn, the best of both rounds: what another process does in between meets one of them
-            for target, own in ((module, times[0]), (layer, times[1])):
-                own.append(min(time_call(lambda target=target: target(x), rounds=7, budget=0.1)))
-    return min(times[0]), min(times[1])
+def _time_in_place(model: nn.Module, candidates: list[Candidate], example_inputs: Any, progress: Progress) -> None:
+    """Measures ``before`` and ``after`` of all candidates within calls of the model, all of them quantised or none.
+
+    In place, since weights that a loop over one layer would find in a cache come from memory in a call of the model,
+    four times as many of them in float32. The best of several turns: what another process does meets some of them.
+    """
+    if not candidates:
+        return
+    quantized = apply(model, candidates)
+    before, after = {}, {}
+    progress.start("timing", _TURNS)
+    for _ in range(_TURNS):
+        progress.step("layers")
+        for target, types, seconds in (
+            (model, _LAYERS, before), (quantized, (QuantizedLinear, QuantizedConv2d), after),
+        ):  # fmt: skip
+            for name, spent in measure_layers(target, example_inputs, types).items():
+                seconds[name] = min(spent, seconds.get(name, spent))
+    for candidate in candidates:
+        candidate.before, candidate.after = before[candidate.name], after[candidate.name]
 
 
 def apply(model: nn.Module, candidates: list[Candidate]) -> nn.Module:
@@ -159,18 +188,21 @@ def choose(
     model: nn.Module, candidates: list[Candidate], measure: Measure, floor: float, progress: Progress
 ) -> tuple[list[Candidate], list[LayerDecision]]:
     """As many of the candidates as leave ``floor`` of the metric. If all together cost too much, each is measured
-    alone, and those that cost most per second won stay in floating point."""
+    alone, and those that cost most for what they win, in time and a little in bytes, stay in floating point."""
     progress.start("quantising", None)
     progress.step("all layers")
     if not candidates or measure.share(apply(model, candidates)) >= floor:
         return candidates, []
-    start = measure.share(model)
+    start = measure.loss(model)
     costs = {}
     progress.start("quantising", len(candidates))
     for candidate in candidates:
         progress.step(candidate.name)
-        costs[candidate.name] = start - measure.share(apply(model, [candidate]))
-    order = sorted(candidates, key=lambda c: max(costs[c.name], 1e-6) / (c.before - c.after))
+        costs[candidate.name] = max(measure.loss(apply(model, [candidate])) - start, 1e-7)
+    time = sum(c.before - c.after for c in candidates) or 1.0
+    size = sum(c.bytes for c in candidates) or 1
+    worth = {c.name: (c.before - c.after) / time + _BYTES_WORTH * c.bytes / size for c in candidates}
+    order = sorted(candidates, key=lambda c: -worth[c.name] / costs[c.name])
     low, high = 0, len(order) - 1  # the longest prefix that keeps the floor
     while low < high:
         middle = (low + high + 1) // 2
@@ -181,7 +213,7 @@ def choose(
             high = middle - 1
     stay = [
         LayerDecision(
-            c.name, "float", f"quantised alone it costs {costs[c.name]:.2%} of the metric", None, None,
+            c.name, "float", f"quantised alone it moves the outputs by {costs[c.name]:.2%}", None, None,
             c.before - c.after, costs[c.name],
         )
         for c in order[low:]

@@ -14,7 +14,7 @@ class LayerDecision:
     before: int | None = None  # channels or heads
     after: int | None = None
     latency_saved: float | None = None  # seconds of one call, predicted or measured as `reason` says
-    metric_cost: float | None = None  # share of the metric that it cost alone
+    output_error: float | None = None  # 1 - fidelity that it brings alone, see measure.py
 
 
 @dataclass

@@ -6,6 +6,7 @@ flushed to the disk and then renamed, so that the old file is whole until the ne
 """
 
 import copy
+import dataclasses
 import os
 import pickle
 import tempfile
@@ -118,10 +119,19 @@ def load(path: str | os.PathLike, model: nn.Module | Callable[[], nn.Module]) ->
             f"{path} does not belong to this model ({type(fresh).__name__}): {error}. Give the model that was "
             "compressed, as it was before"
         ) from error
-    figures = {name: value for name, value in content["report"].items() if name not in ("kept", "layers")}
-    layers = [LayerDecision(**layer) for layer in content["report"]["layers"]]
-    fresh.compression_report = CompressionReport(**figures, layers=layers, changes=content["changes"])
+    try:
+        layers = [_known_fields(LayerDecision, layer) for layer in content["report"]["layers"]]
+        known = {**content["report"], "layers": layers, "changes": content["changes"]}
+        fresh.compression_report = _known_fields(CompressionReport, known)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} has a report that cannot be read ({error}): save the model again") from error
     return fresh.eval()
+
+
+def _known_fields(kind: type, values: dict[str, Any]):
+    """Reports gain and lose figures from version to version, which must not keep a model from being loaded."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in values.items() if name in names})
 
 
 def _read(path: Path) -> dict[str, Any]:
