@@ -177,6 +177,24 @@ def test_a_budget_that_is_met_prunes_nothing():
 
 
 @pytest.mark.usefixtures("same_speed")
+def test_pruning_stops_where_the_budget_is_met(monkeypatch):
+    monkeypatch.setattr(pipeline, "measure_latency", lambda *_: Latency(4e-3, 4e-3))  # 1 ms beside the layers
+    monkeypatch.setattr(pipeline.Pruner, "time_layers", lambda self, _: self.seconds.update({"0": 1e-3, "2": 2e-3}))
+    model, data = wide(), batches()
+
+    def predicted(budget):
+        small = torch_sluice.compress(
+            model, data[0][0][:1], data, keep=0.9, metric=accuracy, quantize=False, budget=budget, **QUIET
+        )
+        shares = small[0].out_features / 256, small[2].out_features / 128
+        return 1e-3 * (1 + shares[0] + 2 * shares[0] * shares[1])
+
+    least = predicted(None)
+    assert least < 2.4e-3
+    assert least < predicted(3e-3) <= 3e-3
+
+
+@pytest.mark.usefixtures("same_speed")
 def test_control_flow_that_depends_on_data():
     """What the example reaches is pruned; what would break on other data is not, and all data still runs."""
     torch.manual_seed(0)
