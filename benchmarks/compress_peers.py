@@ -68,8 +68,15 @@ def _eager(model, task, folder):
 
 
 def _compile(model, task, folder):
+    size = stored_bytes(model)
+    return [Peer("compile", run, size, f"float32, {how}") for how, run in compile_ways(model)]
+
+
+def compile_ways(model: nn.Module) -> list[tuple[str, Callable]]:
+    """``torch.compile`` as it comes, and with weights as constants, which it may then pack and fold ("freezing")."""
     return [
-        Peer("compile", torch.compile(copy.deepcopy(model), dynamic=False), stored_bytes(model), "inductor, float32")
+        ("compiled", torch.compile(copy.deepcopy(model), dynamic=False)),
+        ("compiled, freezing", torch.compile(copy.deepcopy(model), dynamic=False, options={"freezing": True})),
     ]
 
 

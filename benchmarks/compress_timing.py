@@ -1,7 +1,7 @@
 """Latency of single calls: every candidate in turn, round after round, with the processor time and energy of each call.
 
-In each round a candidate is called several times in a row. The first call isn't counted, since the candidate before it
-may have left threads spinning and caches full of its own.
+In each round a candidate is called several times in a row. Before that the machine rests and two calls aren't counted,
+since the candidate before it may have left threads spinning, as ONNX Runtime does, and caches full of its own.
 """
 
 import gc
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 POWERCAP = Path("/sys/class/powercap")
+REST = 0.1  # seconds before a candidate's turn
 
 
 @dataclass
@@ -98,7 +99,8 @@ def measure_latencies(
 
 
 def _measure_burst(call: Callable[[], object], calls: int, meter: EnergyMeter, result: Latency) -> None:
-    call()
+    time.sleep(REST)
+    call(), call()
     seconds = []
     energy = meter.read()
     cpu = time.process_time()

@@ -118,7 +118,7 @@ def test_every_candidate_is_called_in_every_round():
         return call
 
     latencies = measure_latencies({name: candidate(name) for name in called}, rounds=3, calls=2)
-    assert called == {"a": 2 + 3 * 3, "b": 2 + 3 * 3}
+    assert called == {"a": 2 + 3 * (2 + 2), "b": 2 + 3 * (2 + 2)}
     assert all(len(latency.calls) == 6 and len(latency.cpu) == 3 for latency in latencies.values())
     with pytest.raises(ValueError, match="rounds is 0"):
         measure_latencies({}, rounds=0)
