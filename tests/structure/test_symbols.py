@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).parents[2]
 HEADERS = sorted((REPOSITORY / "ops/sluice").glob("*.h"))
 # Of the builds that are installed, the newest: `make test` makes one of them.
 C_BUILDS = [REPOSITORY / "build" / preset / "c_core/libsluice.so" for preset in ("release", "cuda")]
-C_LIBRARY = max((path for path in C_BUILDS if path.is_file()), key=lambda path: path.stat().st_mtime, default=C_BUILDS[0])
+C_LIBRARY = max(C_BUILDS, key=lambda path: path.stat().st_mtime if path.is_file() else 0)
 
 
 def libraries():

@@ -126,7 +126,7 @@ def _bisect(count: int, accept: Callable[[int], bool]) -> int:
 
 @dataclass
 class Sensitivity:
-    """What one group costs (``Measure.loss``) at each number of kept units, descending, down to where it is too much."""
+    """What a group costs (``Measure.loss``) at each number of kept units, descending, down to where it is too much."""
 
     group: int
     kept: list[int]
