@@ -54,7 +54,7 @@ format: .venv/lint ## Rewrite all sources with clang-format and ruff
 	tools/lint.sh format
 
 .PHONY: test-abi
-test-abi: .venv/test ## Opt-in, several GB: run one library file under torch 2.13, 2.11 and the newest
+test-abi: .venv/package ## Opt-in, several GB: run one library file under torch 2.13, 2.11 and the newest
 	tools/test_abi.sh $(ARGS)
 
 .PHONY: test-c10d

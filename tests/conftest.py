@@ -11,6 +11,8 @@ from support.devices import missing_gpu
 import torch_sluice
 from torch_sluice.accumulate.operators import has_kernels
 
+PROCESS_GROUPS = Path(__file__).parent / "parallel"
+
 # No deadline: nothing here asserts on time. Derandomised, so that a run can be repeated.
 settings.register_profile("sluice", deadline=None, derandomize=True)
 settings.load_profile("sluice")
@@ -25,7 +27,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         # With `-n 2 --dist loadgroup` a file stays in one process, for what its tests share; and process groups, of
         # which each has as many processes as it has ranks, follow one another.
-        group = "process groups" if "parallel" in item.path.parts else str(item.path)
+        group = "process groups" if PROCESS_GROUPS in item.path.parents else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
     reason = missing_gpu(torch.cuda.is_available(), has_kernels("cuda"))
     for item in items:

@@ -29,7 +29,7 @@ from torch_sluice.compress.pruning import (
     order_moves,
 )
 from torch_sluice.compress.quantized import check_options
-from torch_sluice.compress.report import CompressionReport, LayerDecision
+from torch_sluice.compress.report import CompressionReport, LayerDecision, count_bytes
 
 POLICIES = ("sensitivity", "quantile")
 _SLACK = 1e-9  # of shares, for rounding
@@ -138,12 +138,6 @@ def _check(model, keep, policy, budget, finetune, finetune_steps, round_to, prun
             raise ValueError(f"{name} is {value!r}, expected an integer of at least 1")
     if not prune and not quantize:
         raise ValueError("prune and quantize are both False, expected at least one of them")
-
-
-def count_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters and buffers, shared ones once."""
-    seen = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
-    return sum(seen.values())
 
 
 class Stage(NamedTuple):

@@ -14,7 +14,7 @@ from torch_sluice.compress.latency import measure_layers
 from torch_sluice.compress.measure import Measure
 from torch_sluice.compress.progress import Progress
 from torch_sluice.compress.quantized import QuantizedConv2d, QuantizedLinear
-from torch_sluice.compress.report import LayerDecision
+from torch_sluice.compress.report import LayerDecision, count_bytes
 from torch_sluice.compress.slicing import is_depthwise
 
 _LAYERS = (nn.Linear, nn.Conv2d, nn.Embedding)
@@ -55,7 +55,7 @@ def find_candidates(
             except (ValueError, RuntimeError) as error:
                 reason = str(error).splitlines()[0][:200]
             else:
-                won = _bytes(module) - _bytes(layer)
+                won = count_bytes(module) - count_bytes(layer)
                 possible.append(Candidate(name, layer, 0.0, 0.0, won))
                 continue
         stay.append(LayerDecision(name, "float", reason))
@@ -72,10 +72,6 @@ def find_candidates(
             reason = f"it is not {f'{_GAIN:g} times ' if small else ''}faster quantised"
             stay.append(LayerDecision(candidate.name, "float", f"{reason}: {before * 1e6:.0f} -> {after * 1e6:.0f} µs"))
     return chosen, stay
-
-
-def _bytes(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _why_not(name: str, module: nn.Module, inputs, shared: set[str], model: nn.Module) -> str | None:

@@ -3,6 +3,14 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from torch import nn
+
+
+def count_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers, shared ones once."""
+    seen = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
+    return sum(seen.values())
+
 
 @dataclass
 class LayerDecision:
