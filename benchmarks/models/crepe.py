@@ -97,7 +97,7 @@ class Distillation:
 def load(quick: bool = False) -> Task:
     """The task. ``quick``: the tiny CREPE and few frames."""
     size = "tiny" if quick else "full"
-    counts = {"selection": 64, "heldout": 128} if quick else {"selection": 128, "heldout": 512}
+    counts = {"selection": 64, "heldout": 128} if quick else {"selection": 384, "heldout": 512}
     parts = {
         part: draw_tones(count, torch.Generator().manual_seed(seed))
         for seed, (part, count) in enumerate(counts.items())
@@ -112,8 +112,8 @@ def load(quick: bool = False) -> Task:
         heldout=make_batches(*parts["heldout"], BATCH),
         metric=pitch_accuracy,
         draw_inputs=lambda batch: frames[:batch].clone(),
-        train_step=Distillation(load_model(size), 64 if quick else 1024),
-        train_steps=10 if quick else 60,
+        train_step=Distillation(load_model(size), 64 if quick else 2048),
+        train_steps=10 if quick else 100,
         learning_rate=3e-4,
         train_mode=False,
         notes=["crepe: synthetic tones with vibrato and noise; fine-tuned by distillation to the original's answers"],

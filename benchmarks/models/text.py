@@ -109,7 +109,7 @@ def load(quick: bool = False) -> Task:
     model = build_model(settings).eval()
     swap_attention(model, target_density=settings.target_density, window=settings.local_window, sinks=settings.sinks)
     model.load_state_dict(gated_weights)
-    windows = corpus.heldout_windows(24 if quick else 48, settings.context)
+    windows = corpus.heldout_windows(24 if quick else 72, settings.context)
     inputs, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
     # The windows lie in the order of the held-out text: its first third is to select by, the rest to judge by.
     third = len(windows) // 3
@@ -125,7 +125,7 @@ def load(quick: bool = False) -> Task:
         metric=next_byte_accuracy,
         draw_inputs=lambda batch: heldout[:batch].clone(),
         train_step=NextByteLoss(settings, corpus),
-        train_steps=4 if quick else 30,
+        train_steps=4 if quick else 45,
         learning_rate=5e-4,
         notes=[
             f"text: trained here for {settings.steps} dense and {gated_settings.steps} gated steps; peers run it dense"

@@ -6,78 +6,13 @@
 
 #include "attention/avx2_math.h"
 #include "runtime/number.h"
+#include "runtime/simd_avx2.h"
 
 enum { ROWS = SL_AVX2_ROWS, PANEL = SL_AVX2_PANEL };
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE const void *address(sl_dtype dtype, const void *data, int64_t index) {
   return (const char *)data + index * (dtype == SL_F32 ? 4 : 2);
-}
-
-INLINE __m256 load8(sl_dtype dtype, const void *data) {
-  if (dtype == SL_F32) return _mm256_loadu_ps(data);
-  __m128i half = _mm_loadu_si128(data);
-  if (dtype == SL_F16) return _mm256_cvtph_ps(half);
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-}
-
-/* The first count values, then zeros; nothing behind them is read. */
-INLINE __m256 load_part(sl_dtype dtype, const void *data, int64_t count) {
-  if (count >= 8) return load8(dtype, data);
-  if (count <= 0) return _mm256_setzero_ps();
-  char copy[32] = {0};
-  memcpy(copy, data, (size_t)count * (dtype == SL_F32 ? 4 : 2));
-  return load8(dtype, copy);
-}
-
-/* float to bfloat16, to nearest even; NaN stays NaN. The results are the low 16 bits of each lane. */
-INLINE __m256i round_to_bf16(__m256 values) {
-  __m256i bits = _mm256_castps_si256(values);
-  __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-  __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-  __m256 nan = _mm256_cmp_ps(values, values, _CMP_UNORD_Q);
-  __m256 result = _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), nan);
-  return _mm256_srli_epi32(_mm256_castps_si256(result), 16);
-}
-
-INLINE void store8(sl_dtype dtype, void *data, __m256 values) {
-  if (dtype == SL_F32) {
-    _mm256_storeu_ps(data, values);
-  } else if (dtype == SL_F16) {
-    _mm_storeu_si128(data, _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-  } else {
-    __m256i half = round_to_bf16(values);
-    _mm_storeu_si128(data, _mm_packus_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
-  }
-}
-
-INLINE void store_part(sl_dtype dtype, void *data, __m256 values, int64_t count) {
-  if (count >= 8) {
-    store8(dtype, data, values);
-  } else {
-    char copy[32];
-    store8(dtype, copy, values);
-    memcpy(data, copy, (size_t)count * (dtype == SL_F32 ? 4 : 2));
-  }
-}
-
-INLINE void transpose8(__m256 row[8]) {
-  __m256 pair[8], quad[8];
-  for (int i = 0; i < 8; i += 2) {
-    pair[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
-    pair[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    quad[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
-    quad[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xee);
-    quad[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
-    quad[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xee);
-  }
-  for (int i = 0; i < 4; ++i) {
-    row[i] = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x20);
-    row[i + 4] = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x31);
-  }
 }
 
 INLINE void pack_rows(sl_dtype dtype, float *packed, int64_t packed_stride, const sl_token_rows *source,
@@ -87,7 +22,7 @@ INLINE void pack_rows(sl_dtype dtype, float *packed, int64_t packed_stride, cons
     int64_t channels = r < count ? source->channels : 0;
     const void *row = r < count ? address(dtype, source->data, index[r] * source->token_stride) : NULL;
     for (int64_t c = 0; c < packed_stride; c += 8) {
-      __m256 values = channels > c ? load_part(dtype, address(dtype, row, c), channels - c) : _mm256_setzero_ps();
+      __m256 values = channels > c ? sl_avx2_load_part(dtype, address(dtype, row, c), channels - c) : _mm256_setzero_ps();
       _mm256_store_ps(packed + c, _mm256_mul_ps(values, scale));
     }
   }
@@ -106,9 +41,9 @@ INLINE void pack_columns(sl_dtype dtype, float *packed, const sl_token_rows *sou
       for (int64_t c = 0; c < channels; c += 8) {
         __m256 block[8];
         for (int i = 0; i < 8; ++i) {
-          block[i] = row[i] ? load_part(dtype, address(dtype, row[i], c), channels - c) : _mm256_setzero_ps();
+          block[i] = row[i] ? sl_avx2_load_part(dtype, address(dtype, row[i], c), channels - c) : _mm256_setzero_ps();
         }
-        transpose8(block);
+        sl_avx2_transpose(block);
         for (int64_t i = 0; i < 8 && c + i < channels; ++i) _mm256_store_ps(packed + (c + i) * PANEL + part, block[i]);
       }
     }
@@ -122,8 +57,8 @@ INLINE void pack_depths(sl_dtype dtype, float *packed, int64_t capacity, const s
     const void *row = address(dtype, source->data, index[t] * source->token_stride);
     float *target = packed + t * PANEL;
     for (int64_t c = 0; c < channels; c += PANEL, target += capacity * PANEL) {
-      _mm256_store_ps(target, load_part(dtype, address(dtype, row, c), channels - c));
-      _mm256_store_ps(target + 8, channels > c + 8 ? load_part(dtype, address(dtype, row, c + 8), channels - c - 8)
+      _mm256_store_ps(target, sl_avx2_load_part(dtype, address(dtype, row, c), channels - c));
+      _mm256_store_ps(target + 8, channels > c + 8 ? sl_avx2_load_part(dtype, address(dtype, row, c + 8), channels - c - 8)
                                                    : _mm256_setzero_ps());
     }
   }
@@ -135,7 +70,7 @@ INLINE void store_rows(sl_dtype dtype, void *target, int64_t token_stride, int64
     __m256 factor = _mm256_broadcast_ss(factors + r);
     for (int64_t c = 0; c < channels; c += 8) {
       __m256 values = _mm256_mul_ps(factor, _mm256_load_ps(out + r * out_stride + c));
-      store_part(dtype, (char *)target + (index[r] * token_stride + c) * (dtype == SL_F32 ? 4 : 2), values,
+      sl_avx2_store_part(dtype, (char *)target + (index[r] * token_stride + c) * (dtype == SL_F32 ? 4 : 2), values,
                  channels - c);
     }
   }
@@ -144,18 +79,18 @@ INLINE void store_rows(sl_dtype dtype, void *target, int64_t token_stride, int64
 INLINE void dot_rows(sl_dtype dtype, const float *row, const sl_token_rows *source, const int32_t *index, int64_t count,
                      float *scores) {
   int64_t channels = source->channels, whole = channels & ~INT64_C(7);
-  __m256 tail = load_part(SL_F32, row + whole, channels - whole);
+  __m256 tail = sl_avx2_load_part(SL_F32, row + whole, channels - whole);
   for (int64_t j = 0; j < count; ++j) {
     const void *key = address(dtype, source->data, index[j] * source->token_stride);
     __m256 even = _mm256_setzero_ps(), odd = _mm256_setzero_ps();
     int64_t c = 0;
     for (; c + 16 <= channels; c += 16) {
-      even = _mm256_fmadd_ps(_mm256_loadu_ps(row + c), load8(dtype, address(dtype, key, c)), even);
-      odd = _mm256_fmadd_ps(_mm256_loadu_ps(row + c + 8), load8(dtype, address(dtype, key, c + 8)), odd);
+      even = _mm256_fmadd_ps(_mm256_loadu_ps(row + c), sl_avx2_load(dtype, address(dtype, key, c)), even);
+      odd = _mm256_fmadd_ps(_mm256_loadu_ps(row + c + 8), sl_avx2_load(dtype, address(dtype, key, c + 8)), odd);
     }
-    if (c < whole) even = _mm256_fmadd_ps(_mm256_loadu_ps(row + c), load8(dtype, address(dtype, key, c)), even);
+    if (c < whole) even = _mm256_fmadd_ps(_mm256_loadu_ps(row + c), sl_avx2_load(dtype, address(dtype, key, c)), even);
     if (whole < channels)
-      odd = _mm256_fmadd_ps(tail, load_part(dtype, address(dtype, key, whole), channels - whole), odd);
+      odd = _mm256_fmadd_ps(tail, sl_avx2_load_part(dtype, address(dtype, key, whole), channels - whole), odd);
     scores[j] = sl_avx2_add_lanes(_mm256_add_ps(even, odd));
   }
 }
@@ -167,9 +102,9 @@ INLINE void add_rows(sl_dtype dtype, float *out, const float *weights, const sl_
     const void *value = address(dtype, source->data, index[j] * source->token_stride);
     __m256 weight = _mm256_broadcast_ss(weights + j);
     for (int64_t c = 0; c < channels; c += 8) {
-      __m256 sum = load_part(SL_F32, out + c, channels - c);
-      sum = _mm256_fmadd_ps(weight, load_part(dtype, address(dtype, value, c), channels - c), sum);
-      store_part(SL_F32, out + c, sum, channels - c);
+      __m256 sum = sl_avx2_load_part(SL_F32, out + c, channels - c);
+      sum = _mm256_fmadd_ps(weight, sl_avx2_load_part(dtype, address(dtype, value, c), channels - c), sum);
+      sl_avx2_store_part(SL_F32, out + c, sum, channels - c);
     }
   }
 }

@@ -4,13 +4,8 @@
 #include <math.h>
 #include <string.h>
 
-#if defined(__unix__) || defined(__APPLE__)
-#include <sched.h>
-#else
-static void sched_yield(void) {}
-#endif
-
 #include "attention/gradient_rows.h"
+#include "runtime/executor.h"
 
 void sl_gradient_chunk_take(sl_gradient_chunk *chunk, sl_arena *arena, const sl_attention_plan *plan, int64_t keys) {
   sl_key_chunk_take(&chunk->keys, arena, plan, keys, SL_K_COLUMNS | SL_V_COLUMNS | SL_K_DEPTHS);
@@ -29,9 +24,8 @@ void sl_gradient_chunk_clear(sl_gradient_chunk *chunk, const sl_attention_plan *
 
 void sl_key_head_wait(const sl_key_head *head, int64_t task, int chunks) {
   if (task == 0) return;
-  enum { SPINS = 100 }; /* the wait is for a block of work on another core, or for that core to be given back to it */
-  for (int spins = 0; atomic_load_explicit(head->turns + task - 1, memory_order_acquire) < chunks; ++spins) {
-    if (spins > SPINS) sched_yield();
+  for (int64_t turn = 0; atomic_load_explicit(head->turns + task - 1, memory_order_acquire) < chunks; ++turn) {
+    sl_wait_a_turn(turn);
   }
 }
 

@@ -2,18 +2,12 @@
 #include "quantize/avx2_rows.h"
 
 #include "quantize/row_loops.h"
-#include "runtime/simd.h"
-
-static __m256 load_half(sl_dtype dtype, const uint16_t *x) {
-  __m128i bits = _mm_loadu_si128((const __m128i *)x);
-  if (dtype == SL_F16) return _mm256_cvtph_ps(bits);
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-}
+#include "runtime/simd_avx2.h"
 
 void sl_quantize_avx2_load_row(sl_dtype dtype, const void *x, int64_t count, float *out) {
   const uint16_t *from = x;
   int64_t i = 0;
-  for (; i + 8 <= count; i += 8) _mm256_storeu_ps(out + i, load_half(dtype, from + i));
+  for (; i + 8 <= count; i += 8) _mm256_storeu_ps(out + i, sl_avx2_load(dtype, from + i));
   for (; i < count; ++i) out[i] = sl_load_value(dtype, x, i);
 }
 
@@ -70,5 +64,3 @@ void sl_quantize_avx2_narrow_row(const int16_t *q, int64_t count, int8_t *high, 
 }
 
 int32_t sl_quantize_avx2_sum_row(const int8_t *q, int64_t count) { return sl_loop_sum_row(q, count); }
-
-void sl_quantize_avx2_finish(const sl_quantize_finish *finish) { sl_loop_finish(finish); }

@@ -76,7 +76,7 @@ static sl_status prepare(const sl_conv2d_dynamic_args *args, sl_arena *arena, co
   run->padded_height = args->height + 2 * args->padding[0], run->padded_width = args->width + 2 * args->padding[1];
   run->out_width = sl_conv2d_out_size(args, 1), run->pixels = sl_conv2d_out_size(args, 0) * run->out_width;
   run->image_elements = args->channels * args->height * args->width;
-  run->chunks = sl_ceil_divide(run->image_elements, CHUNK);
+  run->chunks = run->image_elements > 0 ? sl_ceil_divide(run->image_elements, CHUNK) : 1; /* widths are chosen even so */
   run->inputs = sl_padded_inputs(&args->weight), run->segments = sl_count_segments(&args->weight);
   bool whole_lines = args->kernel[1] == run->padded_width && args->dilation[0] == 1;
   bool one_line = args->kernel[0] == 1 || whole_lines;
@@ -149,7 +149,8 @@ static void measure_task(void *context, int64_t worker, int64_t task) {
   run->kernel->measure_row(values, count, &measure->amax_bits, &measure->sumsq);
 }
 
-static void choose_widths(const conv2d_run *run) {
+static void choose_widths(void *context) {
+  const conv2d_run *run = context;
   const sl_conv2d_dynamic_args *args = run->args;
   for (int64_t image = 0; image < args->images; ++image) {
     sl_row_measure whole = {0, 0};
@@ -314,12 +315,13 @@ sl_status sl_conv2d_dynamic(const sl_conv2d_dynamic_args *args) {
   SL_REQUIRE(args->workspace && arena.used <= args->workspace_size, SL_OUT_OF_MEMORY,
              "workspace_size is %zu, expected at least %zu", args->workspace ? args->workspace_size : 0, arena.used);
   if (args->images == 0) return SL_OK;
-  const sl_executor *executor = sl_executor_for(args->executor, args->images * run.image_elements);
-  sl_run_tasks(executor, args->images * run.chunks, measure_task, &run);
-  choose_widths(&run);
-  sl_run_tasks(executor, args->images * run.padded_height, quantize_task, &run);
-  int64_t work = args->images * run.pixels * (run.inputs / 8 + 1) * (args->weight.out_features / 4 + 1);
   int64_t tasks = args->images * args->weight.groups * run.blocks * run.column_chunks;
-  sl_run_tasks(sl_executor_for(args->executor, work), tasks, multiply_task, &run);
+  const sl_stage stages[] = {
+      {args->images * run.chunks, measure_task, choose_widths, &run},
+      {args->images * run.padded_height, quantize_task, NULL, &run},
+      {tasks, multiply_task, NULL, &run},
+  };
+  int64_t work = args->images * run.pixels * (run.inputs / 8 + 1) * (args->weight.out_features / 4 + 1);
+  sl_run_stages(sl_executor_for(args->executor, work), stages, 3);
   return SL_OK;
 }

@@ -12,6 +12,7 @@ enum {
   MOST_BLOCK_ROWS = 96,
   BLOCK_BYTES = 384 << 10, /* activations of a row block: what a second-level cache holds beside a panel */
   TASKS = 16,              /* at least so many, so that workers of unequal speed end together */
+  MOST_TASK_ROWS = 8,
 };
 
 typedef struct linear_run {
@@ -20,6 +21,7 @@ typedef struct linear_run {
   bool wide;         /* rows are int16_t or, of at most 7 bits, int8_t, in one plane; else int8_t, in one or two */
   int64_t row_bytes; /* of a row, both planes */
   int64_t segments, block_rows, column_chunks;
+  int64_t task_rows; /* rows that a task quantises */
   sl_rows rows;
   /* Workspace. */
   char *activations; /* [rows, row_bytes] */
@@ -74,6 +76,9 @@ static sl_status prepare(const sl_linear_dynamic_args *args, sl_arena *arena, li
   if (blocks > 0) run->block_rows = sl_ceil_divide(rows, blocks);
   run->column_chunks = blocks > 0 ? sl_ceil_divide(TASKS, blocks) : 1;
   if (run->column_chunks > panels) run->column_chunks = panels;
+  run->task_rows = sl_ceil_divide(rows, TASKS);
+  if (run->task_rows > MOST_TASK_ROWS) run->task_rows = MOST_TASK_ROWS;
+  if (run->task_rows < 1) run->task_rows = 1;
 
   sl_rows *source = &run->rows;
   source->kernel = run->kernel, source->executor = args->executor;
@@ -107,8 +112,7 @@ sl_status sl_linear_dynamic_workspace_size(const sl_linear_dynamic_args *args, s
   return SL_OK;
 }
 
-static void quantize_task(void *context, int64_t worker, int64_t row) {
-  const linear_run *run = context;
+static void quantize_row(const linear_run *run, int64_t worker, int64_t row) {
   const sl_quantized_weight *weight = &run->args->weight;
   int64_t inputs = sl_padded_inputs(weight), columns = weight->in_features;
   char *activations = run->activations + row * run->row_bytes;
@@ -131,6 +135,12 @@ static void quantize_task(void *context, int64_t worker, int64_t row) {
     scale[1] = 256 * scale[0];
     sl_sum_segments(run->kernel, weight, high, sums + run->segments);
   }
+}
+
+static void quantize_task(void *context, int64_t worker, int64_t task) {
+  const linear_run *run = context;
+  int64_t end = (task + 1) * run->task_rows < run->args->rows ? (task + 1) * run->task_rows : run->args->rows;
+  for (int64_t row = task * run->task_rows; row < end; ++row) quantize_row(run, worker, row);
 }
 
 /* Columns of the panel that belong to outlier channels, as float32. */
@@ -232,12 +242,13 @@ sl_status sl_linear_dynamic(const sl_linear_dynamic_args *args) {
   SL_REQUIRE(args->workspace && arena.used <= args->workspace_size, SL_OUT_OF_MEMORY,
              "workspace_size is %zu, expected at least %zu", args->workspace ? args->workspace_size : 0, arena.used);
   if (args->rows == 0) return SL_OK;
-  int64_t elements = args->rows * args->weight.in_features;
-  sl_measure_rows(&run.rows);
-  sl_run_tasks(sl_executor_for(args->executor, elements), args->rows, quantize_task, &run);
+  sl_stage stages[SL_MEASURE_STAGES + 2];
+  int count = sl_list_measure_stages(&run.rows, stages);
+  stages[count++] = (sl_stage){sl_ceil_divide(args->rows, run.task_rows), quantize_task, NULL, &run};
   int64_t blocks = sl_ceil_divide(args->rows, run.block_rows);
+  stages[count++] = (sl_stage){blocks * run.column_chunks, multiply_task, NULL, &run};
   /* A multiplication is some thirty times as fast as the measure of an element that sl_executor_for() has in mind. */
-  const sl_executor *executor = sl_executor_for(args->executor, elements * (args->weight.out_features / 32));
-  sl_run_tasks(executor, blocks * run.column_chunks, multiply_task, &run);
+  int64_t work = args->rows * args->weight.in_features * (args->weight.out_features / 32 + 1);
+  sl_run_stages(sl_executor_for(args->executor, work), stages, count);
   return SL_OK;
 }

@@ -51,6 +51,19 @@ static void quantize_task(void *context, int64_t worker, int64_t row) {
   if (args->per_token) args->scale[row] = scale, args->bits[row] = (int8_t)bits;
 }
 
+/* The scale and width of the tensor. With one scale for all, a row that isn't finite cannot have NaN for its scale. */
+static void finish_tensor(quantize_run *run) {
+  const sl_quantize_dynamic_args *args = run->args;
+  const sl_rows *rows = &run->rows;
+  float amax = sl_float_from_bits(rows->whole.amax_bits);
+  bool empty = args->rows == 0 || args->columns == 0;
+  int bits = empty ? sl_choose_bits(args->activation_bits, args->target_sqnr, 0, 0, 0) : rows->whole_bits;
+  args->scale[0] = sl_forward_scale(amax, bits), args->bits[0] = (int8_t)bits;
+  for (int64_t row = 0; row < args->rows && args->columns > 0; ++row) {
+    if (!sl_measure_is_finite(&rows->measures[row])) args->scale[0] = NAN, args->bits[0] = 0;
+  }
+}
+
 sl_status sl_quantize_dynamic(const sl_quantize_dynamic_args *args) {
   SL_CHECK(sl_quantize_validate_quantize(args, true));
   sl_arena arena = sl_arena_make(args->workspace, args->workspace_size);
@@ -58,17 +71,10 @@ sl_status sl_quantize_dynamic(const sl_quantize_dynamic_args *args) {
   SL_CHECK(prepare(args, &arena, &run));
   SL_REQUIRE(arena.used == 0 || (args->workspace && arena.used <= args->workspace_size), SL_OUT_OF_MEMORY,
              "workspace_size is %zu, expected at least %zu", args->workspace ? args->workspace_size : 0, arena.used);
-  sl_rows *rows = &run.rows;
-  sl_measure_rows(rows);
-  if (!args->per_token) {
-    float amax = sl_float_from_bits(rows->whole.amax_bits);
-    int bits = args->columns > 0 ? rows->whole_bits : sl_choose_bits(args->activation_bits, args->target_sqnr, 0, 0, 0);
-    args->scale[0] = sl_forward_scale(amax, bits), args->bits[0] = (int8_t)bits;
-    /* With one scale for all, a row that isn't finite cannot have NaN for its scale. */
-    for (int64_t row = 0; row < args->rows && args->columns > 0; ++row) {
-      if (!sl_measure_is_finite(&rows->measures[row])) args->scale[0] = NAN, args->bits[0] = 0;
-    }
-  }
-  sl_run_tasks(sl_executor_for(args->executor, args->rows * args->columns), args->rows, quantize_task, &run);
+  sl_stage stages[SL_MEASURE_STAGES + 1];
+  int count = sl_list_measure_stages(&run.rows, stages);
+  stages[count++] = (sl_stage){args->rows, quantize_task, NULL, &run};
+  sl_run_stages(sl_executor_for(args->executor, args->rows * args->columns), stages, count);
+  if (!args->per_token) finish_tensor(&run);
   return SL_OK;
 }

@@ -58,29 +58,12 @@ static void measure_task(void *context, int64_t worker, int64_t task) {
   }
 }
 
-/* Measures all rows; returns how many are finite. */
-static int64_t measure_all(sl_rows *rows) {
-  const sl_executor *executor = sl_executor_for(rows->executor, rows->rows * rows->columns);
-  sl_run_tasks(executor, sl_ceil_divide(rows->rows, TASK_ROWS), measure_task, rows);
-  int64_t finite = 0;
-  sl_row_measure whole = {0, 0};
-  for (int64_t row = 0; row < rows->rows; ++row) {
-    const sl_row_measure *measure = &rows->measures[row];
-    if (!sl_measure_is_finite(measure)) continue;
-    ++finite;
-    if (measure->amax_bits > whole.amax_bits) whole.amax_bits = measure->amax_bits;
-    whole.sumsq += measure->sumsq;
-  }
-  rows->whole = whole;
-  return finite;
-}
-
-static void find_outliers(sl_rows *rows, int64_t finite) {
+static void find_outliers(sl_rows *rows) {
   int64_t workers = sl_executor_workers(rows->executor), columns = rows->columns, found = 0;
   for (int64_t worker = 1; worker < workers; ++worker) {
     rows->kernel->measure_channels(rows->channel_amax + worker * columns, columns, rows->channel_amax);
   }
-  double limit = rows->outlier_ratio * sqrt(rows->whole.sumsq / ((double)finite * (double)columns));
+  double limit = rows->outlier_ratio * sqrt(rows->whole.sumsq / ((double)rows->finite * (double)columns));
   for (int64_t channel = 0; channel < columns; ++channel) {
     if (!(rows->channel_amax[channel] > limit)) continue;
     if (found == sl_most_outliers(columns)) return;
@@ -89,20 +72,48 @@ static void find_outliers(sl_rows *rows, int64_t finite) {
   rows->outliers = found;
 }
 
-void sl_measure_rows(sl_rows *rows) {
-  rows->outliers = 0;
+static void summarise(sl_rows *rows) {
+  sl_row_measure whole = {0, 0};
+  rows->finite = 0;
+  for (int64_t row = 0; row < rows->rows; ++row) {
+    const sl_row_measure *measure = &rows->measures[row];
+    if (!sl_measure_is_finite(measure)) continue;
+    ++rows->finite;
+    if (measure->amax_bits > whole.amax_bits) whole.amax_bits = measure->amax_bits;
+    whole.sumsq += measure->sumsq;
+  }
+  rows->whole = whole;
+  if (rows->per_token) return;
+  rows->whole_bits = sl_choose_bits(rows->activation_bits, rows->target_sqnr, sl_float_from_bits(whole.amax_bits),
+                                    whole.sumsq, rows->finite * rows->columns);
+}
+
+static void end_measure(void *context) {
+  sl_rows *rows = context;
+  summarise(rows);
+  if (rows->outlier_ratio > 0 && rows->finite > 0) find_outliers(rows);
+}
+
+/* What the tensor is without the outlier channels. */
+static void measure_rest_task(void *context, int64_t worker, int64_t task) {
+  if (((const sl_rows *)context)->outliers > 0) measure_task(context, worker, task);
+}
+static void end_measure_rest(void *context) {
+  if (((const sl_rows *)context)->outliers > 0) summarise(context);
+}
+
+int sl_list_measure_stages(sl_rows *rows, sl_stage stages[SL_MEASURE_STAGES]) {
   bool find = rows->outlier_ratio > 0;
-  if ((rows->per_token && !find) || rows->columns == 0) return;
+  rows->outliers = 0;
+  if ((rows->per_token && !find) || rows->columns == 0) return 0;
   if (find) {
     size_t bytes = (size_t)(sl_executor_workers(rows->executor) * rows->columns) * sizeof(float);
     memset(rows->channel_amax, 0, bytes);
   }
-  int64_t finite = measure_all(rows);
-  if (find && finite > 0) find_outliers(rows, finite);
-  if (rows->per_token) return;
-  if (rows->outliers > 0) finite = measure_all(rows);
-  rows->whole_bits = sl_choose_bits(rows->activation_bits, rows->target_sqnr, sl_float_from_bits(rows->whole.amax_bits),
-                                    rows->whole.sumsq, finite * rows->columns);
+  int64_t tasks = sl_ceil_divide(rows->rows, TASK_ROWS);
+  stages[0] = (sl_stage){tasks, measure_task, end_measure, rows};
+  stages[1] = (sl_stage){tasks, measure_rest_task, end_measure_rest, rows};
+  return find && !rows->per_token ? 2 : 1;
 }
 
 int sl_quantize_row(const sl_rows *rows, int64_t worker, int64_t row, int16_t *q, float *scale, float *outlier_values) {

@@ -4,6 +4,7 @@
 
 #include "quantize/rounding.h"
 #include "runtime/arena.h"
+#include "runtime/executor.h"
 
 typedef struct sl_row_measure {
   uint32_t amax_bits; /* of float32; infinity's and above: the row isn't finite */
@@ -21,7 +22,8 @@ typedef struct sl_rows {
   bool per_token;
   double outlier_ratio;
 
-  /* Set by sl_measure_rows(). */
+  /* Set by the measure stages. */
+  int64_t finite;            /* rows */
   int64_t outliers;          /* how many channels are left out */
   int64_t *outlier_channels; /* which, ascending */
   sl_row_measure whole;      /* of all finite rows, without outlier channels */
@@ -41,8 +43,10 @@ static inline bool sl_measure_is_finite(const sl_row_measure *measure) { return 
 /* Takes the workspace from the arena; the fields above it are set. */
 void sl_take_rows_workspace(sl_rows *rows, sl_arena *arena);
 
-/* What has to be known about all rows before one can be quantised. */
-void sl_measure_rows(sl_rows *rows);
+/* What has to be known about all rows before one can be quantised: writes the stages that find it, which come before
+ * all calls of sl_quantize_row(), and returns how many. */
+enum { SL_MEASURE_STAGES = 2 };
+int sl_list_measure_stages(sl_rows *rows, sl_stage stages[SL_MEASURE_STAGES]);
 
 /* Quantises a row to q [columns], with 0 at outlier channels; their values go to outlier_values [outliers]. Writes the
  * scale, NaN for a row that isn't finite, and returns the width, 0 for such a row. */

@@ -6,6 +6,7 @@ target_sources(sluice_objects PRIVATE
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$" OR SLUICE_EMULATED)
   sluice_overlay(quantize/avx2.c ${SLUICE_AVX2_FLAGS})
   sluice_overlay(quantize/avx2_seven.c ${SLUICE_AVX2_FLAGS})
+  sluice_overlay(quantize/avx2_finish.c ${SLUICE_AVX2_FLAGS})
   sluice_overlay(quantize/avx2_rows.c ${SLUICE_AVX2_FLAGS} -fno-math-errno)
   sluice_overlay(quantize/avx512vnni.c ${SLUICE_AVX512VNNI_FLAGS})
 endif()

@@ -125,6 +125,77 @@ TEST(Executor, EveryTaskRunsOnceOnAWorkerOfItsOwn) {
   }
 }
 
+// Stages: each adds to what it finds of the ones before, so a task that begins early is seen.
+struct StageLog {
+  std::vector<std::atomic<int>> ended = std::vector<std::atomic<int>>(SL_MOST_STAGES);
+  std::vector<int> afters;  // written by whoever ends a stage, while all others wait
+  std::atomic<int> early{0};
+};
+
+struct StageContext {
+  StageLog *log;
+  int stage;
+  int64_t count, before;  // tasks of this stage, and of the stages before it
+};
+
+void run_stage_task(void *context, int64_t, int64_t) {
+  auto *stage = static_cast<StageContext *>(context);
+  int64_t before = 0;
+  for (int i = 0; i < stage->stage; ++i) before += stage->log->ended[static_cast<size_t>(i)];
+  if (before != stage->before) ++stage->log->early;
+  ++stage->log->ended[static_cast<size_t>(stage->stage)];
+}
+
+void end_stage(void *context) {
+  auto *stage = static_cast<StageContext *>(context);
+  if (stage->log->ended[static_cast<size_t>(stage->stage)] != stage->count) ++stage->log->early;
+  stage->log->afters.push_back(stage->stage);
+}
+
+void expect_stages_in_order(const sl_executor *executor, const std::vector<int64_t> &counts) {
+  StageLog log;
+  std::vector<StageContext> contexts;
+  std::vector<int> expected;
+  int64_t before = 0;
+  for (int64_t count : counts) {
+    if (count > 0) expected.push_back(static_cast<int>(contexts.size()));
+    contexts.push_back({&log, static_cast<int>(contexts.size()), count, before});
+    before += count;
+  }
+  std::vector<sl_stage> stages;
+  for (auto &context : contexts) stages.push_back({context.count, run_stage_task, end_stage, &context});
+  sl_run_stages(executor, stages.data(), static_cast<int>(stages.size()));
+  EXPECT_EQ(log.early, 0);
+  EXPECT_EQ(log.afters, expected);
+  for (const auto &context : contexts) EXPECT_EQ(log.ended[static_cast<size_t>(context.stage)], context.count);
+}
+
+// Runs the workers one after the other, last first: none may wait for one that has not begun.
+void run_backwards(void *, int64_t count, sl_range_function function, void *context) {
+  for (int64_t i = count; i-- > 0;) function(context, i, i + 1);
+}
+
+TEST(Executor, AStageBeginsWhenTheOneBeforeHasEnded) {
+  const sl_executor backwards = {run_backwards, nullptr, 3};
+  for (const auto &counts : std::vector<std::vector<int64_t>>{{1}, {5, 3}, {1, 100, 2, 7}, {0, 4, 0, 2}, {3, 0}}) {
+    expect_stages_in_order(nullptr, counts);
+    expect_stages_in_order(&backwards, counts);
+    for (int threads : {1, 2, 5}) {
+      for (int turn = 0; turn < 20; ++turn) {
+        ThreadExecutor executor(threads);
+        expect_stages_in_order(executor.get(), counts);
+      }
+    }
+  }
+}
+
+TEST(Executor, StagesWithoutTasksRunNothing) {
+  for (const auto &counts : std::vector<std::vector<int64_t>>{{}, {0}, {0, 0}}) {
+    ThreadExecutor executor(2);
+    expect_stages_in_order(executor.get(), counts);
+  }
+}
+
 TEST(Executor, NothingRunsForACountBelowOne) {
   Visits visits(1, 1);
   sl_run_tasks(nullptr, -3, visit, &visits);

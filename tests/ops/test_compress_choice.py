@@ -9,7 +9,9 @@ from torch import nn
 
 pytest.importorskip("torch_pruning")
 
+import torch_sluice
 from torch_sluice.compress import quantization
+from torch_sluice.compress.latency import Latency
 from torch_sluice.compress.measure import Measure
 from torch_sluice.compress.progress import Progress
 from torch_sluice.compress.quantization import Candidate
@@ -136,3 +138,44 @@ def test_of_layers_that_cost_too_much_the_worst_stay():
     assert (decision.name, decision.action) == ("1", "float")
     assert decision.output_error > 0.1
     assert "alone it moves the outputs by" in decision.reason
+
+
+def compress_with_relaxed_gain(monkeypatch, gain, **options):
+    """The targets of the layers of a compressed model, if fewer bits are measured to be ``gain`` times as fast."""
+    model, batches = model_and_batches()
+    with torch.no_grad():
+        model[0].weight *= 30  # or no layer of so few numbers would be faster quantised
+    monkeypatch.setattr(quantization, "_GAIN", 0.0)
+    monkeypatch.setattr(quantization, "compare_latency", lambda *_: (Latency(gain, gain), Latency(1.0, 1.0)))
+    small = torch_sluice.compress(model, batches[0][0], batches, prune=False, progress=False, **options)
+    layers = [layer for layer in small.modules() if isinstance(layer, QuantizedLinear)]
+    assert layers
+    return {layer.target_sqnr for layer in layers}, small.compression_report
+
+
+def test_activations_take_fewer_bits_where_that_is_faster(monkeypatch):
+    targets, report = compress_with_relaxed_gain(monkeypatch, 1.2)
+    assert targets == {24.0}
+    assert any("1.20 times as fast" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"target_sqnr": 30.0}, {"target_sqnr": 40.0}, {"quantize_policy": "amax"}],
+    ids=["given", "given higher", "another policy"],
+)
+def test_a_target_that_was_given_stays(monkeypatch, options):
+    targets, _ = compress_with_relaxed_gain(monkeypatch, 1.2, **options)
+    assert targets == {options.get("target_sqnr", 30.0)}
+
+
+def test_bits_stay_where_fewer_are_no_faster(monkeypatch):
+    assert compress_with_relaxed_gain(monkeypatch, 1.0)[0] == {30.0}
+
+
+def test_bits_stay_where_fewer_cost_too_much(monkeypatch):
+    def metric(model, batches):
+        relaxed = any(getattr(layer, "target_sqnr", 30) < 30 for layer in model.modules())
+        return 0.5 if relaxed else 1.0
+
+    assert compress_with_relaxed_gain(monkeypatch, 1.2, metric=metric)[0] == {30.0}

@@ -30,6 +30,7 @@ from torch_sluice.compress.pruning import (
 )
 from torch_sluice.compress.quantized import check_options
 from torch_sluice.compress.report import CompressionReport, LayerDecision, count_bytes
+from torch_sluice.quantize import DEFAULT_TARGET_SQNR
 
 POLICIES = ("sensitivity", "quantile")
 _SLACK = 1e-9  # of shares, for rounding
@@ -51,7 +52,7 @@ def compress(
     round_to: int = 16,
     compensate: bool = True,
     quantize_policy: str = "sqnr",
-    target_sqnr: float = 30.0,
+    target_sqnr: float | None = None,
     weight_bits: int = 8,
     group_size: int = 0,
     threads: int | None = None,
@@ -89,7 +90,9 @@ def compress(
         round_to: channel counts become multiples of this where a layer has four times as many, of 8, 4, .. else.
         compensate: fold what pruned channels would have brought, as far as others tell it, into the layers that read
             them (compensation.py).
-        quantize_policy, target_sqnr, weight_bits, group_size: of the quantised layers, see ``QuantizedLinear``.
+        target_sqnr: signal-to-noise ratio in dB by which activations take their widths. None: 30, or 24 for all layers
+            where the model is faster for it and the metric is kept.
+        quantize_policy, weight_bits, group_size: of the quantised layers, see ``QuantizedLinear``.
         threads: that torch uses while measuring; None: as it is set.
         progress: a bar on standard error once two seconds have passed.
 
@@ -102,6 +105,8 @@ def compress(
             is not a number above 0, or there is nothing to prune or quantise; the message says what to do.
     """
     _check(model, keep, policy, budget, finetune, finetune_steps, round_to, prune, quantize, threads)
+    may_relax = target_sqnr is None
+    target_sqnr = DEFAULT_TARGET_SQNR if may_relax else target_sqnr
     check_options(quantize_policy, weight_bits, group_size, target_sqnr)
     before = torch.get_num_threads()
     if threads is not None:
@@ -112,7 +117,7 @@ def compress(
                 "policy": quantize_policy, "target_sqnr": target_sqnr, "weight_bits": weight_bits,
                 "group_size": group_size,
             }  # fmt: skip
-            run = _Run(model, example_inputs, data, keep, metric, bar)
+            run = _Run(model, example_inputs, data, keep, metric, bar, may_relax)
             if prune:
                 run.find_channels(compensate)
             return run.finish(policy, budget, prune, options if quantize else None, finetune, finetune_steps, round_to)
@@ -150,7 +155,7 @@ class Stage(NamedTuple):
 class _Run:
     """One compression: what was measured so far, and what was found."""
 
-    def __init__(self, model, example_inputs, data, keep, metric, progress):
+    def __init__(self, model, example_inputs, data, keep, metric, progress, may_relax):
         self.begin, self.keep, self.progress = time.monotonic(), keep, progress
         try:
             self.original = copy.deepcopy(model).eval()
@@ -167,7 +172,7 @@ class _Run:
         self.groups: list[ChannelGroup] = []
         self.moments = None
         self.evaluations = 0
-        self.best: dict[tuple, float] = {}
+        self.may_relax = may_relax  # whether activations may take fewer bits than the options say
 
     def find_channels(self, compensate: bool) -> None:
         self.progress.start("finding channels")
@@ -329,7 +334,16 @@ class _Run:
             self.notes.append(f"not quantised: less than {self.keep:.1%} of the metric would be left")
             self.layers = [layer for layer in self.layers if layer.action not in ("folded", "quantized")]
             return stages[-1], None, []
-        return stage, result, chosen
+        return stage, self._relax(result, floor) if self.may_relax else result, chosen
+
+    def _relax(self, result: nn.Module, floor: float) -> nn.Module:
+        self.progress.start("quantising")
+        self.progress.step("fewer bits")
+        relaxed = quantization.relax(result, self.example)
+        if relaxed is None or self._share(relaxed[0]) < floor:
+            return result
+        self.notes.append(f"activations take fewer bits than by default: {relaxed[1]:.2f} times as fast")
+        return relaxed[0]
 
     def _report(self, result: nn.Module, policy: str) -> nn.Module:
         self.progress.start("measuring the result")
