@@ -105,7 +105,9 @@ def collect_entries(task: Task, compressed, options, folder: Path) -> list[Entry
     size = saved_bytes(compressed, folder)
     entries = [Entry(Peer(OURS, compressed, size, "pruned, int8 dynamic"))]
     if options.compile:
-        entries += map(Entry, build_compiled(compressed, size, task))
+        entries += map(
+            Entry, compress_peers.compiled_peers(OURS, compressed, size, "pruned, int8 dynamic", task, folder)
+        )
     if task.dense is not None:
         size = compress_peers.stored_bytes(task.model)
         entries.append(Entry(Peer(GATED, task.model, size, "float32, gate only")))
@@ -118,19 +120,6 @@ def collect_entries(task: Task, compressed, options, folder: Path) -> list[Entry
             entry.metric = task.metric(entry.peer.run, task.heldout)
             entry.cosine = mean_cosine(entry.peer.run, original, task.heldout[:4])
     return entries
-
-
-def build_compiled(compressed, size: int, task: Task) -> list[Peer]:
-    """The compressed model through ``torch.compile``, as anyone may use it."""
-    made = []
-    for how, run in compress_peers.compile_ways(compressed):
-        peer = Peer(OURS, run, size, f"pruned, int8 dynamic, {how}")
-        try:
-            compress_peers.check_peer(peer, task)
-        except Exception as error:
-            peer = Peer(OURS, how=peer.how, problem=f"{type(error).__name__}: {str(error).strip()[:200]}")
-        made.append(peer)
-    return made
 
 
 def time_entries(task: Task, entries: list[Entry], options) -> None:

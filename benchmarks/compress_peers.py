@@ -39,7 +39,8 @@ def build_peer(name: str, task: Task, folder: Path) -> list[Peer]:
             warnings.simplefilter("ignore")
             made = _BUILDERS[name](model, task, folder)
             for peer in made:
-                check_peer(peer, task)
+                if peer.run is not None:
+                    check_peer(peer, task)
     except ImportError as error:
         return [Peer(name, problem=f"{error.name or error} is not installed")]
     except Exception as error:  # exporters and converters raise anything
@@ -68,16 +69,44 @@ def _eager(model, task, folder):
 
 
 def _compile(model, task, folder):
-    size = stored_bytes(model)
-    return [Peer("compile", run, size, f"float32, {how}") for how, run in compile_ways(model)]
+    return compiled_peers("compile", model, stored_bytes(model), "float32", task, folder)
 
 
-def compile_ways(model: nn.Module) -> list[tuple[str, Callable]]:
-    """``torch.compile`` as it comes, and with weights as constants, which it may then pack and fold ("freezing")."""
-    return [
-        ("compiled", torch.compile(copy.deepcopy(model), dynamic=False)),
-        ("compiled, freezing", torch.compile(copy.deepcopy(model), dynamic=False, options={"freezing": True})),
-    ]
+def compiled_peers(name: str, model: nn.Module, size: int, how: str, task: Task, folder: Path) -> list[Peer]:
+    """The model by all of torch's compilers; one that fails says why."""
+    made = []
+    for way, build in _COMPILERS.items():
+        peer = Peer(name, bytes=size, how=f"{how}, {way}")
+        try:
+            peer.run = build(copy.deepcopy(model).eval(), task, folder / f"{name}.pt2")
+            check_peer(peer, task)
+        except Exception as error:  # compilers raise anything
+            peer.run, peer.problem = None, f"{type(error).__name__}: {str(error).strip()[:200]}"
+        made.append(peer)
+    return made
+
+
+def _freeze(model, task, path):
+    """With weights as constants, which it may then pack and fold."""
+    return torch.compile(model, dynamic=False, options={"freezing": True})
+
+
+def _compile_ahead(model, task, path):
+    """Exported, and compiled to a library that is called without Python's part of each operator."""
+    example = _as_tuple(task.draw_inputs(2))
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    with torch.no_grad():
+        program = torch.export.export(model, example, dynamic_shapes=tuple({0: batch} for _ in example))
+        return torch._inductor.aoti_load_package(
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        )
+
+
+_COMPILERS = {
+    "compiled": lambda model, task, path: torch.compile(model, dynamic=False),
+    "compiled, freezing": _freeze,
+    "exported, AOTInductor": _compile_ahead,
+}
 
 
 def _fbgemm(model, task, folder):

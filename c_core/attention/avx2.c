@@ -22,7 +22,8 @@ INLINE void pack_rows(sl_dtype dtype, float *packed, int64_t packed_stride, cons
     int64_t channels = r < count ? source->channels : 0;
     const void *row = r < count ? address(dtype, source->data, index[r] * source->token_stride) : NULL;
     for (int64_t c = 0; c < packed_stride; c += 8) {
-      __m256 values = channels > c ? sl_avx2_load_part(dtype, address(dtype, row, c), channels - c) : _mm256_setzero_ps();
+      __m256 values =
+          channels > c ? sl_avx2_load_part(dtype, address(dtype, row, c), channels - c) : _mm256_setzero_ps();
       _mm256_store_ps(packed + c, _mm256_mul_ps(values, scale));
     }
   }
@@ -58,8 +59,9 @@ INLINE void pack_depths(sl_dtype dtype, float *packed, int64_t capacity, const s
     float *target = packed + t * PANEL;
     for (int64_t c = 0; c < channels; c += PANEL, target += capacity * PANEL) {
       _mm256_store_ps(target, sl_avx2_load_part(dtype, address(dtype, row, c), channels - c));
-      _mm256_store_ps(target + 8, channels > c + 8 ? sl_avx2_load_part(dtype, address(dtype, row, c + 8), channels - c - 8)
-                                                   : _mm256_setzero_ps());
+      _mm256_store_ps(target + 8, channels > c + 8
+                                      ? sl_avx2_load_part(dtype, address(dtype, row, c + 8), channels - c - 8)
+                                      : _mm256_setzero_ps());
     }
   }
 }
@@ -71,7 +73,7 @@ INLINE void store_rows(sl_dtype dtype, void *target, int64_t token_stride, int64
     for (int64_t c = 0; c < channels; c += 8) {
       __m256 values = _mm256_mul_ps(factor, _mm256_load_ps(out + r * out_stride + c));
       sl_avx2_store_part(dtype, (char *)target + (index[r] * token_stride + c) * (dtype == SL_F32 ? 4 : 2), values,
-                 channels - c);
+                         channels - c);
     }
   }
 }

@@ -76,7 +76,8 @@ static sl_status prepare(const sl_conv2d_dynamic_args *args, sl_arena *arena, co
   run->padded_height = args->height + 2 * args->padding[0], run->padded_width = args->width + 2 * args->padding[1];
   run->out_width = sl_conv2d_out_size(args, 1), run->pixels = sl_conv2d_out_size(args, 0) * run->out_width;
   run->image_elements = args->channels * args->height * args->width;
-  run->chunks = run->image_elements > 0 ? sl_ceil_divide(run->image_elements, CHUNK) : 1; /* widths are chosen even so */
+  run->chunks = sl_ceil_divide(run->image_elements, CHUNK);
+  if (run->chunks == 0) run->chunks = 1; /* widths are chosen even so */
   run->inputs = sl_padded_inputs(&args->weight), run->segments = sl_count_segments(&args->weight);
   bool whole_lines = args->kernel[1] == run->padded_width && args->dilation[0] == 1;
   bool one_line = args->kernel[0] == 1 || whole_lines;

@@ -99,6 +99,20 @@ def test_layers_are_exported_and_compiled():
 
 
 @INDUCTOR
+def test_a_model_is_compiled_ahead_for_batches_of_any_size(tmp_path):
+    layer, _ = next(layers())
+    model = nn.Sequential(layer, nn.ReLU()).requires_grad_(False)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    with torch.no_grad():
+        program = torch.export.export(model, (torch.randn(2, layer.in_features),), dynamic_shapes=({0: batch},))
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        run = torch._inductor.aoti_load_package(path)
+        for rows in (1, 5):
+            x = torch.randn(rows, layer.in_features)
+            assert torch.equal(run(x), model(x))
+
+
+@INDUCTOR
 def test_inductor_takes_a_quantised_layer():
     layer, x = next(layers())
     torch._dynamo.reset()

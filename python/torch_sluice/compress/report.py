@@ -62,6 +62,15 @@ class CompressionReport:
         del plain["changes"]
         return {**plain, "kept": self.kept}
 
+    def shares(self) -> list[float]:
+        """What is left of each of the rows: after / before."""
+        pairs = (
+            (self.latency_before, self.latency_after),
+            (self.latency_p95_before, self.latency_p95_after),
+            (self.bytes_before, self.bytes_after),
+        )
+        return [self.kept, *(after / before if before else 1.0 for before, after in pairs)]
+
     def rows(self) -> list[tuple[str, str, str, str]]:
         """(what, before, after, change) for a table."""
 
