@@ -36,16 +36,16 @@ _VARIABLES = {
 
 
 def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of one plot; in inches, small enough that its text can be read on a phone. Not of pyplot, whose backend
-    and figures are those of whoever is watched."""
-    figure = Figure(figsize=(width, height))
+    """A figure that one plot fills; in inches, small enough that its text can be read on a phone. Not of pyplot, whose
+    backend and figures are those of whoever is watched."""
+    figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 
 
 def to_svg(figure: Figure) -> str:
     """The SVG element alone, as wide as its place."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", transparent=True, metadata={"Date": None})
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     svg = text[text.index("<svg") :]
     # The page decides the size; the view box keeps the proportions.
