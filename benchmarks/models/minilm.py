@@ -15,7 +15,7 @@ from benchmarks.models.docstrings import Pair, load_pairs
 from benchmarks.models.task import MissingPackageError, Task, call_batches, make_batches, targets_of
 
 LENGTH = 64  # tokens of a sentence, padding included
-CANDIDATES = {"selection": 160, "heldout": 200}  # pairs among which one is to be found
+CANDIDATES = {"selection": 320, "heldout": 320}  # pairs among which one is to be found
 BATCH = 8
 
 

@@ -1,5 +1,7 @@
 """What the sluice:: quantize operators need beside their kernels: shapes for tracing. See ops/sluice/quantize.h."""
 
+import math
+
 import torch
 
 PANEL = 16  # output channels of a panel: SL_QUANTIZE_PANEL
@@ -59,7 +61,7 @@ def _fake_quantize(x, bits, target_sqnr, per_token):
     _check_values("x", x)
     if x.dim() < 1:
         raise ValueError(f"x has shape {list(x.shape)}, expected at least one dimension")
-    rows = x.shape[:-1].numel() if per_token else 1
+    rows = math.prod(x.shape[:-1]) if per_token else 1
     q = x.new_empty(x.shape, dtype=torch.int8 if bits in (4, 7, 8) else torch.int16)
     return q, x.new_empty((rows,), dtype=torch.float32), x.new_empty((rows,), dtype=torch.int8)
 
@@ -110,7 +112,7 @@ def _fake_linear(
     _check_weight(packed, weight_scale, out_features, x.shape[-1], weight_bits, group_size)
     _check_bias(bias, out_features)
     out = x.new_empty((*x.shape[:-1], out_features))
-    return out, x.new_empty((x.shape[:-1].numel(),), dtype=torch.int8)
+    return out, x.new_empty((math.prod(x.shape[:-1]),), dtype=torch.int8)
 
 
 @torch.library.register_fake("sluice::conv2d_dynamic")
