@@ -61,8 +61,7 @@ def describe_goals(row: dict, goals: dict[str, float]) -> list[str]:
 
 
 def print_details(row: dict) -> None:
-    entries = [{"name": "sluice", **variant} for variant in row["variants"]]
-    entries += ({"name": name, **detail} for name, detail in row["details"].items())
+    entries = row["variants"]
     running = [entry for entry in entries if "problem" not in entry]
     print_rows(
         f"{row['title']}; ms of a call",
