@@ -32,7 +32,7 @@ demo: packages-demo .venv/package ## Set up, then train a small model densely an
 .PHONY: test
 test: packages-test ## Set up, then run every test: GoogleTest for C, pytest for the rest
 	@+$(MAKE) --no-print-directory --jobs=2 .venv/weights native
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 .PHONY: native
 native: $(PRESETS:%=native-%) ## Build the C core under every preset and run its tests
@@ -41,6 +41,7 @@ native: $(PRESETS:%=native-%) ## Build the C core under every preset and run its
 .PHONY: $(PRESETS:%=native-%)
 native-emulated: .venv/test # SIMDe
 native-cuda: .venv/torch
+native-tsan: | .venv/torch # needs nothing of it, but would otherwise take the turn in which pip fetches it
 $(PRESETS:%=native-%): native-%: packages-test
 	@echo "== C core, $*: building and testing =="
 	@cmake --preset $* $(if $(CI),-DCMAKE_COMPILE_WARNING_AS_ERROR=ON) $(if $(filter emulated cuda,$*),"-DPython3_EXECUTABLE=$$PWD/$(BIN)/python") >/dev/null

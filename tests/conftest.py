@@ -22,14 +22,9 @@ def pytest_report_header():
     return f"torch {torch.__version__}, operators from {torch_sluice.library_path()}"
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in its own hook
 def pytest_collection_modifyitems(items):
-    # With `-n 2 --dist loadgroup` a file stays in one process, for what its tests share; and process groups, of which
-    # each has as many processes as it has ranks, follow one another. They take longest, so they begin at once.
+    # Of two processes each takes a file after the other. Process groups take longest, so they begin at once.
     items.sort(key=lambda item: PROCESS_GROUPS not in item.path.parents)
-    for item in items:
-        group = "process groups" if PROCESS_GROUPS in item.path.parents else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
     reason = missing_gpu(torch.cuda.is_available(), has_kernels("cuda"))
     for item in items:
         if reason and item.get_closest_marker("gpu"):
