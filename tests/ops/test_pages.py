@@ -3,16 +3,17 @@
 import re
 
 import pytest
+from support.devices import INDUCTOR
 
-EXAMPLES = {"attention": 3, "gate": 1, "accumulate": 1, "infer": 1}
+EXAMPLES = {"attention": 3, "gate": 1, "accumulate": 1, "infer": 2}
 
 
 def examples(repository, page):
     return re.findall(r"```python\n(.*?)```", (repository / f"docs/{page}.md").read_text(), re.S)
 
 
-def run(repository, page, number=0):
-    names = {}
+def run(repository, page, number=0, names=None):
+    names = {} if names is None else names
     exec(compile(examples(repository, page)[number], f"docs/{page}.md, example {number}", "exec"), names)
     return names
 
@@ -52,3 +53,13 @@ def test_infer(repository, capsys, tmp_path, monkeypatch):
     x = names["data"][0][0]
     with names["torch"].no_grad():
         assert names["torch"].equal(names["again"](x), names["small"](x))
+
+
+@INDUCTOR
+def test_infer_compiled_ahead(repository, tmp_path, monkeypatch):
+    pytest.importorskip("torch_pruning")
+    monkeypatch.chdir(tmp_path)
+    names = run(repository, "infer", 1, run(repository, "infer"))
+    x = names["data"][0][0][:1]
+    with names["torch"].no_grad():
+        names["torch"].testing.assert_close(names["run"](x), names["small"](x))
