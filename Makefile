@@ -22,7 +22,7 @@ PRESETS := asan tsan emulated $(if $(NVCC),cuda,release)
 
 .PHONY: help
 help: ## List the targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
 
 .PHONY: demo
 demo: packages-demo .venv/package ## Set up, then train a small model densely and with Sluice, and report
@@ -41,7 +41,6 @@ native: $(PRESETS:%=native-%) ## Build the C core under every preset and run its
 .PHONY: $(PRESETS:%=native-%)
 native-emulated: .venv/test # SIMDe
 native-cuda: .venv/torch
-native-tsan: | .venv/torch # needs nothing of it, but would otherwise take the turn in which pip fetches it
 $(PRESETS:%=native-%): native-%: packages-test
 	@echo "== C core, $*: building and testing =="
 	@cmake --preset $* $(if $(CI),-DCMAKE_COMPILE_WARNING_AS_ERROR=ON) $(if $(filter emulated cuda,$*),"-DPython3_EXECUTABLE=$$PWD/$(BIN)/python") >/dev/null

@@ -54,5 +54,5 @@ def test_the_continuous_integration_runs_make_test_and_nothing_else():
 
 def test_make_help_lists_the_targets():
     text = subprocess.run(["make", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
-    for target in ("demo", "test", "lint", "test-abi", "help"):
+    for target in ("demo", "test", "lint", "test-abi", "test-c10d", "help"):
         assert f"make {target} " in text
