@@ -97,7 +97,7 @@ class Distillation:
 def load(quick: bool = False) -> Task:
     """The task. ``quick``: the tiny CREPE and few frames."""
     size = "tiny" if quick else "full"
-    counts = {"selection": 64, "heldout": 128} if quick else {"selection": 384, "heldout": 512}
+    counts = {"selection": 64, "heldout": 128} if quick else {"selection": 1024, "heldout": 512}
     parts = {
         part: draw_tones(count, torch.Generator().manual_seed(seed))
         for seed, (part, count) in enumerate(counts.items())

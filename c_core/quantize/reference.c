@@ -1,5 +1,6 @@
 /* The formulas of ops/sluice/quantize.h in scalar C, one output at a time: the specification. */
 #include <stddef.h>
+#include <stdlib.h>
 
 #include "quantize/conv2d.h"
 #include "quantize/rows.h"
@@ -83,17 +84,30 @@ sl_status sl_quantize_dynamic_reference(const sl_quantize_dynamic_args *args) {
   return SL_OK;
 }
 
-/* Marks the outlier channels in left_out. */
-static void find_outliers(value_set *set, double outlier_ratio, bool *left_out) {
-  int64_t found = 0;
-  value_measure whole = measure(set, 0, set->rows);
-  double limit = outlier_ratio * sqrt(whole.sumsq / ((double)whole.finite_rows * (double)set->columns));
+/* Largest value of a column in the rows that are finite. */
+static float channel_amax(const value_set *set, int64_t column) {
+  float amax = 0;
+  for (int64_t row = 0; row < set->rows; ++row) {
+    if (row_is_finite(set, row)) amax = fmaxf(amax, fabsf(value_at(set, row, column)));
+  }
+  return amax;
+}
+
+static int compare_floats(const void *a, const void *b) {
+  float left = *(const float *)a, right = *(const float *)b;
+  return (left > right) - (left < right);
+}
+
+/* Marks the outlier channels in left_out. sorted: [columns]. */
+static void find_outliers(value_set *set, double outlier_ratio, float *sorted, bool *left_out) {
+  int64_t found = 0, rest = set->columns - sl_most_outliers(set->columns);
+  double sumsq = 0;
+  for (int64_t column = 0; column < set->columns; ++column) sorted[column] = channel_amax(set, column);
+  qsort(sorted, (size_t)set->columns, sizeof(float), compare_floats);
+  for (int64_t i = 0; i < rest; ++i) sumsq += (double)sorted[i] * (double)sorted[i];
+  double limit = rest > 0 ? outlier_ratio * sqrt(sumsq / (double)rest) : INFINITY;
   for (int64_t column = 0; column < set->columns; ++column) {
-    float amax = 0;
-    for (int64_t row = 0; row < set->rows; ++row) {
-      if (row_is_finite(set, row)) amax = fmaxf(amax, fabsf(value_at(set, row, column)));
-    }
-    left_out[column] = outlier_ratio > 0 && amax > limit;
+    left_out[column] = outlier_ratio > 0 && channel_amax(set, column) > limit;
     found += left_out[column];
   }
   for (int64_t column = 0; column < set->columns && found > sl_most_outliers(set->columns); ++column) {
@@ -128,11 +142,12 @@ sl_status sl_linear_dynamic_reference(const sl_linear_dynamic_args *args) {
   SL_CHECK(sl_quantize_validate_linear(args, true));
   const sl_quantized_weight *weight = &args->weight;
   sl_arena arena = sl_arena_make(args->workspace, args->workspace_size);
+  float *sorted = sl_arena_take(&arena, weight->in_features, sizeof(float));
   bool *left_out = sl_arena_take(&arena, weight->in_features, sizeof(bool));
-  SL_REQUIRE(left_out || weight->in_features == 0, SL_OUT_OF_MEMORY, "workspace_size is %zu, expected at least %zu",
-             args->workspace_size, arena.used);
+  SL_REQUIRE((sorted && left_out) || weight->in_features == 0, SL_OUT_OF_MEMORY,
+             "workspace_size is %zu, expected at least %zu", args->workspace_size, arena.used);
   value_set set = {args->dtype, args->x, args->rows, weight->in_features, NULL};
-  if (weight->in_features > 0) find_outliers(&set, args->outlier_ratio, left_out);
+  if (weight->in_features > 0) find_outliers(&set, args->outlier_ratio, sorted, left_out);
   value_measure whole = measure(&set, 0, args->rows);
   for (int64_t row = 0; row < args->rows; ++row) {
     value_measure own = measure(&set, row, 1), *values = args->per_token ? &own : &whole;

@@ -58,15 +58,46 @@ static void measure_task(void *context, int64_t worker, int64_t task) {
   }
 }
 
+/* Root mean square of what channels reach, the `most` highest left out. Bits of floats from 0 up are in the order of
+ * what they stand for, so the lowest of the highest is found bit by bit. */
+static double usual_amax(const float *channel_amax, int64_t columns, int64_t most) {
+  uint32_t bits, lowest = 0;
+  int64_t above = 0;
+  for (uint32_t bit = UINT32_C(1) << 30; bit > 0; bit >>= 1) {
+    int64_t count = 0;
+    for (int64_t channel = 0; channel < columns; ++channel) {
+      memcpy(&bits, &channel_amax[channel], sizeof bits);
+      count += bits >= (lowest | bit);
+    }
+    if (count >= most) lowest |= bit;
+  }
+  double sumsq = 0, limit = sl_float_from_bits(lowest);
+  for (int64_t channel = 0; channel < columns; ++channel) {
+    double amax = channel_amax[channel];
+    if (amax >= limit) {
+      ++above;
+    } else {
+      sumsq += amax * amax;
+    }
+  }
+  sumsq += limit * limit * (double)(above - most); /* equal ones of which some are left out */
+  return sqrt(sumsq / (double)(columns - most));
+}
+
 static void find_outliers(sl_rows *rows) {
   int64_t workers = sl_executor_workers(rows->executor), columns = rows->columns, found = 0;
+  int64_t most = sl_most_outliers(columns);
+  double amax = sl_float_from_bits(rows->whole.amax_bits), ratio = rows->outlier_ratio;
+  /* Most often no channel can be one: the largest square of a channel is at least its mean square. */
+  double others = rows->whole.sumsq / (double)rows->finite - (double)most * amax * amax;
+  if (columns == most || others * ratio * ratio >= amax * amax * (double)(columns - most)) return;
   for (int64_t worker = 1; worker < workers; ++worker) {
     rows->kernel->measure_channels(rows->channel_amax + worker * columns, columns, rows->channel_amax);
   }
-  double limit = rows->outlier_ratio * sqrt(rows->whole.sumsq / ((double)rows->finite * (double)columns));
+  double limit = ratio * usual_amax(rows->channel_amax, columns, most);
   for (int64_t channel = 0; channel < columns; ++channel) {
     if (!(rows->channel_amax[channel] > limit)) continue;
-    if (found == sl_most_outliers(columns)) return;
+    if (found == most) return;
     rows->outlier_channels[found++] = channel;
   }
   rows->outliers = found;

@@ -33,10 +33,12 @@
  *   out[m, n] = bias[n] + scale_x[m] * sum over segments of scale_w[group, n] * sum_k q_x[m, k] * q_w[n, k]
  * Sums over segments are float32, in order. Sums of 4-bit weights take 16 bits as two 8-bit ones.
  *
- * OUTLIER CHANNELS. If outlier_ratio > 0, an input channel k whose max_m |x[m, k]| exceeds outlier_ratio * rms(x) is
- * set to zero in the integers, where it would stretch every scale, and x[m, k] * w[n, k] is added in float32, if there
- * are at most max(1, in_features / 32) such channels; with more of them none is. Rows that are not finite don't count.
- * (Dettmers et al., LLM.int8(), arXiv 2208.07339.)
+ * OUTLIER CHANNELS. With c[k] = max_m |x[m, k]|, an input channel k is one if outlier_ratio > 0 and
+ *   c[k] > outlier_ratio * rms of c without its max(1, in_features / 32) largest.
+ * It is set to zero in the integers, where it would stretch every scale, and x[m, k] * w[n, k] is added in float32, if
+ * there are at most max(1, in_features / 32) such channels; with more of them none is. Rows that are not finite don't
+ * count. (After Dettmers et al., LLM.int8(), arXiv 2208.07339, which compares with the constant 6. What is usual is
+ * measured without the largest, since in a single row a few large channels are most of its rms.)
  *
  * CONVOLUTION. conv2d_dynamic quantises each image of the batch with one scale and one width. Its weight is packed with
  * the inputs of an output channel in the order [kernel_height, kernel_width, channels / groups]; each group of output

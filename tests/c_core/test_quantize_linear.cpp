@@ -143,15 +143,37 @@ TEST_P(QuantizeLinear, TheLowByteAtItsEnd) {
 TEST_P(QuantizeLinear, OutlierChannels) {
   uint64_t seed = 600;
   for (int64_t outliers : {1, 3, 40}) {  // the last are too many to be taken out
-    for (bool per_token : {true, false}) {
-      for (int weight_bits : {8, 4}) {
-        for (sl_dtype dtype : {SL_F32, SL_BF16}) {
-          Case shape{11, 130, 35, weight_bits, 64, 0, per_token, 6, dtype};
+    for (int64_t rows : {1, 11}) {
+      for (bool per_token : {true, false}) {
+        for (int weight_bits : {8, 4}) {
+          for (sl_dtype dtype : {SL_F32, SL_BF16}) {
+            Case shape{rows, 130, 35, weight_bits, 64, 0, per_token, 6, dtype};
+            int64_t i = 0;
+            shape.x = [i, outliers](Random &r) mutable {
+              return r.normal() * ((i++ % 130) * 7 % 130 < outliers ? 60 : 1);
+            };
+            check(shape, ++seed, 2);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Whole numbers, so that channels reach the same, and the limit itself: 3 times a usual 2 is no outlier, 7 is one.
+TEST_P(QuantizeLinear, OutlierChannelsAtTheLimit) {
+  uint64_t seed = 650;
+  for (int64_t inputs : {1, 2, 31, 64, 130}) {
+    for (double usual : {0.0, 2.0}) {
+      for (double largest : {6.0, 7.0}) {
+        for (int64_t outliers : {1, 2, 4, 5}) {
+          Case shape{2, inputs, 17, 8, 0, 0, true, 3};
           int64_t i = 0;
-          shape.x = [i, outliers](Random &r) mutable {
-            return r.normal() * ((i++ % 130) * 7 % 130 < outliers ? 60 : 1);
+          shape.x = [=](Random &) mutable {
+            int64_t channel = i++ % inputs;
+            return (channel % 2 ? -1 : 1) * (channel < outliers ? largest : usual);
           };
-          check(shape, ++seed, 2);
+          check(shape, ++seed);
         }
       }
     }

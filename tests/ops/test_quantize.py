@@ -165,6 +165,20 @@ def test_outlier_channels_are_multiplied_in_float():
     assert torch.equal(many, none)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 8, 64])
+@pytest.mark.parametrize("size", [30, 100, 10000])
+def test_outlier_channels_are_found_in_any_number_of_rows(rows, size):
+    """In few rows they are most of the tensor's root mean square, which hides them from a multiple of it."""
+    generator = torch.Generator().manual_seed(rows)
+    x, w = torch.randn(rows, 768, generator=generator), torch.randn(64, 768, generator=generator)
+    channels = [5, 100, 333, 767]
+    x[:, channels] = size * torch.randn(rows, 4, generator=generator).sign()
+    out, bits, expected = linear(x, w)
+    assert bits.max() <= 8
+    theirs = F.linear(x[:, channels].double(), unpacked(w)[:, channels])
+    assert relative_error(out - theirs, expected - theirs) < 0.03
+
+
 def unpacked(w):
     packed, scale = pack_linear_weight(w)
     return unpack_linear_weight(packed, scale, out_features=w.shape[0], in_features=w.shape[1]).double()

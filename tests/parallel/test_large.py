@@ -24,7 +24,8 @@ def marked(count):
 def check(tensor, factor=1):
     expected, places = marked(tensor.numel())
     assert tensor[places].equal(factor * expected[places])
-    assert torch.count_nonzero(tensor) == len(places)
+    words = tensor[: tensor.numel() // 8 * 8].view(torch.int64)  # fewer to count; no two marks share one
+    assert torch.count_nonzero(words) + torch.count_nonzero(tensor[8 * words.numel() :]) == len(places)
 
 
 def broadcast():

@@ -20,7 +20,8 @@ SETTINGS = dataclasses.replace(
     local_window=4, target_density=0.4, warmup=5, gate_learning_rate=0.1,
 )  # fmt: skip
 DEEP = dataclasses.replace(SETTINGS, layers=4)  # for four stages
-FEW = dataclasses.replace(SETTINGS, micro_batches=2)  # for tensor parallel, where each rank computes on all of them
+# For tensor parallel, where each rank computes on all of them, and torch dispatches each product in Python.
+FEW = dataclasses.replace(SETTINGS, micro_batches=2, steps=30)
 SHORT = dataclasses.replace(SETTINGS, steps=8)
 WIDE = dataclasses.replace(DEEP, steps=5, micro_batches=8)  # for 8 ranks, and for two pipelines of four stages
 

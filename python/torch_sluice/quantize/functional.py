@@ -8,7 +8,7 @@ from torch import Tensor
 from torch_sluice._errors import as_value_error
 
 DEFAULT_TARGET_SQNR = 30.0  # dB: an error of 3 % of a row's root mean square, before it averages out in the product
-DEFAULT_OUTLIER_RATIO = 20.0
+DEFAULT_OUTLIER_RATIO = 10.0
 _POLICIES = {"sqnr": 0, "amax": -1}  # SL_BITS_BY_SQNR, SL_BITS_BY_AMAX
 
 
@@ -131,8 +131,9 @@ def linear_dynamic(
         bias: [out_features], or None.
         out_features, weight_bits, group_size: what the weight was packed with.
         activation_bits, target_sqnr, per_token: as ``bits`` and so on of :func:`quantize_dynamic`.
-        outlier_ratio: input channels with a value above this many times the root mean square of x are multiplied in
-            float32, if at most one in 32 is; 0: none.
+        outlier_ratio: input channels whose largest value is above this many times the usual one (the root mean square
+            of all channels' largest values but the highest 1 in 32) are multiplied in float32, if at most one in 32
+            is; 0: none.
 
     Returns:
         out, x's dtype [..., out_features], and bits, int8 [rows]: the width that each row took. A row of x with an
