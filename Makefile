@@ -37,13 +37,15 @@ test: packages-test ## Set up, then run every test: GoogleTest for C, pytest for
 .PHONY: native
 native: $(PRESETS:%=native-%) ## Build the C core under every preset and run its tests
 
-# Every preset runs its tests; `cuda` needs no GPU to build, and its GPU tests skip where there is none.
+# Every preset runs its tests; `cuda` needs no GPU to build, and its GPU tests skip where there is none. It leaves out
+# what knows nothing of CUDA and is built for the package.
 .PHONY: $(PRESETS:%=native-%)
 native-emulated: .venv/test # SIMDe
 native-cuda: .venv/torch
 $(PRESETS:%=native-%): native-%: packages-test
 	@echo "== C core, $*: building and testing =="
-	@cmake --preset $* $(if $(CI),-DCMAKE_COMPILE_WARNING_AS_ERROR=ON) $(if $(filter emulated cuda,$*),"-DPython3_EXECUTABLE=$$PWD/$(BIN)/python") >/dev/null
+	@cmake --preset $* $(if $(CI),-DCMAKE_COMPILE_WARNING_AS_ERROR=ON) $(if $(filter cuda,$*),-DSLUICE_BUILD_C10D=OFF) \
+	  $(if $(filter emulated cuda,$*),"-DPython3_EXECUTABLE=$$PWD/$(BIN)/python") >/dev/null
 	@cmake --build --preset $* --parallel "$$CMAKE_BUILD_PARALLEL_LEVEL" >build/$*/build.log 2>&1 || \
 	  { grep -vE 'Built target|Building|Linking' build/$*/build.log; exit 1; }
 	@ctest --preset $* --quiet --output-log build/$*/ctest.log || { grep -vE ' Passed |^ +Start ' build/$*/ctest.log; exit 1; }
@@ -90,7 +92,8 @@ packages-demo packages-test: packages-%:
 .venv/package: .venv/torch pyproject.toml README.md $(SOURCES)
 	@echo "== Building Sluice and installing it into .venv, with what training needs: some minutes without a word =="
 	$(PIP) --no-build-isolation --config-settings=build-dir=build/wheel \
-	  --config-settings=cmake.define.SLUICE_BUILD_CUDA=$(if $(GPU),ON,OFF) '.[train,monitor]'
+	  --config-settings=cmake.define.SLUICE_BUILD_CUDA=$(if $(GPU),ON,OFF) \
+	  --config-settings=cmake.define.CMAKE_COMPILE_WARNING_AS_ERROR=$(if $(CI),ON,OFF) '.[train,monitor]'
 	touch $@
 
 .venv/test: .venv/package

@@ -16,12 +16,11 @@ from torch_sluice.train.sluice import SluiceSide
 rank_pool.preload("torch_sluice.train.mesh.side", "transformers.models.llama.modeling_llama")
 
 SETTINGS = dataclasses.replace(
-    PRESETS["demo"], steps=50, context=40, micro_batches=4, micro_size=1, layers=2, width=16, heads=4, feedforward=24,
+    PRESETS["demo"], steps=30, context=40, micro_batches=4, micro_size=1, layers=2, width=16, heads=4, feedforward=24,
     local_window=4, target_density=0.4, warmup=5, gate_learning_rate=0.1,
 )  # fmt: skip
 DEEP = dataclasses.replace(SETTINGS, layers=4)  # for four stages
-# For tensor parallel, where each rank computes on all of them, and torch dispatches each product in Python.
-FEW = dataclasses.replace(SETTINGS, micro_batches=2, steps=30)
+FEW = dataclasses.replace(SETTINGS, micro_batches=2)  # for tensor parallel, where each rank computes on all of them
 SHORT = dataclasses.replace(SETTINGS, steps=8)
 WIDE = dataclasses.replace(DEEP, steps=5, micro_batches=8)  # for 8 ranks, and for two pipelines of four stages
 
