@@ -58,17 +58,15 @@ static void measure_task(void *context, int64_t worker, int64_t task) {
   }
 }
 
-/* Root mean square of what channels reach, the `most` highest left out. Bits of floats from 0 up are in the order of
- * what they stand for, so the lowest of the highest is found bit by bit. */
+/* Root mean square of what channels reach, the `most` highest left out. Floats from 0 up are in the order of their
+ * bits, so the lowest of the highest is found bit by bit. */
 static double usual_amax(const float *channel_amax, int64_t columns, int64_t most) {
-  uint32_t bits, lowest = 0;
+  uint32_t lowest = 0;
   int64_t above = 0;
   for (uint32_t bit = UINT32_C(1) << 30; bit > 0; bit >>= 1) {
+    float candidate = sl_float_from_bits(lowest | bit);
     int64_t count = 0;
-    for (int64_t channel = 0; channel < columns; ++channel) {
-      memcpy(&bits, &channel_amax[channel], sizeof bits);
-      count += bits >= (lowest | bit);
-    }
+    for (int64_t channel = 0; channel < columns; ++channel) count += channel_amax[channel] >= candidate;
     if (count >= most) lowest |= bit;
   }
   double sumsq = 0, limit = sl_float_from_bits(lowest);
