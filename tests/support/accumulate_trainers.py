@@ -100,6 +100,15 @@ def with_lightning(policy, folder, ranks=1, **options):
     return values(module)
 
 
+def shard(model, mesh):
+    """FSDP2, as Fabric's strategy is told to."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in (model.hidden, model.head, model):
+        fully_shard(layer, mesh=mesh["data_parallel"])
+    return model
+
+
 def with_fabric(policy, folder, ranks=1, **options):
     from lightning.fabric import Fabric
 
@@ -108,6 +117,7 @@ def with_fabric(policy, folder, ranks=1, **options):
     bare, optimizer = make()
     model, optimizer = fabric.setup(bare, optimizer)
     data = fabric.setup_dataloaders(loader(ranks))
+    assert len(data) == BATCHES
     with session_or_not(model, optimizer, None, policy) as session:
         for _ in range(EPOCHS):
             for i, batch in enumerate(data):
@@ -119,7 +129,7 @@ def with_fabric(policy, folder, ranks=1, **options):
                     optimizer.step()
                     optimizer.zero_grad()
     assert session is None or session.steps == EPOCHS * 5
-    return values(bare)
+    return values(model)
 
 
 def with_accelerate(policy, folder, ranks=1, accumulate=True, every=None, **options):
@@ -127,7 +137,6 @@ def with_accelerate(policy, folder, ranks=1, accumulate=True, every=None, **opti
     ``every`` the session holds steps instead, which makes no short windows: the plain loop has none either then."""
     from accelerate import Accelerator
 
-    by_hand = not accumulate
     steps = EVERY if accumulate else 1
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=steps, **options)
     bare, optimizer = make()
@@ -140,11 +149,11 @@ def with_accelerate(policy, folder, ranks=1, accumulate=True, every=None, **opti
                     break
                 with accelerator.accumulate(model) if accumulate else contextlib.nullcontext():
                     held = every and policy
-                    accelerator.backward(model(**batch)["loss"] / (EVERY if by_hand and not held else 1))
+                    accelerator.backward(model(**batch)["loss"] / (1 if accumulate or held else EVERY))
                     if accelerator.sync_gradients and (accumulate or last or held):
                         accelerator.clip_grad_norm_(model.parameters(), LIMIT)
                     if accumulate or last or held:
                         optimizer.step()
                         optimizer.zero_grad()
     assert session is None or session.steps == EPOCHS * (4 if every else 5)
-    return values(bare)
+    return values(model)
