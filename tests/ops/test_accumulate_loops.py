@@ -9,6 +9,7 @@ from support.devices import DEVICES
 from torch import nn
 
 import torch_sluice
+from torch_sluice.accumulate.access import read_grad
 
 N = 3
 
@@ -53,8 +54,13 @@ def train_by_hand(data, every=N, clip=None, make=torch.optim.AdamW):
     return values(model)
 
 
-def session(model, optimizer, **options):
-    return torch_sluice.accumulate(model, optimizer, every=N, **{"policy": "fp32", **options})
+def session(model, optimizer, every=N, **options):
+    return torch_sluice.accumulate(model, optimizer, every, **{"policy": "fp32", **options})
+
+
+def hidden(model):
+    """How many parameters have nothing in the .grad that torch itself sees."""
+    return sum(read_grad(parameter) is None for parameter in model.parameters())
 
 
 POLICIES = {"fp32": 1e-5, "fp16": 2e-2, "auto": 2e-2, "seed": 1e-5}  # and how far AdamW may take a value's rounding
@@ -67,27 +73,28 @@ def test_loops_give_what_they_give_without_sluice(policy, loop, device):
     data = batches(4 * N, device=device)
     model = make_model().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    with session(model, optimizer, policy=policy) as accumulation:
+    by_window = loop == "step after each window"
+    with session(model, optimizer, None if by_window else N, policy=policy) as accumulation:
         for i, batch in enumerate(data):
             if loop == "zero_grad first":
                 optimizer.zero_grad()
             loss = loss_of(model, batch)
-            (loss / N if loop == "step after each window" else loss).backward()
-            if loop != "step after each window" or (i + 1) % N == 0:
+            (loss / N if by_window else loss).backward()
+            if not by_window or (i + 1) % N == 0:
                 optimizer.step()
                 if loop != "zero_grad first":
                     optimizer.zero_grad()
     close(values(model), train_by_hand(data), atol=POLICIES[policy] * 1e-2)
-    assert (accumulation.steps, accumulation.micro_batches) == (4, 4 * N)
-    assert all(parameter.grad is None for parameter in model.parameters())
+    assert (accumulation.steps, accumulation.held_steps) == (4, 0 if by_window else 4 * (N - 1))
+    assert all((parameter.grad is None) == (loop != "zero_grad first") for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_float32_has_the_bits_of_the_ordinary_loop_where_it_sums(device):
+def test_float32_has_the_bits_of_the_ordinary_loop(device):
     data = batches(2 * N, device=device)
     model = make_model().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    with session(model, optimizer):
+    with session(model, optimizer, None):
         for i, batch in enumerate(data):
             (loss_of(model, batch) / N).backward()
             if (i + 1) % N == 0:
@@ -97,54 +104,49 @@ def test_float32_has_the_bits_of_the_ordinary_loop_where_it_sums(device):
 
 
 @pytest.mark.parametrize("each", [True, False])
-def test_gradients_are_in_sight_between_the_last_backward_and_the_step(each):
+def test_sums_are_hidden_from_torch_and_seen_by_whoever_looks(each):
     data = batches(2 * N)
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    with session(model, optimizer):
+    with session(model, optimizer, N if each else None):
         for i, batch in enumerate(data):
             (loss_of(model, batch) if each else loss_of(model, batch) / N).backward()
             last = (i + 1) % N == 0
-            assert all((parameter.grad is not None) == last for parameter in model.parameters())
+            assert hidden(model) == 4
             if each or last:
                 nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+                assert all(parameter.grad is not None for parameter in model.parameters())
                 optimizer.step()
                 optimizer.zero_grad()
     close(values(model), train_by_hand(data, clip=1e-3))
 
 
 def test_no_second_set_of_gradients_ever_exists():
-    model, most = make_model(), 0
+    model, least = make_model(), 4
     optimizer = torch.optim.SGD(model.parameters(), 1e-2)
 
     def count(_):
-        nonlocal most
-        most = max(most, sum(parameter.grad is not None for parameter in model.parameters()))
+        nonlocal least
+        least = min(least, hidden(model))
 
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(count)  # runs before the session's: at most this one is there
-    with session(model, optimizer):
-        for batch in batches(N - 1):
+    with session(model, optimizer, None):
+        for batch in batches(N):
             loss_of(model, batch).backward()
-            optimizer.step()
-        assert most == 1
-        for batch in batches(1):
-            loss_of(model, batch).backward()
-            optimizer.step()
+        assert least == 3
 
 
 def test_a_sum_takes_over_the_first_gradient_and_hands_it_on_without_a_copy():
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), 1e-2)
     addresses, parameter = [], model[0].weight
-    parameter.register_post_accumulate_grad_hook(lambda p: addresses.append(p.grad.data_ptr()))
-    with session(model, optimizer):
+    parameter.register_post_accumulate_grad_hook(lambda p: addresses.append(read_grad(p).data_ptr()))
+    with session(model, optimizer, None):
         for batch in batches(N):
             loss_of(model, batch).backward()
-            if parameter.grad is None:
-                optimizer.step()
+        assert hidden(model) == 4
         assert parameter.grad.data_ptr() == addresses[0]
-        optimizer.step()
 
 
 def test_several_backward_passes_in_a_micro_batch():
@@ -161,31 +163,15 @@ def test_several_backward_passes_in_a_micro_batch():
 
 
 @pytest.mark.parametrize("policy", ["fp32", "fp16"])
-def test_step_calls_tells_what_counting_cannot(policy):
-    """With as many backward passes in a micro-batch as micro-batches in a window, the first call of step() looks like
-    the end of a window."""
-    data = batches(2 * N)
-    model = make_model()
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    with session(model, optimizer, step_calls="each", policy=policy):
-        for batch in data:
-            for _ in range(N):
-                (loss_of(model, batch) / N).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    close(values(model), train_by_hand(data), atol=POLICIES[policy] * 1e-2)
-
-
-@pytest.mark.parametrize("policy", ["fp32", "fp16"])
-def test_a_backward_after_the_gradients_were_shown_takes_them_back(policy):
+def test_a_backward_after_somebody_looked_adds_to_what_was_seen(policy):
     data = batches(N + 1)
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), 1e-2)
-    with session(model, optimizer, policy=policy):
-        for batch in data:  # one more than the window has
+    with session(model, optimizer, None, policy=policy):
+        for batch in data:
             loss_of(model, batch).backward()
+            assert model[0].weight.grad is not None
         shown = [parameter.grad.clone() for parameter in model.parameters()]
-        optimizer.step()
     expected = make_model()
     sum(loss_of(expected, batch) for batch in data).backward()
     tolerance = 1e-5 if policy == "fp32" else 3e-3
@@ -193,28 +179,46 @@ def test_a_backward_after_the_gradients_were_shown_takes_them_back(policy):
         assert (got - parameter.grad).norm() <= tolerance * parameter.grad.norm()
 
 
-def test_what_was_done_to_shown_gradients_is_kept_when_another_one_comes():
+def test_what_was_done_to_gradients_is_kept_when_another_one_comes():
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), 1e-2)
     weight = model[0].weight
-    with session(model, optimizer, policy="fp16"):
+    with session(model, optimizer, None, policy="fp16"):
         for batch in batches(N):
             loss_of(model, batch).backward()
         weight.grad.zero_()
         (batch,) = batches(1, seed=5)
         loss_of(model, batch).backward()
         got = weight.grad.clone()
-        optimizer.step()
     expected = make_model()
     loss_of(expected, batch).backward()
-    close(got, expected[0].weight.grad)
+    assert (got - expected[0].weight.grad).norm() < 1e-3 * got.norm()
 
 
-def test_gradients_removed_instead_of_stepped_begin_a_new_window():
+def test_who_holds_a_gradient_sees_later_ones_in_it():
+    model = make_model()
+    weight, bias = model[0].weight, model[0].bias
+    with session(model, torch.optim.SGD(model.parameters(), 1e-2), None, policy="fp16"):
+        for number, batch in enumerate(batches(3)):
+            loss_of(model, batch).backward()
+            if number == 0:
+                kept, view, array = weight.grad, bias.grad[:3], model[2].bias.grad.numpy()
+        assert kept is weight.grad
+        assert torch.equal(view, bias.grad[:3])
+        assert torch.equal(torch.from_numpy(array), model[2].bias.grad)
+        assert hidden(model) == 0 or read_grad(model[2].weight) is None
+        del kept
+        loss_of(model, batch).backward()
+        assert read_grad(weight) is None
+        assert read_grad(bias) is not None
+
+
+@pytest.mark.parametrize("policy", ["fp32", "fp16"])
+def test_windows_that_are_thrown_away(policy):
     data = batches(2 * N)
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    with session(model, optimizer) as accumulation:
+    with session(model, optimizer, None, policy=policy) as accumulation:
         for i, batch in enumerate(batches(N, seed=9) + data):
             (loss_of(model, batch) / N).backward()
             if i + 1 == N:
@@ -223,6 +227,52 @@ def test_gradients_removed_instead_of_stepped_begin_a_new_window():
                 optimizer.step()
                 optimizer.zero_grad()
     assert accumulation.steps == 2
+    close(values(model), train_by_hand(data), atol=POLICIES[policy] * 1e-2)
+
+
+def test_a_micro_batch_thrown_away_in_a_window_of_calls_drops_the_window_and_says_so():
+    data = batches(2 * N)
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    with session(model, optimizer) as accumulation:
+        loss_of(model, data[3]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss_of(model, data[4]).backward()
+        with pytest.warns(UserWarning, match="zero_grad.. has dropped a window of accumulated gradients"):
+            optimizer.zero_grad()
+        for batch in data:
+            loss_of(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert accumulation.steps == 2
+    close(values(model), train_by_hand(data))
+
+
+def test_gradients_of_others_in_a_window_of_calls_are_refused():
+    """A discriminator gets gradients in the generator's turn, and drops them before its own."""
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    accumulation = session(model, optimizer)
+    with pytest.raises(RuntimeError, match=r"with every=3 they can't be told .*expected accumulate\(\) without every"):
+        with accumulation:
+            optimizer.zero_grad()
+            loss_of(model, *batches(1)).backward()
+            optimizer.step()
+            loss_of(model, *batches(1)).backward()
+            optimizer.zero_grad()
+
+
+def test_zero_grad_by_hand_in_a_window_of_calls():
+    data = batches(2 * N)
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    with session(model, optimizer):
+        for batch in data:
+            loss_of(model, batch).backward()
+            optimizer.step()
+            for parameter in model.parameters():
+                parameter.grad = None
     close(values(model), train_by_hand(data))
 
 
@@ -416,59 +466,43 @@ def test_an_incomplete_window_is_left_in_grad_and_said():
                 optimizer.zero_grad()
     expected = make_model()
     expected.load_state_dict(model.state_dict())
-    (sum(loss_of(expected, batch) for batch in data[N:]) / 2).backward()
+    (sum(loss_of(expected, batch) for batch in data[N:]) / N).backward()
     close([p.grad for p in model.parameters()], [p.grad for p in expected.parameters()])
     loss_of(model, data[0]).backward()  # and autograd adds to it as ever
     loss_of(expected, data[0]).backward()
     close([p.grad for p in model.parameters()], [p.grad for p in expected.parameters()])
 
 
-def test_a_last_window_that_is_shorter_steps_and_says_when_gradients_can_be_seen():
-    data = batches(N + 1)
-    model, expected = make_model(), make_model()
-    for one, accumulated in ((expected, False), (model, True)):
-        optimizer = torch.optim.SGD(one.parameters(), 1e-2)
-        with session(one, optimizer) if accumulated else contextlib.nullcontext() as accumulation:
-            for i, batch in enumerate(data):
-                (loss_of(one, batch) / N).backward()
-                if (i + 1) % N and i + 1 < len(data):
-                    continue
-                if accumulated and i == N:
-                    with pytest.warns(UserWarning, match=r"after 1 of 3 backward passes.*session.publish\(\)"):
-                        optimizer.step()
-                    assert accumulation.steps == 2
-                else:
-                    optimizer.step()
-                optimizer.zero_grad()
-    close(values(model), values(expected))
-
-
-def test_publish_shows_the_gradients_of_an_incomplete_window():
+@pytest.mark.parametrize("policy", ["fp32", "fp16"])
+def test_a_last_window_that_is_shorter_steps_and_is_clipped(policy):
     data = batches(2 * N - 1)
     model, expected = make_model(), make_model()
     for one, accumulated in ((expected, False), (model, True)):
         optimizer = torch.optim.SGD(one.parameters(), 1.0)
-        with session(one, optimizer) if accumulated else contextlib.nullcontext() as accumulation:
+        with session(one, optimizer, None, policy=policy) if accumulated else contextlib.nullcontext() as accumulation:
             for i, batch in enumerate(data):
                 (loss_of(one, batch) / N).backward()
-                if (i + 1) % N == 0 or i + 1 == len(data):
-                    if accumulated:
-                        accumulation.publish()
-                    nn.utils.clip_grad_norm_(one.parameters(), 1e-3)
-                    optimizer.step()
-                    optimizer.zero_grad()
+                if (i + 1) % N and i + 1 < len(data):
+                    continue
+                norm = nn.utils.clip_grad_norm_(one.parameters(), 1e-3)
+                assert norm > 1e-3
+                optimizer.step()
+                optimizer.zero_grad()
+    assert accumulation.steps == 2
     close(values(model), values(expected))
 
 
-def test_an_exception_leaves_the_model_usable_and_the_state_saved():
+def test_an_exception_leaves_gradients_where_they_would_be_and_the_state_saved():
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), 1e-2)
     accumulation = session(model, optimizer)
     with pytest.raises(KeyboardInterrupt), accumulation:
         loss_of(model, *batches(1)).backward()
+        optimizer.step()
         raise KeyboardInterrupt
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert accumulation.state_dict()["parameters"]["0.weight"]["buffer"] is not None
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert accumulation.state_dict()["parameters"]["0.weight"]["shown"] is not None
+    assert accumulation.state_dict()["window"]["held"] == 1
     before = values(model)
     loss_of(model, *batches(1)).backward()
     optimizer.step()
@@ -496,6 +530,7 @@ def test_reset_after_a_backward_that_failed():
         for batch in data:
             loss_of(model, batch).backward()
             optimizer.step()
+            optimizer.zero_grad()
     close(values(model), train_by_hand(data))
 
 
@@ -522,7 +557,8 @@ def test_two_sessions_side_by_side():
     with session(first, one), torch_sluice.accumulate(second, other, every=2 * N, policy="fp32") as slow:
         for batch in data:
             (loss_of(first, batch) + loss_of(second, batch)).backward()
-            one.step()
-            other.step()
+            for each in (one, other):
+                each.step()
+                each.zero_grad()
     close(values(first), train_by_hand(data))
     assert slow.steps == 2

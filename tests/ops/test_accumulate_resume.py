@@ -1,5 +1,6 @@
 """A session that is saved in the middle of a window goes on exactly as if nothing had happened."""
 
+import copy
 import io
 
 import pytest
@@ -18,7 +19,7 @@ class Training:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(40, 64), nn.Tanh(), nn.Linear(64, 40))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-2)
-        self.session = torch_sluice.accumulate(self.model, self.optimizer, every=N, policy=policy)
+        self.session = torch_sluice.accumulate(self.model, self.optimizer, N if each else None, policy=policy)
         self.each = each
         self.session.__enter__()
 
@@ -85,14 +86,43 @@ def test_a_gradient_that_was_clipped_is_saved_clipped():
     other.close()
 
 
+def test_a_session_that_is_entered_again_begins_a_window():
+    training = Training("fp32")
+    for _ in range(2):
+        training.run(0, 2)
+        assert training.session.state_dict()["window"]["held"] == 1
+        with pytest.warns(UserWarning, match=r"accumulation ended after 1 of 4 calls of step\(\)"):
+            training.session.__exit__(None, None, None)
+        training.optimizer.zero_grad()
+        training.session.__enter__()
+    training.run(0, 2 * N)
+    assert training.session.steps == 1
+    training.close()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_names_are_those_inside_of_wrappers(compiled):
+    plain = Training("fp16")
+    plain.run(0, 3)
+    state = plain.session.state_dict()
+    model = nn.Sequential(nn.Linear(40, 64), nn.Tanh(), nn.Linear(64, 40))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    wrapped = torch.compile(model) if compiled else nn.DataParallel(model)
+    session = torch_sluice.accumulate(wrapped, optimizer, N, policy="fp16")
+    session.load_state_dict(state)
+    assert session.state_dict()["parameters"].keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    plain.close()
+
+
 def test_states_that_do_not_fit_are_refused():
     training = Training("fp16")
     training.run(0, 3)
     state = training.session.state_dict()
     refused = {
-        "the version of the state is 7, expected 1": {**state, "version": 7},
+        "the version of the state is 7, expected 2": {**state, "version": 7},
         "every is 4, expected 9, with which the state was saved": {**state, "window": {**state["window"], "every": 9}},
-        "the saved kind of loop is 'odd'": {**state, "window": {**state["window"], "kind": "odd"}},
+        "the saved window has 4 calls, expected fewer": {**state, "window": {**state["window"], "held": 4}},
+        "the state of the window lacks 'held'": {**state, "window": {"every": N}},
         r"differ in these parameters: 0.weight": {
             **state,
             "parameters": {name: one for name, one in state["parameters"].items() if name != "0.weight"},
@@ -106,14 +136,22 @@ def test_states_that_do_not_fit_are_refused():
             **state,
             "parameters": {**state["parameters"], "0.bias": {**state["parameters"]["0.bias"], "format": "int8"}},
         },
-        "the state of parameter 0.bias lacks 'record'": {
+        "the state of parameter 2.bias lacks 'record'": {
             **state,
-            "parameters": {**state["parameters"], "0.bias": {"format": "fp16", "buffer": None, "exponents": None}},
+            "parameters": {
+                **state["parameters"],
+                "2.bias": {name: one for name, one in state["parameters"]["2.bias"].items() if name != "record"},
+            },
         },
         "the state lacks 'counters'": {name: value for name, value in state.items() if name != "counters"},
     }
+    before = copy.deepcopy(state)
     for message, bad in refused.items():
         with pytest.raises(ValueError, match=message):
             training.session.load_state_dict(bad)
+        after = training.session.state_dict()  # nothing of it was taken over
+        assert [after[part] for part in ("window", "counters")] == [before[part] for part in ("window", "counters")]
+        for name, one in before["parameters"].items():
+            assert torch.equal(after["parameters"][name]["buffer"], one["buffer"])
     training.session.load_state_dict(state)
     training.close()

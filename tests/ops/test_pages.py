@@ -36,7 +36,7 @@ def test_gate(repository):
 def test_accumulate(repository, capsys):
     session = run(repository, "accumulate")["session"]
     steps, share = capsys.readouterr().out.split()
-    assert (int(steps), session.micro_batches) == (2, 8)
+    assert (int(steps), session.held_steps) == (2, 6)
     assert 0 < float(share) <= 1
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import torch_sluice
+from torch_sluice.accumulate.access import read_grad
 
 EVERY, STEPS = 3, 4
 
@@ -46,7 +47,7 @@ def train(model, optimizer, batches, session=None):
             optimizer.step()
             optimizer.zero_grad()
         elif session is not None:
-            assert all(parameter.grad is None for parameter in model.parameters())
+            assert all(read_grad(parameter) is None for parameter in model.parameters())
     return model
 
 
@@ -62,7 +63,7 @@ def accumulate_sharded(kind, policy):
     train(expected, torch.optim.AdamW(expected.parameters(), 0.01), everyone)
     model = shard(make_model(), kind, mesh)
     optimizer = torch.optim.AdamW(model.parameters(), 0.01, foreach=False)
-    with torch_sluice.accumulate(model, optimizer, every=EVERY, step_calls="last", policy=policy) as session:
+    with torch_sluice.accumulate(model, optimizer, policy=policy) as session:
         train(model, optimizer, lambda n: batch(rank if kind == "fsdp" else 0, n), session)
     assert session.steps == STEPS
     assert session.stats().fp16_share == (policy == "fp16")
@@ -83,7 +84,7 @@ def spoil_one_part():
     model = shard(make_model(), "tensor parallel", init_device_mesh("cpu", (dist.get_world_size(),)))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     before = [p.full_tensor().detach().clone() for p in model.parameters()]
-    with torch_sluice.accumulate(model, optimizer, every=1, step_calls="last") as session:
+    with torch_sluice.accumulate(model, optimizer) as session:
         if dist.get_rank() == 1:
             model[0].weight.register_hook(
                 lambda grad: DTensor.from_local(grad.to_local() * math.nan, grad.device_mesh, grad.placements)

@@ -19,8 +19,9 @@ class Accumulator:
 
     ``format`` is "fp32", "fp16" (float16 with an exponent per block of 1024 elements, see ops/sluice/accumulate.h), or
     "torch": a tensor of the gradient's own kind, for what the kernels do not take (float64, complex, sparse, devices
-    without kernels). Memory is allocated at the first gradient and, for "fp16", kept for the next window; an "fp32"
-    sum takes the first gradient's memory over and hands it on as the averaged gradient, so neither copies.
+    without kernels). The sum is ``scale`` times what the buffer holds. Memory is allocated at the first gradient and,
+    for "fp16", kept for the next window; an "fp32" sum takes the first gradient's memory over and hands it on as
+    ``.grad``, so neither copies.
     """
 
     def __init__(self, parameter: torch.Tensor, format: str):
@@ -28,18 +29,31 @@ class Accumulator:
         self.format = format
         self.buffer: torch.Tensor | None = None
         self.exponents: torch.Tensor | None = None
+        self.scale = 1.0
         self.empty = True
 
-    def start(self, format: str) -> None:
-        """Forgets the sum and chooses the format of the next one."""
-        if format != self.format or format == "torch":
+    def start(self, format: str, parameter: torch.Tensor) -> None:
+        """Forgets the sum and chooses the format of the next one, of gradients of this parameter."""
+        if format != self.format or (self.buffer is not None and self.buffer.shape != parameter.shape):
             self.buffer = self.exponents = None
-        self.format = format
+        self.parameter, self.format = parameter, format
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets the sum."""
+        if self.format == "torch":
+            self.buffer = None
+        self.scale = 1.0
         self.empty = True
 
     def add(self, grad: torch.Tensor, weight: float, seed: int | None) -> torch.Tensor:
-        """Adds weight * grad. Returns the six statistics of ops/sluice/accumulate.h as a tensor."""
-        if grad.layout != torch.strided or self.format == "torch":
+        """Adds weight * grad. Returns the six statistics of ops/sluice/accumulate.h as a tensor; those of the sum are
+        of what the buffer holds."""
+        if self.empty:
+            self.scale, weight = (weight, 1.0) if weight != 0.0 else (1.0, 0.0)
+        else:
+            weight /= self.scale
+        if grad.layout != torch.strided or self.format == "torch" or grad.dtype not in _KERNEL_DTYPES:
             return self._add_by_torch(grad, weight)
         if self.empty and weight == 1 and self.format == "fp32" and _owns_its_memory(grad, self.parameter):
             self.buffer, self.empty = grad, False
@@ -60,7 +74,7 @@ class Accumulator:
 
     def _add_by_torch(self, grad: torch.Tensor, weight: float) -> torch.Tensor:
         if self.format != "torch":  # the first sparse gradient of a parameter that had dense ones
-            self.buffer = None if self.empty else self._read_as(torch.float32)[0]
+            self.buffer = None if self.empty else self._read_as(torch.float32)
             self.format, self.exponents = "torch", None
         grad = grad if weight == 1 else grad * weight
         self.buffer = grad if self.empty else self.buffer + grad
@@ -72,66 +86,69 @@ class Accumulator:
         if self.format != "fp16":
             return
         if not self.empty:
-            self.buffer = self._read_as(torch.float32)[0]
+            self.buffer = self._read_as(torch.float32)
         else:
             self.buffer = None
         self.format, self.exponents = "fp32", None
 
-    def _read_as(self, dtype: torch.dtype, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read_as(self, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
         out = torch.empty_like(self.buffer, dtype=dtype)
-        stats = operators.read_accumulator(self.buffer, self.exponents, scale, out)
-        return out, stats
+        operators.read_accumulator(self.buffer, self.exponents, scale, out)
+        return out
 
-    def take(self, scale: float) -> torch.Tensor:
-        """The sum times scale in the parameter's dtype. A float32 sum gives its memory away and is empty then; the
+    def take(self, factor: float) -> torch.Tensor:
+        """The sum times factor in the parameter's dtype. A float32 sum gives its memory away and is empty then; the
         others stay as they are."""
+        scale = self.scale * factor
         if self.format == "torch":
-            return self.buffer if scale == 1 else self.buffer * scale
+            taken = self.buffer if scale == 1 else self.buffer * scale
+            return taken if taken.dtype == self.parameter.dtype else taken.to(self.parameter.dtype)
+        if self.parameter.dtype not in _KERNEL_DTYPES:  # it changed since the first gradient
+            return self._read_as(torch.float32).to(self.parameter.dtype).mul_(scale)
         if self.format == "fp32" and self.parameter.dtype == torch.float32:
             out, self.buffer, self.empty = self.buffer, None, True
             if scale != 1:
                 operators.read_accumulator(out, None, scale, out)
             return out
-        return self._read_as(self.parameter.dtype, scale)[0]
+        return self._read_as(self.parameter.dtype, scale)
 
-    def put_back(self, grad: torch.Tensor, divisor: float, same: bool, unchanged: bool) -> None:
-        """Undoes take(): the sum becomes grad * divisor.
-
-        Args:
-            same: grad is the tensor that take() gave, so its memory may be used.
-            unchanged: and nobody wrote to it, so a sum that is still here goes on as it was.
-        """
-        if unchanged and not self.empty:
-            return
-        if self.format == "torch":
-            self.buffer = grad * divisor
-        else:
-            self.format, self.exponents = "fp32", None
-            self.buffer = grad if same and grad.dtype == torch.float32 else grad.to(torch.float32, copy=True)
-            if divisor != 1:
-                operators.read_accumulator(self.buffer, None, divisor, self.buffer)
-        self.empty = False
-
-    @property
-    def bytes_of_format(self) -> int:
+    def bytes_in(self, format: str) -> int:
         """Bytes that a sum in this format takes."""
         elements = self.parameter.numel()
-        if self.format == "fp16":
+        if format == "fp16":
             return 2 * elements + count_blocks(elements)
-        return elements * (4 if self.format == "fp32" else self.parameter.element_size())
+        return elements * (4 if format == "fp32" else self.parameter.element_size())
 
     def state_dict(self) -> dict:
         kept = None if self.empty else self.buffer
-        return {"format": self.format, "buffer": kept, "exponents": None if self.empty else self.exponents}
+        exponents = None if self.empty else self.exponents
+        return {"format": self.format, "buffer": kept, "exponents": exponents, "scale": self.scale}
 
-    def load_state_dict(self, state: dict) -> None:
+    def check_state_dict(self, state: dict) -> None:
+        """Raises ValueError, KeyError or TypeError for a state that load_state_dict() can't take."""
         if state["format"] not in FORMATS:
             raise ValueError(f"format is {state['format']!r}, expected one of {', '.join(FORMATS)}")
         buffer, exponents = state["buffer"], state["exponents"]
-        if buffer is not None and buffer.shape != self.parameter.shape:
+        float(state["scale"])
+        if buffer is None:
+            return
+        if buffer.shape != self.parameter.shape:
             raise ValueError(f"its sum has shape {list(buffer.shape)}, expected {list(self.parameter.shape)}")
+        if state["format"] == "torch":
+            return
+        dtype = torch.float16 if state["format"] == "fp16" else torch.float32
+        if buffer.dtype != dtype:
+            raise ValueError(f"its {state['format']} sum is {buffer.dtype}, expected {dtype}")
+        blocks = count_blocks(buffer.numel()) if state["format"] == "fp16" else None
+        found = None if exponents is None else exponents.numel()
+        if found != blocks:
+            raise ValueError(f"its {state['format']} sum has {found} exponents, expected {blocks}")
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes the sum over from a state that check_state_dict() has passed."""
+        buffer, exponents = state["buffer"], state["exponents"]
         device = self.parameter.device
-        self.format, self.empty = state["format"], buffer is None
+        self.format, self.scale, self.empty = state["format"], float(state["scale"]), buffer is None
         self.buffer = None if buffer is None else buffer.to(device, copy=True)
         self.exponents = None if exponents is None else exponents.to(device, copy=True)
 

@@ -1,59 +1,112 @@
-"""Working together with DistributedDataParallel: when it averages over ranks, and by how many tokens of all ranks."""
+"""Working together with DistributedDataParallel: which backward passes average gradients over ranks.
+
+DDP copies ``.grad`` into its buckets in C++, right after our hook has run. So in a pass that averages, the hook leaves
+the whole sum in sight. Which passes do is decided in DDP's forward pass, and whoever wrapped the model may have done so
+after the session began (a Trainer does): hence ``forward`` of the class is replaced while a session is open.
+"""
+
+import functools
 
 import torch
-from torch import distributed, nn
+from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
+from torch_sluice.accumulate.access import gradient_of
 
-class DataParallel:
-    """The DistributedDataParallel modules in a model; nothing happens where there are none.
+_sessions = set()
+_original = None
 
-    DDP copies ``parameter.grad`` into its buckets right after our hook has run, so a sum that is shown in the hook is
-    what it averages over ranks: once a window, if it synchronises only in the window's last micro-batch. In a loop that
-    calls step() after each micro-batch the session sees to that, once it knows that it is such a loop; other loops say
-    ``with model.no_sync()`` themselves. Where DDP averages more often, so do the sums, which is as right and slower.
+
+class Reduction:
+    """What one DistributedDataParallel module does in the coming backward pass.
+
+    Attributes:
+        expected: the pass averages gradients over ranks.
+        ran: such a pass has begun since.
     """
 
-    def __init__(self, model: nn.Module):
-        self.modules = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
-        self._planned = False
-        self._average: tuple[float, float] | None = None  # tokens of this rank -> tokens of all ranks / ranks
+    def __init__(self, module: DistributedDataParallel):
+        self.group = module.process_group
+        self.device = next(module.parameters()).device
+        self.expected = self.ran = False
 
-    def __bool__(self) -> bool:
-        return bool(self.modules)
-
-    @property
-    def reduces_now(self) -> bool:
-        """Whether the backward pass in progress averages over ranks."""
-        return any(module.require_forward_param_sync for module in self.modules)
-
-    def plan(self, window) -> None:
-        """Has the next forward and backward pass average over ranks, or not."""
-        self._average = None
-        if not self.modules:
-            return
-        if window.kind != "each":
-            self.restore()
-            return
-        self._planned = True
-        for module in self.modules:
-            module.require_backward_grad_sync = window.comes_last
-
-    def restore(self) -> None:
-        """Leaves it to the loop when to average over ranks."""
-        if self._planned:
-            for module in self.modules:
-                module.require_backward_grad_sync = True
-        self._planned = False
+    def note_forward(self, averages: bool) -> None:
+        """As DDP does: a pass that was prepared for averaging averages, even if another forward came in between."""
+        if averages:
+            self.expected, self.ran = True, False
+        elif self.ran:
+            self.expected = False
 
     def average(self, tokens: float) -> float:
         """Tokens of all ranks / number of ranks: DDP divides by the latter itself."""
-        if not self.modules or not self.reduces_now:
-            return tokens
-        if self._average is None or self._average[0] != tokens:
-            group = self.modules[0].process_group
-            device = next(self.modules[0].parameters()).device
-            total = torch.tensor([tokens], dtype=torch.float64, device=device)
-            distributed.all_reduce(total, group=group)
-            self._average = tokens, total.item() / distributed.get_world_size(group)
-        return self._average[1]
+        total = torch.tensor([tokens], dtype=torch.float64, device=self.device)
+        distributed.all_reduce(total, group=self.group)
+        return total.item() / distributed.get_world_size(self.group)
+
+
+def attach(session) -> None:
+    """Watches the forward passes of all DistributedDataParallel modules while the session is open."""
+    global _original
+    if not _sessions:
+        _original = DistributedDataParallel.forward
+        DistributedDataParallel.forward = _around_forward(_original)
+    _sessions.add(session)
+
+
+def detach(session) -> None:
+    global _original
+    _sessions.discard(session)
+    if not _sessions and _original is not None:
+        DistributedDataParallel.forward, _original = _original, None
+
+
+def watched(model: torch.nn.Module) -> None:
+    """Prepares for a model whose forward pass came before the session."""
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            _reduction_of(module, _gradients_of(module)).note_forward(module.require_forward_param_sync)
+
+
+def _gradients_of(module) -> list:
+    return [gradient for one in module.parameters() if (gradient := gradient_of(one)) is not None]
+
+
+def _reduction_of(module, gradients) -> Reduction:
+    reduction = next((one.reduction for one in gradients if one.reduction is not None), None)
+    if reduction is None or reduction.group is not module.process_group:
+        reduction = Reduction(module)
+    for gradient in gradients:
+        gradient.reduction = reduction
+    return reduction
+
+
+@torch.compiler.disable
+def _before_forward(module) -> tuple[Reduction, bool] | None:
+    gradients = _gradients_of(module)
+    if not gradients or not torch.is_grad_enabled():
+        return None
+    full = any(not gradient.session.window.is_held for gradient in gradients)
+    averages = module.require_backward_grad_sync and full
+    if averages and (module.find_unused_parameters or module.static_graph):
+        for gradient in gradients:  # of a parameter without use in this pass DDP takes the sum at the end of forward
+            gradient.show()
+    return _reduction_of(module, gradients), averages
+
+
+def _around_forward(original):
+    @functools.wraps(original)
+    def forward(self, *inputs, **kwargs):
+        coming = _before_forward(self)
+        if coming is None:
+            return original(self, *inputs, **kwargs)
+        reduction, averages = coming
+        asked = self.require_backward_grad_sync
+        self.require_backward_grad_sync = averages
+        try:
+            output = original(self, *inputs, **kwargs)
+        finally:
+            self.require_backward_grad_sync = asked
+        reduction.note_forward(averages)
+        return output
+
+    return forward

@@ -1,9 +1,9 @@
 """Makes torch.amp.GradScaler hold back with the optimizer.
 
-A GradScaler looks at the gradients before it calls ``optimizer.step()``, and fails if there are none, as in a window
-that is still open. While any session is open its ``unscale_``, ``step`` and ``update`` are replaced by ones that do
-nothing for an optimizer whose step would be held back (so the scale stays the same within a window), and that show the
-gradients first where the step acts. Optimizers without a session are treated as ever.
+A GradScaler looks at the gradients before it calls ``optimizer.step()``, and divides them by its scale. While any
+session is open its ``unscale_``, ``step`` and ``update`` are replaced by ones that do nothing for an optimizer whose
+step would be held back by ``every=N`` (so the scale stays the same within a window), and that tell the session when the
+scaler left a step out. Optimizers without a session are treated as ever.
 """
 
 import weakref
@@ -26,9 +26,10 @@ def attach(optimizer, session) -> None:
             setattr(GradScaler, name, replacement)
 
 
-def detach(optimizer) -> None:
+def detach(optimizer, session) -> None:
     """Forgets the session of an optimizer; after the last one GradScaler is as it was."""
-    _sessions.pop(optimizer, None)
+    if _sessions.get(optimizer) is session:
+        del _sessions[optimizer]
     if not _sessions:
         for name, original in _originals.items():
             setattr(GradScaler, name, original)
@@ -36,28 +37,31 @@ def detach(optimizer) -> None:
 
 
 def _session_of(scaler, optimizer):
-    return _sessions.get(optimizer) if scaler.is_enabled() else None
+    session = _sessions.get(optimizer) if scaler.is_enabled() else None
+    if session is not None and session.options.low_memory:
+        raise RuntimeError("low_memory=True hides gradients from GradScaler, which must look at them: use one of both")
+    return session
 
 
 def _unscale(self, optimizer):
     session = _session_of(self, optimizer)
-    if session is None or session.prepare_step():
+    if session is None or not session.window.is_held:
         return _originals["unscale_"](self, optimizer)
     return None
 
 
 def _step(self, optimizer, *args, **kwargs):
     session = _session_of(self, optimizer)
-    if session is not None and not session.prepare_step():
+    if session is not None and session.window.is_held:
         _held.add(self)
         session.hold_step()
         return None
     _acted.add(self)
     if session is None:
         return _originals["step"](self, optimizer, *args, **kwargs)
-    windows = session.windows
+    before = session.steps + session.skipped_steps
     result = _originals["step"](self, optimizer, *args, **kwargs)
-    if session.windows == windows:  # it found infinities and did not call the optimizer
+    if session.steps + session.skipped_steps == before:  # it found infinities and did not call the optimizer
         session.skip_step()
     return result
 

@@ -32,9 +32,10 @@ class Record:
     step_norm: float = 0.0  # of the averaged gradient at the last step
     last_error: float = 0.0  # relative error of the last window's sum
     promotions: int = 0  # times that a float16 sum went on in float32
-    prefers_fp32: bool = False  # where "auto" starts the next window
+    prefers_fp32: bool = True  # where "auto" starts the next window
+    others_want_fp32: bool = False  # whether another rank does
     calm_windows: int = 0  # windows in a row in which float16 would have done
-    patience: int = 2  # calm windows that it takes to return to float16
+    patience: int = 1  # calm windows that it takes to go to float16
 
     def start_window(self) -> None:
         """Forgets the sums, and keeps what describes the parameter."""
@@ -62,12 +63,37 @@ class Record:
     def state_dict(self) -> dict:
         return asdict(self)
 
+    def check_state_dict(self, state: dict) -> None:
+        """Raises KeyError, ValueError or TypeError for a state that load_state_dict() can't take."""
+        for field in fields(self):
+            type(getattr(self, field.name))(state[field.name])
+        if int(state["elements"]) != self.elements:
+            raise ValueError(f"its record is of {state['elements']} elements, expected {self.elements}")
+
     def load_state_dict(self, state: dict) -> None:
         for field in fields(self):
             setattr(self, field.name, type(getattr(self, field.name))(state[field.name]))
 
 
-class FixedPolicy:
+class Policy:
+    """What all policies answer."""
+
+    is_measured = False  # whether what was measured decides, so that ranks have something to agree on
+    allowed_error = math.inf  # relative error of a sum, above which the user is told
+
+    def choose(self, record: Record) -> str:
+        """The format in which a window's sum begins."""
+        raise NotImplementedError
+
+    def wants_fp32(self, record: Record, grad: torch.Tensor | None) -> bool:
+        """Whether a float16 sum goes on in float32, before this gradient is added."""
+        return False
+
+    def end_window(self, record: Record) -> None:
+        """Learns from a window that has ended."""
+
+
+class FixedPolicy(Policy):
     """Every sum in one format."""
 
     def __init__(self, format: str):
@@ -76,14 +102,8 @@ class FixedPolicy:
     def choose(self, record: Record) -> str:
         return self.format
 
-    def wants_fp32(self, record: Record, grad: torch.Tensor | None) -> bool:
-        return False
 
-    def end_window(self, record: Record) -> None:
-        pass
-
-
-class SeedPolicy:
+class SeedPolicy(Policy):
     """The seed's rule to the letter: a gradient whose norm is above 1e-3 is added in float32, others in float16 (here:
     scaled). The norm must be known before the cast, so this reads each gradient of a float16 sum twice."""
 
@@ -98,34 +118,37 @@ class SeedPolicy:
         sumsq, _, nonfinite = measure_gradient(grad)[:3].tolist()
         return nonfinite > 0 or math.sqrt(sumsq) > self.threshold
 
-    def end_window(self, record: Record) -> None:
-        pass
 
+class AutoPolicy(Policy):
+    """Float16 where its error is small, measured and not guessed from a norm.
 
-class AutoPolicy:
-    """Float16 as long as its error is small, measured and not guessed from a norm.
+    A parameter's first window is summed in float32, and what float16 would have cost is predicted from what the kernel
+    measured: a gradient that cancels almost all of a sum leaves the rounding of what it cancelled, and nothing can mend
+    that afterwards. Float16 follows once it would have stayed below half the ``tolerance``. From then on the kernel
+    reports the squared error of every rounding; a sum goes on in float32 once the error of this window, as a share of
+    the sum's norm, exceeds ``tolerance``, or once more than ``underflow_share`` of its elements are so small beside the
+    largest of their block that float16 keeps fewer than eleven bits of them. It returns to float16 after ``patience``
+    calm windows; every promotion doubles the patience of that parameter, up to 64, so that none flips at each step.
 
-    The kernel reports the squared error of every rounding. A sum goes on in float32 once the error of this window, as a
-    share of the sum's norm, exceeds ``tolerance``, or once more than ``underflow_share`` of its elements are so small
-    beside the largest of their block that float16 keeps fewer than eleven bits of them. It returns to float16 after
-    ``patience`` windows in which float16 would have stayed below half the tolerance; every promotion doubles the
-    patience of that parameter, up to 64, so that none flips at each step. Parameters of fewer than 1024 elements are
-    summed in float32, for there is nothing to save, and so is everything in windows of one micro-batch.
+    Parameters of fewer than 1024 elements are summed in float32, for there is nothing to save, and so are windows of
+    one gradient: they are the gradient.
     """
 
     underflow_share = 0.01
+    is_measured = True
 
-    def __init__(self, tolerance: float, every: int):
+    def __init__(self, tolerance: float, every: int | None):
         if not 0 < tolerance < math.inf:
             raise ValueError(f"tolerance is {tolerance}, expected a number above 0")
-        self.tolerance = tolerance
+        self.allowed_error = tolerance
         self.every = every
 
     def choose(self, record: Record) -> str:
-        return "fp32" if record.prefers_fp32 or record.elements < BLOCK or self.every == 1 else "fp16"
+        stays = record.prefers_fp32 or record.others_want_fp32 or record.elements < BLOCK or self.every == 1
+        return "fp32" if stays else "fp16"
 
     def wants_fp32(self, record: Record, grad: torch.Tensor | None) -> bool:
-        if record.error <= self.tolerance and record.underflow <= self.underflow_share * record.elements:
+        if record.error <= self.allowed_error and record.underflow <= self.underflow_share * record.elements:
             return False
         record.prefers_fp32 = True
         record.calm_windows = 0
@@ -133,18 +156,21 @@ class AutoPolicy:
         return True
 
     def end_window(self, record: Record) -> None:
-        if record.folds == 0 or (self.choose(record) == "fp32" and not record.prefers_fp32):
+        if record.folds == 0:
             return
-        if not record.prefers_fp32:
+        if record.folds == 1:
+            record.prefers_fp32, record.calm_windows = True, 0  # nothing was added up
+        elif not record.prefers_fp32:
             self.wants_fp32(record, None)  # what the last gradient did decides about the next window
-            return
-        predicted = record.rounding_error(ROUNDING * record.sums_sumsq)
-        record.calm_windows = record.calm_windows + 1 if predicted < self.tolerance / 2 else 0
-        if record.calm_windows >= record.patience:
-            record.prefers_fp32 = False
+        else:
+            predicted = record.rounding_error(ROUNDING * record.sums_sumsq)
+            calm = predicted < self.allowed_error / 2
+            record.calm_windows = record.calm_windows + 1 if calm else 0
+            if record.calm_windows >= record.patience:
+                record.prefers_fp32 = False
 
 
-def make_policy(name: str, tolerance: float, every: int):
+def make_policy(name: str, tolerance: float, every: int | None) -> Policy:
     """The policy of this name. Raises ValueError for another."""
     if name in ("fp16", "fp32"):
         return FixedPolicy(name)

@@ -24,7 +24,7 @@ class SessionStats:
 
     steps: int  # that the optimizer has made
     skipped_steps: int  # left out because a gradient was not finite
-    micro_batches: int  # calls of step() held back or made, or backward passes where the loop steps once a window
+    held_steps: int  # calls of step() held back by every=N
     elements: int
     fp16_share: float  # elements whose sum is float16 / elements
     bytes: int  # that the sums take
@@ -41,12 +41,12 @@ class SessionStats:
 def make_stats(session) -> SessionStats:
     """Collects the figures of a session."""
     parameters = {}
-    for slot in session.slots.values():
-        record, accumulator = slot.record, slot.accumulator
-        parameters[slot.name] = ParameterStats(
-            format=accumulator.format,
+    for gradient in session.gradients.values():
+        record = gradient.record
+        parameters[gradient.name] = ParameterStats(
+            format=gradient.format,
             elements=record.elements,
-            bytes=accumulator.bytes_of_format,
+            bytes=gradient.sum.bytes_in(gradient.format),
             grad_norm=record.grad_norm,
             grad_amax=record.grad_amax,
             step_norm=record.step_norm,
@@ -59,7 +59,7 @@ def make_stats(session) -> SessionStats:
     return SessionStats(
         steps=session.steps,
         skipped_steps=session.skipped_steps,
-        micro_batches=session.micro_batches,
+        held_steps=session.held_steps,
         elements=elements,
         fp16_share=sum(one.elements for one in every if one.format == "fp16") / max(elements, 1),
         bytes=sum(one.bytes for one in every),

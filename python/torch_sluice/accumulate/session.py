@@ -1,20 +1,20 @@
-"""The session behind ``torch_sluice.accumulate``: takes gradients as they are born, and steps once a window."""
+"""The session behind ``torch_sluice.accumulate``: which parameters it has, and what the loop does to all of them."""
 
-import functools
-import math
-import types
+import threading
 import warnings
 import weakref
 
 import torch
 from torch import nn
 
-from torch_sluice.accumulate import grad_scaler
-from torch_sluice.accumulate.data_parallel import DataParallel
+from torch_sluice.accumulate import access, data_parallel, grad_scaler, state
+from torch_sluice.accumulate.agreement import Agreement
+from torch_sluice.accumulate.gradient import Gradient
+from torch_sluice.accumulate.names import names_of_parameters
+from torch_sluice.accumulate.optimizer_step import OptimizerStep
 from torch_sluice.accumulate.policy import make_policy
 from torch_sluice.accumulate.report import SessionStats, make_stats
-from torch_sluice.accumulate.sharded import any_rank, is_dtensor, local_gradient, local_part
-from torch_sluice.accumulate.slot import Slot
+from torch_sluice.accumulate.sharded import is_dtensor
 from torch_sluice.accumulate.weights import Weights
 from torch_sluice.accumulate.window import Window
 
@@ -26,400 +26,317 @@ class Session:
 
     Attributes:
         steps: steps that the optimizer has made.
-        skipped_steps: windows that were dropped because a gradient was not finite.
-        micro_batches: micro-batches so far.
-        windows: windows that have ended, by a step or by a skipped one.
+        skipped_steps: steps left out because a gradient was not finite.
+        held_steps: calls of ``step()`` that were held back by ``every=N``.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, options):
         self.model, self.optimizer, self.options = model, optimizer, options
         self.policy = make_policy(options.policy, options.tolerance, options.every)
-        self.window = Window(options.every, options.step_calls)
-        self.parallel = DataParallel(model)
-        self.slots: dict[nn.Parameter, Slot] = {}
-        self.steps = self.skipped_steps = self.micro_batches = self.windows = 0
-        self._open = False
-        self._task = -1  # the backward pass in progress, by autograd's number
-        self._pending = []  # (record, statistics tensor) that have not been read yet
-        self._weights = Weights(options.reduction)
-        self._handles = []
-        self._warned = False
-        self._adopt_parameters()
-        if not self.slots:
+        self.window = Window(options.every)
+        self.weights = Weights(options.every, options.reduction, self._average)
+        self.agreement = Agreement()
+        self.lock = threading.RLock()  # backward passes may run in several threads
+        self.gradients: dict[torch.Tensor, Gradient] = {}
+        self.steps = self.skipped_steps = self.held_steps = 0
+        self._step = OptimizerStep(self)
+        self._statistics = []  # (record, statistics tensor) that have not been read yet
+        self._averaged: tuple[float, float] | None = None  # tokens of this rank, and what _average made of them
+        self._zeroed = True  # whether zero_grad() was called since the last call of step()
+        self._handles = {}
+        self._open = self._left = False
+        self._warned_of_error = False
+        self.adopt_parameters()
+        if not self.gradients:
             raise ValueError("the optimizer has no parameter that requires a gradient")
-        if options.low_memory and self.parallel:
-            raise ValueError("low_memory=True hides gradients from DistributedDataParallel, which must average them")
 
     # ---- opening and closing
 
     def __enter__(self) -> "Session":
+        if self._open:
+            raise RuntimeError("the session is open already, expected one that was left or not entered yet")
         grad_scaler.attach(self.optimizer, self)
+        try:
+            for gradient in self.gradients.values():
+                access.attach(gradient)
+        except BaseException:
+            self._detach()
+            raise
         self._open = True
         open_sessions.add(self)
-        self._step_before = self.optimizer.__dict__.get("step")
-        self._original_step = self.optimizer.step
-        self._wrap_step()
-        for slot in self.slots.values():
-            self._hook(slot)
-        self.parallel.plan(self.window)
+        if self._left:  # and not loaded since: a window begins
+            self.window.start()
+            self.weights.start()
+            self._averaged = None
+        self._left, self._zeroed = False, True
+        data_parallel.attach(self)
+        data_parallel.watched(self.model)
+        self._step.wrap()
+        for gradient in self.gradients.values():
+            gradient.join()
+            self._hook(gradient)
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        self._open = False
+        unfinished = self.window.held
+        problem = None
+        for gradient in self.gradients.values():
+            try:
+                gradient.show()
+            except Exception as failure:  # memory may be what ended the loop: the sum stays where it is
+                problem = failure
+        self._open, self._left = False, True
         open_sessions.discard(self)
-        for handle in self._handles:
+        self._step.unwrap()
+        for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
-        if self.optimizer.__dict__.get("step") is self._step_inside:
-            del self.optimizer.step
-            if self._step_before is not None:
-                self.optimizer.step = self._step_before
-        grad_scaler.detach(self.optimizer)
-        self.parallel.restore()
-        if kind is None and self._pending_slots():
+        for gradient in self.gradients.values():
+            gradient.unwatch()
+        self._detach()
+        data_parallel.detach(self)
+        self.agreement.close(kind is None)
+        self.read_statistics()
+        if problem is not None:
             warnings.warn(
-                f"accumulation ended {self._progress()}: no step was made with their gradients, they are left in .grad",
+                f"some gradients could not be put into .grad ({problem}); session.state_dict() has them", stacklevel=2
+            )
+        elif unfinished and kind is None:
+            warnings.warn(
+                f"accumulation ended after {unfinished} of {self.window.every} calls of step(): no step was made with "
+                "their gradients, they are left in .grad",
                 stacklevel=2,
             )
-            for slot in self._pending_slots():
-                slot.leave(self._divisor())
-        for slot in self.slots.values():
-            slot.unwatch()
 
-    def _wrap_step(self) -> None:
-        @functools.wraps(self._original_step)
-        def step(optimizer, *args, **kwargs):
-            return self._call_step(*args, **kwargs) if self._open else self._original_step(*args, **kwargs)
+    def _detach(self) -> None:
+        for gradient in self.gradients.values():
+            access.detach(gradient)
+        grad_scaler.detach(self.optimizer, self)
 
-        # A bound method, as the step that it stands for: learning rate schedulers look for its __func__.
-        self._step_inside = self.optimizer.step = types.MethodType(step, self.optimizer)
+    def _hook(self, gradient: Gradient) -> None:
+        def take(_):
+            with self.lock:
+                gradient.take()
 
-    def _adopt_parameters(self) -> None:
-        """Takes in parameters that are new to the optimizer or have begun to require gradients."""
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        if gradient.parameter.requires_grad and gradient.parameter not in self._handles:
+            self._handles[gradient.parameter] = gradient.parameter.register_post_accumulate_grad_hook(take)
+
+    def adopt_parameters(self) -> None:
+        """Takes in parameters that are new to the optimizer or require gradients now; lets go of those that left."""
+        names = None
+        present = set()
         for number, group in enumerate(self.optimizer.param_groups):
             for place, parameter in enumerate(group["params"]):
-                if parameter in self.slots or not parameter.requires_grad or not parameter.is_leaf:
+                present.add(parameter)
+                gradient = self.gradients.get(parameter)
+                if gradient is not None:
+                    if self._open:
+                        self._hook(gradient)
                     continue
+                if not parameter.requires_grad or not parameter.is_leaf:
+                    continue
+                names = names_of_parameters(self.model) if names is None else names
                 name = names.get(parameter, f"optimizer.{number}.{place}")
                 if is_dtensor(parameter) and self.options.low_memory:
                     raise ValueError(
                         f"low_memory=True and parameter {name} is a DTensor, expected plain tensors: a step that goes "
                         "through sharded parameters one by one can't agree with the other ranks"
                     )
-                self.slots[parameter] = Slot(len(self.slots), name, parameter)
+                gradient = Gradient(self, len(self.gradients), name, parameter)
                 if self._open:
-                    self._hook(self.slots[parameter])
+                    access.attach(gradient)
+                    gradient.join()
+                    self._hook(gradient)
+                self.gradients[parameter] = gradient
+        for parameter in [one for one in self.gradients if one not in present]:
+            self._let_go(self.gradients.pop(parameter))
 
-    def _hook(self, slot: Slot) -> None:
-        self._handles.append(slot.parameter.register_post_accumulate_grad_hook(lambda _: self._take(slot)))
+    def _let_go(self, gradient: Gradient) -> None:
+        if self._open:
+            gradient.show()
+            gradient.unwatch()
+            access.detach(gradient)
+            handle = self._handles.pop(gradient.parameter, None)
+            if handle is not None:
+                handle.remove()
 
-    # ---- during a backward pass
+    # ---- what gradients ask of their session
 
-    def _take(self, slot: Slot) -> None:
-        """Adds the gradient that autograd has just finished to its sum, and frees it."""
-        if slot.parameter.grad is None:
-            return
-        self._notice_backward()
-        if slot.shown is not None and is_dtensor(slot.parameter):
-            self._notice_unannounced(slot)
-        grad = local_gradient(slot.parameter)
-        slot.parameter.grad = None
-        record, accumulator = slot.record, slot.accumulator
-        if accumulator.empty and slot.supported:
-            accumulator.start(self.policy.choose(record))
-        if accumulator.format == "fp16" and self.policy.wants_fp32(record, grad):
-            record.promotions += not accumulator.empty
-            accumulator.promote()
-        seed = slot.draw(self.options.seed) if self.options.rounding == "stochastic" else None
-        self._pending.append((record, accumulator.add(grad.detach(), self._weights.weight, seed)))
-        record.folds += 1
-        self.window.note_gradient(record.folds)
-        if self.window.is_last(record.folds) or self.parallel.reduces_now:
-            self._show(slot)
+    @property
+    def sums_exactly(self) -> bool:
+        """Whether a float16 sum that gets a gradient now goes on in float32, because the step comes next."""
+        return self.window.comes_last and not self.options.low_memory
 
-    def _notice_unannounced(self, slot: Slot) -> None:
-        """FSDP2 writes gradients itself: nothing tells beforehand that one comes to where a sum is shown."""
-        if slot.parameter.grad is slot.shown:
-            raise RuntimeError(
-                f"parameter {slot.name} got a gradient although its sum was in .grad already, expected step() or "
-                f"zero_grad() after every {self.window.every} micro-batches: FSDP2 has added the two"
-            )
-        grad, slot.parameter.grad = slot.parameter.grad, None
-        self._before_gradient(slot)
-        slot.parameter.grad = grad
+    def note_statistics(self, record, statistics: torch.Tensor) -> None:
+        """Keeps the statistics of an added gradient until somebody needs them."""
+        if any(record is other for other, _ in self._statistics[:1]):
+            self.read_statistics()  # the next backward pass has begun
+        self._statistics.append((record, statistics))
 
-    def _notice_backward(self) -> None:
-        task = torch._C._current_graph_task_id()
-        if task == self._task:
-            return
-        self._task = task
-        self._read_statistics()
-        if task != -1:
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
-
-    def _end_backward(self) -> None:
-        """Shows the sums of parameters that got no gradient in the window's last backward pass."""
-        if not self._open:
-            return
-        if self.window.kind == "each":
-            finished = self.window.comes_last
-        else:
-            finished = self.window.backwards >= self.window.every
-        if finished:
-            self._show_all()
-        elif self.parallel.reduces_now:  # what was shown for DDP alone; its own callback, queued by now, comes first
-            torch.autograd.Variable._execution_engine.queue_callback(self._hide_all)
-
-    def _hide_all(self) -> None:
-        for slot in self.slots.values():
-            if slot.shown is not None and not slot.dropped:
-                slot.hide()
-
-    def _show(self, slot: Slot) -> None:
-        if not self.options.low_memory:
-            slot.show(self._divisor(), self._before_gradient)
-
-    def _show_all(self) -> None:
-        for slot in self._pending_slots():
-            if slot.shown is None:
-                self._show(slot)
-
-    def _pending_slots(self) -> list[Slot]:
-        return [slot for slot in self.slots.values() if slot.pending]
-
-    def _divisor(self) -> float:
-        return self._weights.divisor(self.window.calls, self.parallel)
-
-    def _before_gradient(self, slot: Slot) -> None:
-        """Another gradient comes although the sum is shown already."""
-        if not slot.dropped:
-            slot.hide()
-            return
-        # Gradients were removed instead of used for a step: a new window begins.
-        for other in self.slots.values():
-            if other.dropped:
-                other.start_window()
-        self._start_window()
-
-    def _read_statistics(self) -> None:
+    def read_statistics(self) -> None:
         """Brings the statistics of all gradients since the last time to the records: one transfer a device."""
-        pending, self._pending = self._pending, []
+        statistics, self._statistics = self._statistics, []
         by_device = {}
-        for record, stats in pending:
+        for record, stats in statistics:
             by_device.setdefault(stats.device, []).append((record, stats))
         for group in by_device.values():
             for (record, _), numbers in zip(group, torch.stack([stats for _, stats in group]).tolist(), strict=True):
                 record.note(numbers)
 
-    # ---- at a call of step()
+    def _average(self, tokens: float) -> float:
+        """Tokens of all ranks / ranks, where DistributedDataParallel averages gradients in this pass."""
+        if self._averaged is None or self._averaged[0] != tokens:
+            reductions = (one.reduction for one in self.gradients.values())
+            averaging = next((one for one in reductions if one is not None and one.expected), None)
+            if averaging is None:
+                return tokens
+            self._averaged = tokens, averaging.average(tokens)
+        return self._averaged[1]
+
+    # ---- what the loop does
 
     def count(self, tokens: float) -> None:
         """Says how many tokens (or samples) the coming micro-batch has, before its backward pass.
 
-        The averaged gradient is then the sum over micro-batches of tokens x gradient, divided by the sum of tokens
+        The gradient is then the sum over micro-batches of tokens x gradient, divided by the sum of tokens
         (``reduction="mean"``), or the sum of gradients divided by that sum (``reduction="sum"``). Under
-        DistributedDataParallel tokens of all ranks are added up. Once in a window means in each of its micro-batches.
+        DistributedDataParallel tokens of all ranks are added up. Once in a window means in each of its micro-batches;
+        a window ends where a step is made, or where ``zero_grad()`` drops it.
 
         Raises:
             ValueError: tokens is negative or not finite.
             RuntimeError: earlier micro-batches of this window were not counted; or parameters are DTensors, whose
                 gradients are averaged over ranks before they are weighed.
         """
-        if any(is_dtensor(parameter) for parameter in self.slots):
+        if any(is_dtensor(parameter) for parameter in self.gradients):
             raise RuntimeError("count() was called and parameters are DTensors, expected plain tensors")
-        self._weights.count(tokens, self._pending_slots() != [])
-
-    def publish(self) -> None:
-        """Puts the averaged gradients of the micro-batches so far into ``.grad``, where they can be read and changed.
-
-        Only needed where a loop steps before its window is full (a last, shorter one) and looks at gradients first.
-        """
-        if self.options.low_memory:
-            raise RuntimeError("low_memory=True hides gradients, so there is nothing to publish")
-        self._show_all()
+        with self.lock:
+            self.weights.count(tokens, any(not one.is_empty for one in self.gradients.values()))
+            for gradient in self.gradients.values():
+                gradient.watch()
 
     def reset(self) -> None:
-        """Drops the gradients of the window so far, as after a micro-batch that failed; a new window begins."""
-        for slot in self.slots.values():
-            slot.parameter.grad = None
-            slot.start_window()
-        self._pending.clear()
-        self._start_window()
-        self.parallel.plan(self.window)
+        """Drops all gradients, as after a micro-batch that failed; a new window begins."""
+        with self.lock:
+            for gradient in self.gradients.values():
+                gradient.drop()
+            self._statistics.clear()
+            self.start_window()
 
-    def prepare_step(self) -> bool:
-        """Whether the call of step() that is about to be made acts; if so, gradients can be seen from now on."""
-        if self.options.low_memory:
-            raise RuntimeError(
-                "low_memory=True hides gradients from GradScaler, which must look at them: use one of both"
-            )
-        acts = self.window.acts()
-        if acts:
-            self._show_all()
-        return acts
+    def zero_gradients(self, gradients: list[Gradient], set_to_none: bool) -> None:
+        """What ``zero_grad`` of an optimizer or a module does to these gradients; those that it must leave alone are
+        blind when it returns.
 
-    def _call_step(self, *args, **kwargs):
-        closure = args[0] if args else kwargs.get("closure")
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-            args, kwargs = (lambda: loss,), {}
-        if not self.window.acts():
-            self.hold_step()
-            return loss if closure is not None else None
-        if not self._pending_slots():
-            return self._original_step(*args, **kwargs)
-        return self._act(args, kwargs)
+        Raises:
+            RuntimeError: with ``every=N``, in mid-window: gradients of calls of step() that were held back can't be
+                told from those that came since, which zero_grad() has been left to drop.
+        """
+        with self.lock:
+            if self.window.is_open:
+                if not any(gradient.fresh for gradient in gradients):
+                    self._zeroed = True
+                    for gradient in gradients:
+                        gradient.blind = True  # they wait for the call of step() that acts
+                    return
+                if not self._zeroed:
+                    raise RuntimeError(
+                        "zero_grad() would drop gradients that came after the last step() without a zero_grad() "
+                        f"between, and with every={self.window.every} they can't be told from those of earlier "
+                        "micro-batches, which wait for their step; expected accumulate() without every, in a loop that "
+                        "steps itself"
+                    )
+                warnings.warn(
+                    "zero_grad() has dropped a window of accumulated gradients, because it came after a backward pass "
+                    "that no step() followed; a new window begins",
+                    stacklevel=4,
+                )
+            for gradient in gradients:
+                gradient.zero(set_to_none)
+            self._zeroed = True
+            if all(gradient.is_empty for gradient in self.gradients.values()):
+                self.window.start()
+                self.weights.restart()
+                self._averaged = None
 
     def hold_step(self) -> None:
         """Notes a call of step() that does nothing, because the window is not full."""
-        self.window.hold()
-        self.micro_batches += 1
-        self._weights.end_micro_batch()
-        self.optimizer._opt_called = True  # what learning rate schedulers ask for: step() was called before theirs
-        self._adopt_parameters()
-        self.parallel.plan(self.window)
-
-    def _act(self, args, kwargs):
-        hidden = any(slot.shown is None for slot in self._pending_slots()) and not self.options.low_memory
-        if hidden and self.window.kind == "last" and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"step() came {self._progress()}, and gradients can be seen only from now on; "
-                "where code before step() looks at them (clip_grad_norm_), call session.publish() first",
-                stacklevel=4,
-            )
-        self._show_all()
-        self._read_statistics()
-        spoiled = [] if hasattr(self.optimizer, "found_inf") else self._find_spoiled()
-        if any_rank(bool(spoiled), self.slots):
-            names = ", ".join(slot.name for slot in spoiled[:3]) + (", ..." if len(spoiled) > 3 else "")
-            names = names or "on another rank"
-            warnings.warn(
-                f"step skipped: {len(spoiled)} of {len(self.slots)} gradients are not finite ({names}); "
-                "the gradients of this window are dropped, nothing else is",
-                stacklevel=4,
-            )
-            self.skip_step()
-            return None
-        self._note_norms()
-        step = self._step_one_by_one if self.options.low_memory else self._original_step
-        result = step(*args, **kwargs)
-        self.steps += 1
-        self._end_window()
-        return result
-
-    def _find_spoiled(self) -> list[Slot]:
-        """Parameters whose averaged gradient is not finite. Only suspects are looked at: the kernels have counted."""
-        spoiled = []
-        for slot in self.slots.values():
-            record, grad = slot.record, slot.parameter.grad
-            suspect = record.nonfinite > 0 or record.sum_sumsq == math.inf
-            if self.options.low_memory:
-                spoiled += [slot] if suspect and slot.pending else []
-            elif grad is not None and (suspect or grad.dtype == torch.float16):
-                grad = local_part(grad)
-                values = grad.coalesce().values() if grad.is_sparse else grad
-                spoiled += [] if values.isfinite().all() else [slot]
-        return spoiled
-
-    def _note_norms(self) -> None:
-        divisor = self._divisor()
-        for slot in self.slots.values():
-            slot.record.step_norm = math.sqrt(slot.record.sum_sumsq) / divisor if slot.pending else 0.0
-
-    def _step_one_by_one(self, *args, **kwargs):
-        """Reads, averages, clips and steps one parameter at a time: no two averaged gradients exist at once."""
-        scale, result = 1 / self._divisor(), None
-        if self.options.max_norm is not None:
-            norm = math.sqrt(sum(slot.record.step_norm**2 for slot in self.slots.values()))
-            scale *= min(1.0, self.options.max_norm / (norm + 1e-6))
-        for slot in self.slots.values():
-            if slot.accumulator.empty:
-                continue
-            slot.parameter.grad = slot.accumulator.take(scale)
-            result = self._original_step(*args, **kwargs)
-            slot.parameter.grad = None
-        return result
+        self._step.hold()
 
     def skip_step(self) -> None:
-        """Drops the gradients of this window and counts a skipped step."""
-        self.skipped_steps += 1
-        self._end_window()
+        """Notes a step that was left out because a gradient is not finite."""
+        self._step.skip()
 
-    def _end_window(self) -> None:
-        self._read_statistics()
-        self.micro_batches += 1 if self.window.kind == "each" else self.window.backwards
-        for slot in self.slots.values():
-            slot.parameter.grad = None
-            self.policy.end_window(slot.record)
-            slot.start_window()
-        self.windows += 1
-        self._start_window()
-        self._adopt_parameters()
-        self.parallel.plan(self.window)
+    def end_micro_batch(self) -> None:
+        """A call of step() was held back, left out or made: what comes next belongs to the next micro-batch."""
+        self.weights.end_micro_batch()
+        self._zeroed = False
+        for gradient in self.gradients.values():
+            gradient.fresh = False
 
-    def _start_window(self) -> None:
+    def end_window(self) -> None:
+        """A step was made or left out. Gradients are in ``.grad`` until the loop drops them, as ever."""
+        self.read_statistics()
+        for gradient in self.gradients.values():
+            self.policy.end_window(gradient.record)
+            gradient.end_window()
+        self.end_micro_batch()
+        self.agreement.hear_formats()
+        self.agreement.ask_formats(list(self.gradients.values()))
+        self.start_window()
+
+    def start_window(self) -> None:
         self.window.start()
-        self._weights.start()
+        self.weights.start()
+        self._averaged = None
+        for gradient in self.gradients.values():
+            gradient.settle()
+
+    def warn_of_error(self) -> None:
+        """Says once that rounding has cost a sum more than was allowed."""
+        tolerance = self.policy.allowed_error
+        worst = max(self.gradients.values(), key=lambda gradient: gradient.record.error)
+        error = worst.record.error
+        if not self._warned_of_error and error > tolerance:
+            self._warned_of_error = True
+            warnings.warn(
+                f"rounding to float16 made the gradient of parameter {worst.name} {error:.2g} wrong, relative to its "
+                f"norm, and tolerance is {tolerance}: large gradients have cancelled in this window. Its next sums are "
+                "in float32; policy='fp32' keeps all of them there",
+                stacklevel=5,
+            )
 
     # ---- looking in, and coming back
-
-    def _progress(self) -> str:
-        unit = "calls of step()" if self.window.kind == "each" else "backward passes"
-        done = self.window.calls if self.window.kind == "each" else self.window.backwards
-        return f"after {done} of {self.window.every} {unit}"
 
     @property
     def fp16_share(self) -> float:
         """Elements whose sum is float16 / elements: what ``stats()`` has, without the rest."""
-        half = sum(slot.record.elements for slot in self.slots.values() if slot.accumulator.format == "fp16")
-        return half / max(sum(slot.record.elements for slot in self.slots.values()), 1)
+        half = sum(one.record.elements for one in self.gradients.values() if one.format == "fp16")
+        return half / max(sum(one.record.elements for one in self.gradients.values()), 1)
 
     def stats(self) -> SessionStats:
         """Formats, bytes, norms and errors, in all and by parameter."""
-        self._read_statistics()
-        return make_stats(self)
+        with self.lock:
+            self.read_statistics()
+            return make_stats(self)
 
     def state_dict(self) -> dict:
         """Everything that a later session needs to go on exactly from here, in the middle of a window too.
 
         Tensors in it are the session's own, as in other state_dicts of torch: save or copy it before training goes on.
         """
-        self._read_statistics()
-        return {
-            "version": 1,
-            "window": self.window.state_dict(),
-            "weights": self._weights.state_dict(),
-            "counters": [self.steps, self.skipped_steps, self.micro_batches, self.windows],
-            "parameters": {slot.name: slot.state_dict() for slot in self.slots.values()},
-        }
+        with self.lock:
+            self.read_statistics()
+            return state.make(self)
 
-    def load_state_dict(self, state: dict) -> None:
-        """Goes on where another session stood when its ``state_dict()`` was taken.
+    def load_state_dict(self, saved: dict) -> None:
+        """Goes on where another session stood when its ``state_dict()`` was taken. Gradients are replaced too.
 
         Raises:
-            ValueError: the state has another version, window or set of parameters; the message names the difference.
+            ValueError: the state has another version, window or set of parameters; the message names the difference,
+                and nothing was changed.
         """
-        if state.get("version") != 1:
-            raise ValueError(f"the version of the state is {state.get('version')!r}, expected 1")
-        lacking = {"window", "weights", "counters", "parameters"} - state.keys()
-        if lacking:
-            raise ValueError(f"the state lacks {', '.join(map(repr, sorted(lacking)))}")
-        by_name = {slot.name: slot for slot in self.slots.values()}
-        differing = sorted(by_name.keys() ^ state["parameters"].keys())
-        if differing:
-            raise ValueError(f"the state and the optimizer differ in these parameters: {', '.join(differing[:5])}")
-        self._pending.clear()
-        self.window.load_state_dict(state["window"])
-        for name, slot in by_name.items():
-            try:
-                slot.load_state_dict(state["parameters"][name], self._before_gradient)
-            except KeyError as error:
-                raise ValueError(f"the state of parameter {name} lacks {error}") from error
-            except ValueError as error:
-                raise ValueError(f"parameter {name}: {error}") from error
-        self._weights.load_state_dict(state["weights"])
-        self.steps, self.skipped_steps, self.micro_batches, self.windows = map(int, state["counters"])
-        self.parallel.plan(self.window)
+        with self.lock:
+            state.check(self, saved)
+            self._statistics.clear()
+            state.load(self, saved)
+            self._left = False

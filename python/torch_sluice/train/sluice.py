@@ -37,7 +37,7 @@ class SluiceSide(Side):
         self.controller = DensityController(self.model, steps=settings.steps, ramp=0.5, hard=0.5)
         self._context = contextlib.ExitStack()
         self.session = self._context.enter_context(
-            accumulate(self.model, self.optimizer, every=settings.micro_batches, step_calls="last", seed=settings.seed)
+            accumulate(self.model, self.optimizer, seed=settings.seed)
         )
 
     def add_penalty(self, loss: torch.Tensor) -> torch.Tensor:

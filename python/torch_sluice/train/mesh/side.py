@@ -53,11 +53,7 @@ class MeshSide:
         self._context = contextlib.ExitStack()
         self.session = None
         if not layout.dense and not layout.splits_backward:
-            # FSDP2 in a pipeline adds up micro-batches itself, unsharded, and hands on one sum.
-            every = 1 if self.fsdp and layout.pp > 1 else self.micro_batches
-            session = accumulate(
-                self._called, self.optimizer, every=every, step_calls="last", policy=policy, seed=settings.seed
-            )
+            session = accumulate(self._called, self.optimizer, policy=policy, seed=settings.seed)
             self.session = self._context.enter_context(session)
 
     def _coordinate(self, axis: str) -> int:

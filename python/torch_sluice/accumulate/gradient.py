@@ -1,0 +1,286 @@
+"""One parameter's gradient while a session is open: hidden in a sum, or in sight as an ordinary ``.grad``.
+
+Hidden, torch itself finds None in ``.grad`` and the Accumulator has the sum. In sight, ``.grad`` is the sum and the
+Accumulator is empty; autograd adds to it as it always does. Whoever reads ``.grad`` brings it to sight (``look``), and
+it is hidden again at the next gradient, unless somebody still holds what was read.
+
+With windows or token counts gradients weigh something. The sum is then S = sum of weight x gradient, what a look shows
+is S / divisor, and ``factor`` is by what the tensor in sight must be multiplied to give S.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from torch_sluice.accumulate.access import read_grad, write_grad
+from torch_sluice.accumulate.accumulator import FORMATS, Accumulator, is_supported
+from torch_sluice.accumulate.holding import is_held
+from torch_sluice.accumulate.policy import Record
+from torch_sluice.accumulate.sharded import is_dtensor, like_parameter, local_gradient, local_part
+
+if TYPE_CHECKING:
+    from torch_sluice.accumulate.session import Session
+
+_MASK = (1 << 63) - 1
+
+
+class Gradient:
+    """The gradient of one parameter of a session.
+
+    Attributes:
+        in_sight: ``.grad`` is the whole gradient. If it is not, what torch finds in ``.grad`` is one new gradient.
+        fresh: a gradient came after the last call of ``step()``.
+        blind: a look shows None, whatever there is: a call that must not touch this gradient is going on.
+        reduction: the DistributedDataParallel passes that average this parameter's gradient; None without.
+    """
+
+    def __init__(self, session: "Session", index: int, name: str, parameter: torch.Tensor):
+        self.session, self.index, self.name, self.parameter = session, index, name, parameter
+        local = local_part(parameter)  # of a DTensor each rank accumulates its part
+        self.sum = Accumulator(local, "fp32" if is_supported(local) else "torch")
+        self.format = self.sum.format  # of this window's sum, or the last one's, as the policy has it
+        self.record = Record(local.numel())
+        self.draws = 0  # gradients added so far, over all windows: each rounds with random numbers of its own
+        self.in_sight = read_grad(parameter) is not None
+        self.factor = 1.0
+        self.fresh = self.blind = False
+        self.reduction = None
+        self._handle = None
+
+    # ---- what somebody does to .grad
+
+    def look(self) -> bool:
+        """Brings the gradient to sight for whoever reads ``.grad``; False if it must not be seen."""
+        if self.blind:
+            return False
+        if self.in_sight and self.factor == 1.0 and self.session.weights.is_trivial:
+            return True
+        with self.session.lock:
+            weights = self.session.weights
+            if not weights.is_trivial and is_dtensor(self.parameter) and torch._C._current_graph_task_id() != -1:
+                self._show(weights.weight)  # FSDP2 reads it to add the next gradient, which does not know its weight
+            else:
+                self._show(weights.divisor)
+        return True
+
+    def replace(self, value: torch.Tensor | None) -> None:
+        """``.grad = value``."""
+        if self.blind:
+            return
+        with self.session.lock:
+            window = self.session.window
+            if value is None and window.is_open and not self.fresh:
+                return  # a zero_grad by hand after a call of step() that was held
+            by_fsdp = is_dtensor(self.parameter) and torch._C._current_graph_task_id() != -1 and self.is_empty
+            write_grad(self.parameter, value)
+            self._forget()
+            if value is not None and not by_fsdp:
+                self._note_sight(self.session.weights.divisor)
+
+    def zero(self, set_to_none: bool) -> None:
+        """What ``zero_grad`` does to this gradient."""
+        if set_to_none or self.is_empty:
+            self.drop()
+        elif not self.in_sight:
+            zeros = torch.zeros_like(local_part(self.parameter), requires_grad=False)
+            self.drop()
+            write_grad(self.parameter, like_parameter(zeros, self.parameter))
+            self._note_sight(self.session.weights.divisor)
+
+    def drop(self) -> None:
+        """There is no gradient any more."""
+        write_grad(self.parameter, None)
+        self._forget()
+        self.fresh = False
+
+    def multiply(self, factor: float) -> None:
+        """Multiplies a hidden sum."""
+        if factor == 0.0 or not math.isfinite(factor):
+            self.look()
+            local_part(read_grad(self.parameter)).mul_(factor)
+        else:
+            self.sum.scale *= factor
+
+    def hidden_norm(self) -> float | None:
+        """The Euclidean norm of a hidden float16 sum as a look would show it; None for any other gradient."""
+        if self.in_sight or self.sum.empty or self.sum.format != "fp16" or is_dtensor(self.parameter):
+            return None
+        self.session.read_statistics()
+        return self.norm_of_sum()
+
+    # ---- a gradient that autograd has finished
+
+    def take(self) -> None:
+        """Adds the gradient that has just come to ``.grad`` to the sum, and hides it."""
+        if read_grad(self.parameter) is None:
+            return
+        self.fresh = True
+        weights = self.session.weights
+        if self.reduction is not None and self.reduction.expected:
+            self.reduction.ran = True
+            self._show(weights.divisor)  # the whole sum is what DistributedDataParallel averages over ranks
+        elif read_grad(self.parameter).requires_grad:
+            self._show_with_graph(weights)
+        elif self.in_sight and is_held(self.parameter):
+            pass  # autograd has added the new one, as ever
+        else:
+            self._hide(self.factor if self.in_sight else weights.weight)
+
+    def _hide(self, weight: float) -> None:
+        grad = local_gradient(read_grad(self.parameter), self.parameter).detach()
+        write_grad(self.parameter, None)
+        if self.in_sight:
+            self._stop_sight()
+        self._fold(grad, weight)
+
+    def _fold(self, grad: torch.Tensor, weight: float) -> None:
+        session, record, total = self.session, self.record, self.sum
+        if total.empty:
+            local = local_part(self.parameter)
+            if not is_supported(local):
+                self.format = "torch"
+            elif record.folds == 0 or self.format == "torch":
+                self.format = session.policy.choose(record)
+            total.start(self.format, local)
+        record.folds += 1
+        if total.format == "fp16" and session.policy.wants_fp32(record, grad):
+            record.promotions += not total.empty or record.folds > 1
+            self.format = "fp32"
+            total.promote()
+        elif total.format == "fp16" and session.sums_exactly and not total.empty:
+            total.promote()  # what comes last needs no rounding: the step reads float32
+        seed = self._draw(session.options.seed) if session.options.rounding == "stochastic" else None
+        session.note_statistics(record, total.add(grad, weight, seed))
+        if total.format == "torch":  # a sparse gradient, or of another dtype
+            self.format = "torch"
+
+    def _draw(self, seed: int) -> int:
+        """A number for the random rounding of the next gradient."""
+        self.draws += 1
+        return (seed * 0x9E3779B97F4A7C15 + self.index * 0xD1B54A32D192ED03 + self.draws * 0xAEF17502108EF2D9) & _MASK
+
+    # ---- in sight or hidden
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no gradient at all."""
+        return self.sum.empty and read_grad(self.parameter) is None
+
+    def show(self) -> None:
+        """Puts the gradient into ``.grad``, if there is one."""
+        with self.session.lock:
+            self._show(self.session.weights.divisor)
+
+    def _show(self, divisor: float) -> None:
+        """Has ``.grad`` be S / divisor, in the parameter's own dtype."""
+        grad = read_grad(self.parameter)
+        if grad is not None and not self.in_sight:  # a gradient that take() has not seen yet
+            if self.sum.empty:
+                self._note_sight(self.session.weights.weight)
+            elif grad.requires_grad:
+                self._show_with_graph(self.session.weights)
+            else:
+                self._hide(self.session.weights.weight)
+        if not self.sum.empty:
+            shown = like_parameter(self.sum.take(1 / divisor), self.parameter)
+            self.sum.clear()
+            write_grad(self.parameter, shown)
+            self._note_sight(divisor)
+        elif self.in_sight and self.factor != divisor:
+            with torch.no_grad():
+                local_part(read_grad(self.parameter)).mul_(self.factor / divisor)
+            self.factor = divisor
+
+    def _show_with_graph(self, weights) -> None:
+        """Adds a gradient that has a graph of its own (create_graph=True) without losing that."""
+        if self.in_sight:
+            return
+        grad = read_grad(self.parameter)
+        if weights.weight != weights.divisor:
+            grad = grad * (weights.weight / weights.divisor)
+        if not self.sum.empty:
+            grad = like_parameter(self.sum.take(1 / weights.divisor), self.parameter) + grad
+            self.sum.clear()
+        write_grad(self.parameter, grad)
+        self._note_sight(weights.divisor)
+
+    def _note_sight(self, factor: float) -> None:
+        self.in_sight, self.factor = True, factor
+        self.watch()
+
+    def watch(self) -> None:
+        """Where gradients weigh something, weighs those that autograd adds to what is in sight."""
+        weights, parameter = self.session.weights, self.parameter
+        if self.in_sight and not weights.is_trivial and self._handle is None and parameter.requires_grad:
+            self._handle = parameter.register_hook(self._weigh)
+
+    def _weigh(self, grad):
+        if not self.in_sight:
+            return None
+        ratio = self.session.weights.weight / self.factor
+        return None if ratio == 1.0 else grad * ratio
+
+    def unwatch(self) -> None:
+        """No longer weighs what autograd adds."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _stop_sight(self) -> None:
+        self.in_sight, self.factor = False, 1.0
+        self.unwatch()
+
+    def _forget(self) -> None:
+        self._stop_sight()
+        self.sum.clear()
+        self.end_window()
+
+    # ---- windows, and coming back
+
+    def join(self) -> None:
+        """A session begins: what is in ``.grad`` by now counts as it would without one."""
+        if read_grad(self.parameter) is None:
+            self._stop_sight()
+        elif self.sum.empty:
+            self._note_sight(self.session.weights.divisor)
+
+    def settle(self) -> None:
+        """A new window begins: what is still in ``.grad`` is what it looks like."""
+        if self.in_sight:
+            self.factor = self.session.weights.divisor
+
+    def end_window(self) -> None:
+        """The statistics of the next window begin."""
+        self.record.start_window()
+
+    def norm_of_sum(self) -> float:
+        """The Euclidean norm of a hidden sum as a look would show it, by the kernels' statistics."""
+        return math.sqrt(self.record.sum_sumsq) * abs(self.sum.scale) / self.session.weights.divisor
+
+    def state_dict(self) -> dict:
+        shown = local_part(read_grad(self.parameter)).detach() if self.in_sight and not self.is_empty else None
+        state = {"draws": self.draws, "record": self.record.state_dict(), "fresh": self.fresh, "kept_as": self.format}
+        return {**state, **self.sum.state_dict(), "shown": shown, "factor": self.factor}
+
+    def check_state_dict(self, state: dict) -> None:
+        """Raises ValueError, KeyError or TypeError for a state that load_state_dict() can't take."""
+        self.sum.check_state_dict(state)
+        self.record.check_state_dict(state["record"])
+        int(state["draws"]), float(state["factor"]), bool(state["fresh"])
+        if state["kept_as"] not in FORMATS:
+            raise ValueError(f"format is {state['kept_as']!r}, expected one of {', '.join(FORMATS)}")
+        shape = self.sum.parameter.shape
+        if state["shown"] is not None and state["shown"].shape != shape:
+            raise ValueError(f"its gradient has shape {list(state['shown'].shape)}, expected {list(shape)}")
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes over a state that check_state_dict() has passed, in the place of the gradient that there is."""
+        self.drop()
+        self.sum.load_state_dict(state)
+        self.record.load_state_dict(state["record"])
+        self.draws, self.fresh, self.format = int(state["draws"]), bool(state["fresh"]), state["kept_as"]
+        if state["shown"] is not None:
+            grad = state["shown"].to(self.parameter.device, copy=True)
+            write_grad(self.parameter, like_parameter(grad, self.parameter))
+            self._note_sight(float(state["factor"]))

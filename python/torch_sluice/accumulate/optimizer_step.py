@@ -1,0 +1,205 @@
+"""What a call of ``optimizer.step()`` does while a session is open: it is held back, left out, or made."""
+
+import functools
+import math
+import types
+import warnings
+
+import torch
+
+from torch_sluice.accumulate.access import read_grad
+from torch_sluice.accumulate.sharded import local_part
+
+
+class OptimizerStep:
+    """Stands in the place of one optimizer's ``step``."""
+
+    def __init__(self, session):
+        self._session = session
+        self._optimizer = session.optimizer
+
+    def wrap(self) -> None:
+        before = self._optimizer.__dict__.get("step")
+        original = self._original = self._optimizer.step
+        alive = self._alive = [True]
+
+        @functools.wraps(original)
+        def step(optimizer, *args, **kwargs):
+            return self._call(args, kwargs) if alive else original(*args, **kwargs)
+
+        # A bound method, as the step that it stands for: learning rate schedulers look for its __func__.
+        self._inside, self._before = types.MethodType(step, self._optimizer), before
+        self._optimizer.step = self._inside
+        self._running = False
+        every = self._session.window.every
+        self._guard = self._optimizer.register_step_pre_hook(self._notice_bypass) if every and every > 1 else None
+
+    def unwrap(self) -> None:
+        """``step`` is what it was. Where somebody wrapped ours in between, ours hands calls on."""
+        self._alive.clear()
+        if self._guard is not None:
+            self._guard.remove()
+        if self._optimizer.__dict__.get("step") is self._inside:
+            del self._optimizer.step
+            if self._before is not None:
+                self._optimizer.step = self._before
+
+    def _notice_bypass(self, optimizer, args, kwargs) -> None:
+        if not self._running:
+            kind, every = type(optimizer).__name__, self._session.window.every
+            raise RuntimeError(
+                f"somebody calls a step() of {kind} that was taken before the session began, and every is {every}, so "
+                "windows can't be told; expected accumulate() without every, or the session to begin first"
+            )
+
+    def _call(self, args: tuple, kwargs: dict):
+        session = self._session
+        closure = args[0] if args else kwargs.get("closure")
+        if closure is not None and not callable(closure):
+            closure = None
+        loss, evaluated = None, False
+        if closure is not None and self._evaluates_once():
+            with torch.enable_grad():
+                loss = closure()
+            evaluated = True
+            args, kwargs = _with_closure(args, kwargs, lambda: loss)
+        elif closure is not None and session.window.every is not None and session.window.every > 1:
+            raise RuntimeError(
+                f"step() was called with a closure on {type(self._optimizer).__name__}, which may evaluate it several "
+                f"times, and every is {session.window.every}, expected accumulate() without every"
+            )
+        if session.window.is_held:
+            self.hold()
+            return loss
+        with session.lock:
+            session.adopt_parameters()
+        if closure is not None and not evaluated:
+            return self._count_step(self._original, args, kwargs)
+        return self._act(args, kwargs)
+
+    def _evaluates_once(self) -> bool:
+        """Whether step(closure) evaluates it once, before it does anything else: so do torch's own, but for LBFGS."""
+        kind = type(self._optimizer)
+        owner = next(one for one in kind.__mro__ if "step" in vars(one))
+        return owner.__module__.startswith("torch.optim.") and not isinstance(self._optimizer, torch.optim.LBFGS)
+
+    def hold(self) -> None:
+        """A call that does nothing, because the window is not full."""
+        session = self._session
+        with session.lock:
+            session.adopt_parameters()
+            session.window.hold()
+            session.held_steps += 1
+            session.end_micro_batch()
+        self._optimizer._opt_called = True  # what learning rate schedulers ask for: step() was called before theirs
+
+    def _act(self, args, kwargs):
+        session, low_memory = self._session, self._session.options.low_memory
+        gradients = list(session.gradients.values())
+        with session.lock:
+            session.read_statistics()
+            spoiled = self._measure(gradients)
+            if not low_memory:
+                for gradient in gradients:
+                    gradient.show()
+            by_scaler = hasattr(self._optimizer, "found_inf")  # then GradScaler has looked, and a fused step obeys it
+            if not by_scaler and session.agreement.skips(bool(spoiled), gradients):
+                self._skip(spoiled, gradients)
+                return None
+            session.warn_of_error()
+        step = self._step_one_by_one if low_memory else self._original
+        return self._count_step(step, args, kwargs)
+
+    def _count_step(self, step, args, kwargs):
+        found_inf = getattr(self._optimizer, "found_inf", None)
+        self._running = True
+        try:
+            result = step(*args, **kwargs)
+        finally:
+            self._running = False
+        if found_inf is not None and float(found_inf) != 0:
+            self._session.skipped_steps += 1
+        else:
+            self._session.steps += 1
+        with self._session.lock:
+            self._session.end_window()
+        return result
+
+    def skip(self) -> None:
+        """The step was left out because of what is in the gradients."""
+        with self._session.lock:
+            self._session.skipped_steps += 1
+            if self._session.options.low_memory:
+                for gradient in self._session.gradients.values():
+                    gradient.drop()
+            self._session.end_window()
+
+    def _skip(self, spoiled, gradients) -> None:
+        names = ", ".join(gradient.name for gradient in spoiled[:3]) + (", ..." if len(spoiled) > 3 else "")
+        warnings.warn(
+            f"step skipped: {len(spoiled)} of {len(gradients)} gradients are not finite "
+            f"({names or 'on another rank'}); parameters and the optimizer's state stay as they are",
+            stacklevel=5,
+        )
+        self._optimizer._opt_called = True
+        self.skip()
+
+    def _measure(self, gradients) -> list:
+        """Notes the norm of each gradient, and returns those that are not finite: of hidden sums by what the kernels
+        have measured, of the others by looking at them."""
+        spoiled, in_sight = [], {}
+        for gradient in gradients:
+            record = gradient.record
+            record.step_norm = 0.0
+            hidden = not gradient.sum.empty
+            if hidden:
+                record.step_norm = gradient.norm_of_sum()
+                spoiled += [gradient] if record.nonfinite > 0 or record.sum_sumsq == math.inf else []
+            if not hidden or (gradient.parameter.dtype == torch.float16 and not self._session.options.low_memory):
+                gradient.show()
+                values = _values(read_grad(gradient.parameter))
+                if values is not None and gradient not in spoiled:
+                    in_sight.setdefault(values.device, []).append((gradient, values))
+        for pairs in in_sight.values():
+            norms = torch.stack([torch.linalg.vector_norm(values, dtype=torch.float64) for _, values in pairs])
+            for (gradient, _), norm in zip(pairs, norms.tolist(), strict=True):
+                gradient.record.step_norm = norm
+                spoiled += [] if math.isfinite(norm) else [gradient]
+        return spoiled
+
+    def _step_one_by_one(self, *args, **kwargs):
+        """Reads, averages, clips and steps one parameter at a time: no two averaged gradients exist at once."""
+        session, result, scale = self._session, None, 1.0
+        gradients = [one for one in session.gradients.values() if not one.is_empty]
+        if session.options.max_norm is not None:
+            norm = math.sqrt(sum(gradient.record.step_norm**2 for gradient in gradients))
+            scale = min(1.0, session.options.max_norm / (norm + 1e-6))
+        for gradient in gradients:
+            gradient.blind = True
+        try:
+            for gradient in gradients:
+                gradient.blind = False
+                if scale != 1.0:
+                    gradient.multiply(scale)
+                gradient.show()
+                result = self._original(*args, **kwargs)
+                gradient.drop()
+                gradient.blind = True
+        finally:
+            for gradient in gradients:
+                gradient.blind = False
+        return result
+
+
+def _with_closure(args: tuple, kwargs: dict, closure) -> tuple[tuple, dict]:
+    """The same arguments with another closure."""
+    return ((closure, *args[1:]), kwargs) if args else (args, {**kwargs, "closure": closure})
+
+
+def _values(grad: torch.Tensor | None) -> torch.Tensor | None:
+    """This rank's elements of a gradient as real numbers; None where there are none."""
+    if grad is None:
+        return None
+    grad = local_part(grad).detach()
+    grad = grad.coalesce().values() if grad.is_sparse else grad
+    return None if grad.numel() == 0 else torch.view_as_real(grad) if grad.is_complex() else grad
