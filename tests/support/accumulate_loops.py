@@ -17,9 +17,11 @@ from support.accumulate_training import assert_close, assert_same, loss_of, sess
 
 N = 3
 
-# An error of 3e-4 in a gradient is more in a weight once divided by its own magnitude (AdamW, where an element is near
-# zero) or orthogonalised (Muon): relative to how far training has moved the weights.
+# How wrong the way that weights went may be, relative to its length. A float16 sum is wrong by some 3e-4; AdamW makes more
+# of that where an element is near zero, and Muon where a direction is.
 ERRORS = {"fp32": 1e-4, "fp16": 3e-2, "auto": 3e-2}
+MUON_ERROR = 0.15
+BFLOAT16_ERROR = 2e-2  # a third of a loss has other bits in bfloat16 than a third of its gradient
 
 
 @dataclass
@@ -209,8 +211,9 @@ def pairs(*axes, allowed=lambda *_: True):
     return found
 
 
-def check(loop, policy, sides):
-    """Runs the loop on both sides and compares their weights: bit by bit where both add in the same order."""
+def check(loop, policy, sides, error=0.0):
+    """Runs the loop on both sides and compares their weights: bit by bit where both add in the same order. ``error``:
+    what is allowed at least where they don't."""
     start = values(sides[0].model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -223,6 +226,7 @@ def check(loop, policy, sides):
         assert_same(sides[0].seen, sides[1].seen)
     else:
         moved = ([one - first for one, first in zip(side, start, strict=True)] for side in (found, wanted))
-        assert_close(*moved, ERRORS[policy])
+        muon = isinstance(sides[0].optimizer, torch.optim.Muon) and policy != "fp32"
+        assert_close(*moved, max(error, MUON_ERROR if muon else ERRORS[policy]))
     if loop in EVERY:
         assert sides[0].steps == 2
