@@ -74,7 +74,7 @@ def _patch(owner, name: str, replacement) -> None:
     setattr(owner, name, replacement)
 
 
-@torch.compiler.disable
+@torch._disable_dynamo
 def _look(gradient):
     return gradient.look()
 

@@ -23,11 +23,13 @@ class Reduction:
     Attributes:
         expected: the pass averages gradients over ranks.
         ran: such a pass has begun since.
+        finds_unused: DDP looks for parameters without a gradient, right after our hook, in other passes too.
     """
 
     def __init__(self, module: DistributedDataParallel):
         self.group = module.process_group
         self.device = next(module.parameters()).device
+        self.finds_unused = module.find_unused_parameters
         self.expected = self.ran = False
 
     def note_forward(self, averages: bool) -> None:
@@ -80,7 +82,7 @@ def _reduction_of(module, gradients) -> Reduction:
     return reduction
 
 
-@torch.compiler.disable
+@torch._disable_dynamo
 def _before_forward(module) -> tuple[Reduction, bool] | None:
     gradients = _gradients_of(module)
     if not gradients or not torch.is_grad_enabled():
@@ -89,6 +91,7 @@ def _before_forward(module) -> tuple[Reduction, bool] | None:
     averages = module.require_backward_grad_sync and full
     if averages and (module.find_unused_parameters or module.static_graph):
         for gradient in gradients:  # of a parameter without use in this pass DDP takes the sum at the end of forward
+            gradient.session.take_postponed()
             gradient.show()
     return _reduction_of(module, gradients), averages
 

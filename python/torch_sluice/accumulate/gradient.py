@@ -111,15 +111,18 @@ class Gradient:
 
     # ---- a gradient that autograd has finished
 
-    def take(self) -> None:
+    def take(self, postponed: bool = False) -> None:
         """Adds the gradient that has just come to ``.grad`` to the sum, and hides it."""
+        self.session.take_postponed()
         if read_grad(self.parameter) is None:
             return
         self.fresh = True
-        weights = self.session.weights
-        if self.reduction is not None and self.reduction.expected:
-            self.reduction.ran = True
+        weights, reduction = self.session.weights, self.reduction
+        if reduction is not None and reduction.expected:
+            reduction.ran = True
             self._show(weights.divisor)  # the whole sum is what DistributedDataParallel averages over ranks
+        elif reduction is not None and reduction.finds_unused and not postponed:
+            self.session.postpone(self)  # DDP must find it in .grad, and our hook comes before its own
         elif read_grad(self.parameter).requires_grad:
             self._show_with_graph(weights)
         elif self.in_sight and is_held(self.parameter):

@@ -41,6 +41,7 @@ class Session:
         self.steps = self.skipped_steps = self.held_steps = 0
         self._step = OptimizerStep(self)
         self._statistics = []  # (record, statistics tensor) that have not been read yet
+        self._postponed: Gradient | None = None
         self._averaged: tuple[float, float] | None = None  # tokens of this rank, and what _average made of them
         self._zeroed = True  # whether zero_grad() was called since the last call of step()
         self._handles = {}
@@ -114,6 +115,7 @@ class Session:
         grad_scaler.detach(self.optimizer, self)
 
     def _hook(self, gradient: Gradient) -> None:
+        @torch._disable_dynamo
         def take(_):
             with self.lock:
                 gradient.take()
@@ -183,6 +185,15 @@ class Session:
             for (record, _), numbers in zip(group, torch.stack([stats for _, stats in group]).tolist(), strict=True):
                 record.note(numbers)
 
+    def postpone(self, gradient: Gradient) -> None:
+        """Has a gradient stay where it is until the next one has come."""
+        self._postponed = gradient
+
+    def take_postponed(self) -> None:
+        gradient, self._postponed = self._postponed, None
+        if gradient is not None:
+            gradient.take(postponed=True)
+
     def _average(self, tokens: float) -> float:
         """Tokens of all ranks / ranks, where DistributedDataParallel averages gradients in this pass."""
         if self._averaged is None or self._averaged[0] != tokens:
@@ -211,6 +222,7 @@ class Session:
         if any(is_dtensor(parameter) for parameter in self.gradients):
             raise RuntimeError("count() was called and parameters are DTensors, expected plain tensors")
         with self.lock:
+            self.take_postponed()
             self.weights.count(tokens, any(not one.is_empty for one in self.gradients.values()))
             for gradient in self.gradients.values():
                 gradient.watch()
@@ -268,6 +280,7 @@ class Session:
 
     def end_micro_batch(self) -> None:
         """A call of step() was held back, left out or made: what comes next belongs to the next micro-batch."""
+        self.take_postponed()
         self.weights.end_micro_batch()
         self._zeroed = False
         for gradient in self.gradients.values():
