@@ -101,15 +101,15 @@ class Ranks:
 
 
 class Pools:
-    """A pool of each kind, made when it is first asked for and again when it is lost."""
+    """A pool of each kind, made when it is first asked for and again when it is lost; ``options`` are of ``Ranks``."""
 
-    def __init__(self):
-        self._pools = {}
+    def __init__(self, **options):
+        self._pools, self._options = {}, options
 
     def __call__(self, size, hosts=None):
         pool = self._pools.get((size, hosts))
         if pool is None or not pool.alive:
-            pool = self._pools[size, hosts] = Ranks(size, hosts=hosts)
+            pool = self._pools[size, hosts] = Ranks(size, hosts=hosts, **self._options)
         return pool
 
     def close(self):

@@ -1,0 +1,167 @@
+"""Random programs that call step() after each micro-batch, against the plain loop that divides each loss by N.
+
+By hand: ``PYTHONPATH=tests python -m support.accumulate_windows --count 10000``, as ``accumulate_programs``.
+"""
+
+import random
+
+import torch
+from torch import nn
+
+from support import accumulate_programs
+from support.accumulate_machine import Machine
+from support.accumulate_model import LAYERS
+
+TOLERANCES = {"fp32": 1e-5, "fp16": 2e-3, "auto": 2e-3}
+
+
+class WindowMachine(Machine):
+    """``zeroes``: when the loop calls zero_grad: first, last, both or never."""
+
+    def __init__(self, every, zeroes="last", clip=None, scaled=False, closure=False, **settings):
+        self.every, self.zeroes, self.clipping = every, zeroes, clip
+        self.scaled, self.closure = scaled, closure
+        super().__init__(**settings)
+
+    def _zero(self, set_to_none=True, whose="optimizer"):
+        {"optimizer": self.optimizer, "model": self.model}[whose].zero_grad(set_to_none=set_to_none)
+
+    def _backward(self, seed, heads, middle=1, reentrant=None, passes=1, spoil=False):
+        total = 0.0
+        for i in range(passes):
+            x = torch.randn(4, 20, generator=torch.Generator().manual_seed(seed + i)).requires_grad_()
+            loss = self.model(x, [head for head in heads if head in self.grouped], middle, reentrant)
+            total += loss.item()
+            loss = loss * torch.inf if spoil else loss
+            loss = loss if self.open_session else loss / self.every
+            (self.scaler.scale(loss) if self.scaled else loss).backward()
+        return total
+
+    def _clip(self):
+        if self.scaled:
+            self.scaler.unscale_(self.optimizer)
+        if self.clipping == "norm":
+            nn.utils.clip_grad_norm_(self.model.parameters(), 0.01)
+        elif self.clipping == "value":
+            nn.utils.clip_grad_value_(self.model.parameters(), 1e-3)
+
+    def _step(self):
+        if self.scaled:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.step()
+
+    def micro_batch(self, set_to_none=True, whose="optimizer", **options):
+        if self.closure:
+            self._micro_batch_by_closure(options)
+            return
+        ours, first, last = bool(self.open_session), self.calls == 0, self.calls == self.every - 1
+        if self.zeroes in ("first", "both") and (ours or first):
+            with self._changing("replace"):
+                self._zero(set_to_none, whose)
+        with self._changing("add"):
+            self._backward(**options)
+        if ours or last:
+            with self._changing("clip" if self.clipping == "norm" else "shrink" if self.scaled else "keep"):
+                self._clip()
+            self._step()
+            if self.zeroes in ("last", "both"):
+                with self._changing("replace"):
+                    self._zero(set_to_none, whose)
+        self.calls = 0 if last else self.calls + 1
+
+    def _micro_batch_by_closure(self, options):
+        if self.open_session:
+
+            def closure():
+                self._zero()
+                return self._backward(**options)
+
+            self._note(self.optimizer.step(closure))
+        else:
+            if self.calls == 0:
+                self._zero()
+                self.scale.clear()
+            with self._changing("add"):
+                loss = self._backward(**options)
+            self._note(loss)
+            if self.calls == self.every - 1:
+                self.step()
+        self.calls = (self.calls + 1) % self.every
+
+    def throw_away(self, seed, set_to_none=True):
+        """A micro-batch whose gradients go, and those of its window with them."""
+        if self.open_session:
+            self._zero()
+            self._backward(seed, ("a", "b"))
+            self._zero(set_to_none)
+        else:
+            self._backward(seed, ("a", "b"))
+            self._zero(set_to_none)
+            self.scale.clear()
+        self.calls = 0
+
+    def reset(self):
+        super().reset()
+        self.calls = 0
+
+    def leave_and_enter(self, again=False):
+        """Out, where the sum so far is in sight; its gradients are dropped, and a window begins in a session."""
+        if self.open_session:
+            self.session.__exit__(None, None, None)
+        self.look()
+        self._zero()
+        self.scale.clear()
+        self.calls = 0
+        self.enter(again)
+
+
+def draw_operation(draw, settings):
+    name = draw.choices(
+        ["micro_batch", "look", "hold", "let_go", "write", "freeze", "add_group", "throw_away", "reset",
+         "leave_and_enter", "save", "load", "restart"],
+        [30, 3, 2, 1, 2, 2, 1, 1, 1, 1, 1, 1, 1],
+    )[0]  # fmt: skip
+    seed = draw.randrange(10**6)
+    if name == "micro_batch":
+        options = {"seed": seed, "heads": tuple(draw.sample(("a", "b", "late"), draw.choice((2, 2, 3))))}
+        options |= {"middle": draw.choice((0, 1, 1, 2)), "passes": draw.choice((1, 1, 1, 2, 3))}
+        if draw.random() < 0.2:
+            options["reentrant"] = draw.choice((True, False))
+        if not settings["closure"]:
+            options |= {"set_to_none": draw.random() < 0.8, "whose": draw.choice(("optimizer", "optimizer", "model"))}
+        if settings["tolerance"] < 1e-3 and draw.random() < 0.02 and settings["zeroes"] != "never":
+            options["spoil"] = True
+        return name, options
+    if name == "throw_away":
+        return name, {"seed": seed, "set_to_none": draw.random() < 0.8}
+    if name == "hold":
+        return name, {"name": draw.choice(accumulate_programs.PARAMETERS)}
+    if name == "write":
+        return name, {"name": draw.choice(accumulate_programs.PARAMETERS), "how": draw.choice(("mul", "numpy", "zero"))}
+    if name == "freeze":
+        return name, {"layer": draw.choice(LAYERS), "frozen": draw.random() < 0.5}
+    if name == "leave_and_enter":
+        return name, {"again": draw.random() < 0.5}
+    return name, {}
+
+
+def make_program(seed, policy):
+    draw = random.Random(seed)
+    settings = {"every": draw.choice((1, 2, 2, 3, 4)), "optimizer": draw.choice(("sgd", "momentum"))}
+    settings |= {"zeroes": draw.choice(("first", "last", "last", "both")), "clip": draw.choice((None, "norm", "value"))}
+    settings |= {"scaled": draw.random() < 0.2, "tolerance": TOLERANCES[policy], "closure": draw.random() < 0.15}
+    if settings["closure"]:
+        settings |= {"scaled": False, "clip": None, "zeroes": "first"}
+    elif draw.random() < 0.1:
+        settings["zeroes"] = "never"
+    return WindowMachine, settings, [draw_operation(draw, settings) for _ in range(draw.randint(3, 40))]
+
+
+def check_program(seed, policy, make_session=None):
+    return accumulate_programs.check_program(seed, policy, make_session, make_program)
+
+
+if __name__ == "__main__":
+    accumulate_programs.main(make_program)
