@@ -82,6 +82,7 @@ def _clip_value(original, gradients):
             gradient = gradients.get(id(parameter))
             return gradient is not None and gradient.session.window.is_held
 
-        return original([one for one in _as_list(parameters) if not is_held(one)], clip_value, foreach)
+        parameters = [one for one in _as_list(parameters) if not is_held(one) and one.grad is not None]
+        return original(parameters, clip_value, foreach) if parameters else None
 
     return clip_grad_value_

@@ -87,7 +87,8 @@ def _before_forward(module) -> tuple[Reduction, bool] | None:
     gradients = _gradients_of(module)
     if not gradients or not torch.is_grad_enabled():
         return None
-    full = any(not gradient.session.window.is_held for gradient in gradients)
+    # A static graph must average from its first pass on, so it does in each micro-batch of a window.
+    full = module.static_graph or any(not gradient.session.window.is_held for gradient in gradients)
     averages = module.require_backward_grad_sync and full
     if averages and (module.find_unused_parameters or module.static_graph):
         for gradient in gradients:  # of a parameter without use in this pass DDP takes the sum at the end of forward

@@ -9,6 +9,8 @@ is S / divisor, and ``factor`` is by what the tensor in sight must be multiplied
 """
 
 import math
+import sys
+import threading
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +33,7 @@ class Gradient:
     Attributes:
         in_sight: ``.grad`` is the whole gradient. If it is not, what torch finds in ``.grad`` is one new gradient.
         fresh: a gradient came after the last call of ``step()``.
+        arriving: threads whose backward pass is about to add to ``.grad``.
         blind: a look shows None, whatever there is: a call that must not touch this gradient is going on.
         reduction: the DistributedDataParallel passes that average this parameter's gradient; None without.
     """
@@ -46,7 +49,7 @@ class Gradient:
         self.factor = 1.0
         self.fresh = self.blind = False
         self.reduction = None
-        self._handle = None
+        self.arriving: set[int] = set()
 
     # ---- what somebody does to .grad
 
@@ -73,6 +76,11 @@ class Gradient:
             if value is None and window.is_open and not self.fresh:
                 return  # a zero_grad by hand after a call of step() that was held
             by_fsdp = is_dtensor(self.parameter) and torch._C._current_graph_task_id() != -1 and self.is_empty
+            if value is not None and not self.in_sight and _compiled_autograd_runs():
+                write_grad(
+                    self.parameter, value
+                )  # it adds to what it finds in .grad, None, and writes that from Python
+                return
             write_grad(self.parameter, value)
             self._forget()
             if value is not None and not by_fsdp:
@@ -111,11 +119,24 @@ class Gradient:
 
     # ---- a gradient that autograd has finished
 
+    def arrive(self, grad: torch.Tensor) -> torch.Tensor | None:
+        """Called before autograd adds a gradient to ``.grad``. Returns what it shall add, or None: the same.
+
+        Autograd adds at once, without weights, to what is in sight; and several threads may do so at a time.
+        """
+        self.arriving.add(threading.get_ident())
+        weights = self.session.weights
+        if not self.in_sight or weights.is_trivial:
+            return None
+        ratio = weights.weight / self.factor
+        return None if ratio == 1.0 else grad * ratio
+
     def take(self, postponed: bool = False) -> None:
         """Adds the gradient that has just come to ``.grad`` to the sum, and hides it."""
         self.session.take_postponed()
-        if read_grad(self.parameter) is None:
-            return
+        self.arriving.discard(threading.get_ident())
+        if self.arriving or read_grad(self.parameter) is None:
+            return  # another thread is adding to it: the last one hides all
         self.fresh = True
         weights, reduction = self.session.weights, self.reduction
         if reduction is not None and reduction.expected:
@@ -210,32 +231,13 @@ class Gradient:
 
     def _note_sight(self, factor: float) -> None:
         self.in_sight, self.factor = True, factor
-        self.watch()
-
-    def watch(self) -> None:
-        """Where gradients weigh something, weighs those that autograd adds to what is in sight."""
-        weights, parameter = self.session.weights, self.parameter
-        if self.in_sight and not weights.is_trivial and self._handle is None and parameter.requires_grad:
-            self._handle = parameter.register_hook(self._weigh)
-
-    def _weigh(self, grad):
-        if not self.in_sight:
-            return None
-        ratio = self.session.weights.weight / self.factor
-        return None if ratio == 1.0 else grad * ratio
-
-    def unwatch(self) -> None:
-        """No longer weighs what autograd adds."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
 
     def _stop_sight(self) -> None:
         self.in_sight, self.factor = False, 1.0
-        self.unwatch()
 
     def _forget(self) -> None:
         self._stop_sight()
+        self.arriving.clear()
         self.sum.clear()
         self.end_window()
 
@@ -287,3 +289,8 @@ class Gradient:
             grad = state["shown"].to(self.parameter.device, copy=True)
             write_grad(self.parameter, like_parameter(grad, self.parameter))
             self._note_sight(float(state["factor"]))
+
+
+def _compiled_autograd_runs() -> bool:
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return module is not None and module.in_compiled_autograd_region

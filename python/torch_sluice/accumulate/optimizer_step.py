@@ -11,6 +11,10 @@ from torch_sluice.accumulate.access import read_grad
 from torch_sluice.accumulate.sharded import local_part
 
 
+class _LeftOut(Exception):
+    """A step is left out after its closure was evaluated."""
+
+
 class OptimizerStep:
     """Stands in the place of one optimizer's ``step``."""
 
@@ -31,6 +35,9 @@ class OptimizerStep:
         self._inside, self._before = types.MethodType(step, self._optimizer), before
         self._optimizer.step = self._inside
         self._running = False
+        self._optimizer.add_param_group = types.MethodType(
+            _adopting(self._optimizer.add_param_group, self._session), self._optimizer
+        )
         every = self._session.window.every
         self._guard = self._optimizer.register_step_pre_hook(self._notice_bypass) if every and every > 1 else None
 
@@ -39,6 +46,7 @@ class OptimizerStep:
         self._alive.clear()
         if self._guard is not None:
             self._guard.remove()
+        self._optimizer.__dict__.pop("add_param_group", None)
         if self._optimizer.__dict__.get("step") is self._inside:
             del self._optimizer.step
             if self._before is not None:
@@ -53,35 +61,50 @@ class OptimizerStep:
             )
 
     def _call(self, args: tuple, kwargs: dict):
-        session = self._session
+        session, optimizer = self._session, self._optimizer
         closure = args[0] if args else kwargs.get("closure")
-        if closure is not None and not callable(closure):
-            closure = None
-        loss, evaluated = None, False
-        if closure is not None and self._evaluates_once():
-            with torch.enable_grad():
-                loss = closure()
-            evaluated = True
-            args, kwargs = _with_closure(args, kwargs, lambda: loss)
-        elif closure is not None and session.window.every is not None and session.window.every > 1:
+        closure = closure if callable(closure) else None
+        if closure is not None and not self._evaluates_first() and session.window.every not in (None, 1):
             raise RuntimeError(
-                f"step() was called with a closure on {type(self._optimizer).__name__}, which may evaluate it several "
-                f"times, and every is {session.window.every}, expected accumulate() without every"
+                f"step() was called with a closure on {type(optimizer).__name__}, which may evaluate it several times, "
+                f"and every is {session.window.every}, expected accumulate() without every"
             )
         if session.window.is_held:
+            with torch.enable_grad():
+                loss = None if closure is None else closure()
             self.hold()
             return loss
-        with session.lock:
-            session.adopt_parameters()
-        if closure is not None and not evaluated:
-            return self._count_step(self._original, args, kwargs)
-        return self._act(args, kwargs)
+        if closure is None:
+            return None if self._leaves_out() else self._step(args, kwargs)
+        if session.options.low_memory:  # which calls the optimizer for each parameter
+            with torch.enable_grad():
+                loss = closure()
+            return loss if self._leaves_out() else self._step(*_with_closure(args, kwargs, lambda: loss))
+        if not self._evaluates_first():
+            return self._step(args, kwargs)
+        return self._step_with_closure(closure, args, kwargs)
 
-    def _evaluates_once(self) -> bool:
-        """Whether step(closure) evaluates it once, before it does anything else: so do torch's own, but for LBFGS."""
-        kind = type(self._optimizer)
-        owner = next(one for one in kind.__mro__ if "step" in vars(one))
-        return owner.__module__.startswith("torch.optim.") and not isinstance(self._optimizer, torch.optim.LBFGS)
+    def _step_with_closure(self, closure, args: tuple, kwargs: dict):
+        """Looks at the gradients after the closure has made them, and before the optimizer changes anything."""
+        evaluated = []
+
+        def look_first():
+            loss = closure()
+            if not evaluated:
+                evaluated.append(loss)
+                if self._leaves_out():
+                    raise _LeftOut
+            return loss
+
+        try:
+            return self._step(*_with_closure(args, kwargs, look_first))
+        except _LeftOut:
+            return evaluated[0]
+
+    def _evaluates_first(self) -> bool:
+        """Whether step(closure) evaluates it before it does anything else: so do torch's own."""
+        owner = next(one for one in type(self._optimizer).__mro__ if "step" in vars(one))
+        return owner.__module__.startswith("torch.optim.")
 
     def hold(self) -> None:
         """A call that does nothing, because the window is not full."""
@@ -93,36 +116,39 @@ class OptimizerStep:
             session.end_micro_batch()
         self._optimizer._opt_called = True  # what learning rate schedulers ask for: step() was called before theirs
 
-    def _act(self, args, kwargs):
-        session, low_memory = self._session, self._session.options.low_memory
-        gradients = list(session.gradients.values())
+    def _leaves_out(self) -> bool:
+        """Puts gradients into ``.grad``; True if one is not finite, and the step was left out and counted as such."""
+        session = self._session
         with session.lock:
+            session.adopt_parameters()
+            session.take_postponed()
             session.read_statistics()
+            gradients = list(session.gradients.values())
             spoiled = self._measure(gradients)
-            if not low_memory:
+            if not session.options.low_memory:
                 for gradient in gradients:
                     gradient.show()
             by_scaler = hasattr(self._optimizer, "found_inf")  # then GradScaler has looked, and a fused step obeys it
             if not by_scaler and session.agreement.skips(bool(spoiled), gradients):
                 self._skip(spoiled, gradients)
-                return None
+                return True
             session.warn_of_error()
-        step = self._step_one_by_one if low_memory else self._original
-        return self._count_step(step, args, kwargs)
+        return False
 
-    def _count_step(self, step, args, kwargs):
+    def _step(self, args: tuple, kwargs: dict):
+        session = self._session
         found_inf = getattr(self._optimizer, "found_inf", None)
         self._running = True
         try:
-            result = step(*args, **kwargs)
+            result = (self._step_one_by_one if session.options.low_memory else self._original)(*args, **kwargs)
         finally:
             self._running = False
         if found_inf is not None and float(found_inf) != 0:
-            self._session.skipped_steps += 1
+            session.skipped_steps += 1
         else:
-            self._session.steps += 1
-        with self._session.lock:
-            self._session.end_window()
+            session.steps += 1
+        with session.lock:
+            session.end_window()
         return result
 
     def skip(self) -> None:
@@ -154,7 +180,7 @@ class OptimizerStep:
             hidden = not gradient.sum.empty
             if hidden:
                 record.step_norm = gradient.norm_of_sum()
-                spoiled += [gradient] if record.nonfinite > 0 or record.sum_sumsq == math.inf else []
+                spoiled += [gradient] if record.sum_sumsq == math.inf else []
             if not hidden or (gradient.parameter.dtype == torch.float16 and not self._session.options.low_memory):
                 gradient.show()
                 values = _values(read_grad(gradient.parameter))
@@ -189,6 +215,16 @@ class OptimizerStep:
             for gradient in gradients:
                 gradient.blind = False
         return result
+
+
+def _adopting(original, session):
+    @functools.wraps(original)
+    def add_param_group(optimizer, param_group):
+        original(param_group)
+        with session.lock:
+            session.adopt_parameters()
+
+    return add_param_group
 
 
 def _with_closure(args: tuple, kwargs: dict, closure) -> tuple[tuple, dict]:

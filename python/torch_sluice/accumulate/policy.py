@@ -21,12 +21,12 @@ class Record:
     """What is known about one parameter. Sums run over the gradients of the current window."""
 
     elements: int
+    windows: int = 0  # that have ended
     folds: int = 0  # gradients added in this window
     error_sumsq: float = 0.0  # squared error that rounding to float16 has made
     sums_sumsq: float = 0.0  # the squared norms of the sum after each gradient, added up
     sum_sumsq: float = 0.0  # squared norm of the sum after the last gradient
     underflow: float = 0.0  # elements below float16's normal range, at the last gradient
-    nonfinite: float = 0.0  # elements of gradients that were infinite or NaN
     grad_norm: float = 0.0  # of the last gradient, as autograd gave it
     grad_amax: float = 0.0
     step_norm: float = 0.0  # of the averaged gradient at the last step
@@ -40,14 +40,14 @@ class Record:
     def start_window(self) -> None:
         """Forgets the sums, and keeps what describes the parameter."""
         self.last_error = self.error if self.folds else self.last_error
+        self.windows += 1
         self.folds = 0
-        self.error_sumsq = self.sums_sumsq = self.sum_sumsq = self.nonfinite = 0.0
+        self.error_sumsq = self.sums_sumsq = self.sum_sumsq = 0.0
 
     def note(self, stats: list[float]) -> None:
         """Takes in the six statistics of one added gradient."""
-        grad_sumsq, self.grad_amax, nonfinite, self.sum_sumsq, error, self.underflow = stats
+        grad_sumsq, self.grad_amax, _, self.sum_sumsq, error, self.underflow = stats
         self.grad_norm = math.sqrt(grad_sumsq)
-        self.nonfinite += nonfinite
         self.sums_sumsq += self.sum_sumsq
         self.error_sumsq += error
 

@@ -42,6 +42,8 @@ def make_stats(session) -> SessionStats:
     """Collects the figures of a session."""
     parameters = {}
     for gradient in session.gradients.values():
+        if not gradient.parameter.requires_grad and gradient.is_empty:
+            continue
         record = gradient.record
         parameters[gradient.name] = ParameterStats(
             format=gradient.format,

@@ -7,11 +7,11 @@ import weakref
 import torch
 from torch import nn
 
-from torch_sluice.accumulate import access, data_parallel, grad_scaler, state
+from torch_sluice.accumulate import data_parallel, grad_scaler, state
 from torch_sluice.accumulate.agreement import Agreement
 from torch_sluice.accumulate.gradient import Gradient
-from torch_sluice.accumulate.names import names_of_parameters
 from torch_sluice.accumulate.optimizer_step import OptimizerStep
+from torch_sluice.accumulate.parameters import Parameters
 from torch_sluice.accumulate.policy import make_policy
 from torch_sluice.accumulate.report import SessionStats, make_stats
 from torch_sluice.accumulate.sharded import is_dtensor
@@ -37,18 +37,17 @@ class Session:
         self.weights = Weights(options.every, options.reduction, self._average)
         self.agreement = Agreement()
         self.lock = threading.RLock()  # backward passes may run in several threads
-        self.gradients: dict[torch.Tensor, Gradient] = {}
+        self.parameters = Parameters(self)
         self.steps = self.skipped_steps = self.held_steps = 0
         self._step = OptimizerStep(self)
-        self._statistics = []  # (record, statistics tensor) that have not been read yet
+        self._statistics = []  # (record, its window, statistics tensor) that have not been read yet
         self._postponed: Gradient | None = None
         self._averaged: tuple[float, float] | None = None  # tokens of this rank, and what _average made of them
         self._zeroed = True  # whether zero_grad() was called since the last call of step()
-        self._handles = {}
         self._open = self._left = False
         self._warned_of_error = False
         self.adopt_parameters()
-        if not self.gradients:
+        if not any(parameter.requires_grad for parameter in self.gradients):
             raise ValueError("the optimizer has no parameter that requires a gradient")
 
     # ---- opening and closing
@@ -58,10 +57,9 @@ class Session:
             raise RuntimeError("the session is open already, expected one that was left or not entered yet")
         grad_scaler.attach(self.optimizer, self)
         try:
-            for gradient in self.gradients.values():
-                access.attach(gradient)
+            self.parameters.open()
         except BaseException:
-            self._detach()
+            grad_scaler.detach(self.optimizer, self)
             raise
         self._open = True
         open_sessions.add(self)
@@ -70,97 +68,49 @@ class Session:
             self.weights.start()
             self._averaged = None
         self._left, self._zeroed = False, True
+        for gradient in self.gradients.values():
+            gradient.join()
         data_parallel.attach(self)
         data_parallel.watched(self.model)
         self._step.wrap()
-        for gradient in self.gradients.values():
-            gradient.join()
-            self._hook(gradient)
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        unfinished = self.window.held
         problem = None
-        for gradient in self.gradients.values():
-            try:
-                gradient.show()
-            except Exception as failure:  # memory may be what ended the loop: the sum stays where it is
-                problem = failure
+        with self.lock:
+            self.take_postponed()
+            for gradient in self.gradients.values():
+                try:
+                    gradient.show()
+                except Exception as failure:  # memory may be what ended the loop: the sum stays where it is
+                    problem = failure
+            self.read_statistics()
         self._open, self._left = False, True
         open_sessions.discard(self)
         self._step.unwrap()
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles.clear()
-        for gradient in self.gradients.values():
-            gradient.unwatch()
-        self._detach()
+        self.parameters.close()
+        grad_scaler.detach(self.optimizer, self)
         data_parallel.detach(self)
         self.agreement.close(kind is None)
-        self.read_statistics()
         if problem is not None:
             warnings.warn(
                 f"some gradients could not be put into .grad ({problem}); session.state_dict() has them", stacklevel=2
             )
-        elif unfinished and kind is None:
+        elif self.window.is_open and kind is None:
             warnings.warn(
-                f"accumulation ended after {unfinished} of {self.window.every} calls of step(): no step was made with "
-                "their gradients, they are left in .grad",
+                f"accumulation ended after {self.window.held} of {self.window.every} calls of step(): no step was made "
+                "with their gradients, they are left in .grad",
                 stacklevel=2,
             )
 
-    def _detach(self) -> None:
-        for gradient in self.gradients.values():
-            access.detach(gradient)
-        grad_scaler.detach(self.optimizer, self)
-
-    def _hook(self, gradient: Gradient) -> None:
-        @torch._disable_dynamo
-        def take(_):
-            with self.lock:
-                gradient.take()
-
-        if gradient.parameter.requires_grad and gradient.parameter not in self._handles:
-            self._handles[gradient.parameter] = gradient.parameter.register_post_accumulate_grad_hook(take)
+    @property
+    def gradients(self) -> dict[torch.Tensor, Gradient]:
+        """The Gradient of each parameter of the optimizer."""
+        return self.parameters.gradients
 
     def adopt_parameters(self) -> None:
-        """Takes in parameters that are new to the optimizer or require gradients now; lets go of those that left."""
-        names = None
-        present = set()
-        for number, group in enumerate(self.optimizer.param_groups):
-            for place, parameter in enumerate(group["params"]):
-                present.add(parameter)
-                gradient = self.gradients.get(parameter)
-                if gradient is not None:
-                    if self._open:
-                        self._hook(gradient)
-                    continue
-                if not parameter.requires_grad or not parameter.is_leaf:
-                    continue
-                names = names_of_parameters(self.model) if names is None else names
-                name = names.get(parameter, f"optimizer.{number}.{place}")
-                if is_dtensor(parameter) and self.options.low_memory:
-                    raise ValueError(
-                        f"low_memory=True and parameter {name} is a DTensor, expected plain tensors: a step that goes "
-                        "through sharded parameters one by one can't agree with the other ranks"
-                    )
-                gradient = Gradient(self, len(self.gradients), name, parameter)
-                if self._open:
-                    access.attach(gradient)
-                    gradient.join()
-                    self._hook(gradient)
-                self.gradients[parameter] = gradient
-        for parameter in [one for one in self.gradients if one not in present]:
-            self._let_go(self.gradients.pop(parameter))
-
-    def _let_go(self, gradient: Gradient) -> None:
-        if self._open:
-            gradient.show()
-            gradient.unwatch()
-            access.detach(gradient)
-            handle = self._handles.pop(gradient.parameter, None)
-            if handle is not None:
-                handle.remove()
+        """Takes in parameters that are new to the optimizer."""
+        self.parameters.adopt()
 
     # ---- what gradients ask of their session
 
@@ -171,16 +121,17 @@ class Session:
 
     def note_statistics(self, record, statistics: torch.Tensor) -> None:
         """Keeps the statistics of an added gradient until somebody needs them."""
-        if any(record is other for other, _ in self._statistics[:1]):
+        if self._statistics and record is self._statistics[0][0]:
             self.read_statistics()  # the next backward pass has begun
-        self._statistics.append((record, statistics))
+        self._statistics.append((record, record.windows, statistics))
 
     def read_statistics(self) -> None:
         """Brings the statistics of all gradients since the last time to the records: one transfer a device."""
         statistics, self._statistics = self._statistics, []
         by_device = {}
-        for record, stats in statistics:
-            by_device.setdefault(stats.device, []).append((record, stats))
+        for record, window, stats in statistics:
+            if window == record.windows:  # else the gradient has been dropped
+                by_device.setdefault(stats.device, []).append((record, stats))
         for group in by_device.values():
             for (record, _), numbers in zip(group, torch.stack([stats for _, stats in group]).tolist(), strict=True):
                 record.note(numbers)
@@ -224,15 +175,13 @@ class Session:
         with self.lock:
             self.take_postponed()
             self.weights.count(tokens, any(not one.is_empty for one in self.gradients.values()))
-            for gradient in self.gradients.values():
-                gradient.watch()
 
     def reset(self) -> None:
         """Drops all gradients, as after a micro-batch that failed; a new window begins."""
         with self.lock:
+            self.adopt_parameters()
             for gradient in self.gradients.values():
                 gradient.drop()
-            self._statistics.clear()
             self.start_window()
 
     def zero_gradients(self, gradients: list[Gradient], set_to_none: bool) -> None:
@@ -323,8 +272,11 @@ class Session:
     @property
     def fp16_share(self) -> float:
         """Elements whose sum is float16 / elements: what ``stats()`` has, without the rest."""
-        half = sum(one.record.elements for one in self.gradients.values() if one.format == "fp16")
-        return half / max(sum(one.record.elements for one in self.gradients.values()), 1)
+        elements = {"fp16": 0, "fp32": 0, "torch": 0}
+        for parameter, gradient in self.gradients.items():
+            if parameter.requires_grad:
+                elements[gradient.format] += gradient.record.elements
+        return elements["fp16"] / max(sum(elements.values()), 1)
 
     def stats(self) -> SessionStats:
         """Formats, bytes, norms and errors, in all and by parameter."""
@@ -338,6 +290,8 @@ class Session:
         Tensors in it are the session's own, as in other state_dicts of torch: save or copy it before training goes on.
         """
         with self.lock:
+            self.adopt_parameters()
+            self.take_postponed()
             self.read_statistics()
             return state.make(self)
 
@@ -349,7 +303,9 @@ class Session:
                 and nothing was changed.
         """
         with self.lock:
+            self.adopt_parameters()
             state.check(self, saved)
             self._statistics.clear()
+            self._postponed = None
             state.load(self, saved)
             self._left = False
