@@ -105,7 +105,7 @@ def test_meta_gives_shapes():
 def test_cpu_beside_cuda(which):
     inputs = [x.cuda() for x in (q, k, v, a, b)]
     inputs[which] = inputs[which].cpu()
-    message = rf"^{'qkvab'[which]} is float32 .* on cpu, expected the device of q, which is float32 .* on device \d"
+    message = rf"^{'qkvab'[which]} is float32 .* on cpu, expected the device of q, which is float32 .* on cuda:\d"
     with pytest.raises(ValueError, match=message):
         gated_attention(*inputs)
 
