@@ -5,6 +5,7 @@ All of it is registered from Python, because LibTorch's stable ABI has no C++ wa
 
 import torch
 
+from torch_sluice._errors import check_tensors
 from torch_sluice._fakes import register_fake
 
 _FORWARD = torch.ops.sluice.gated_attention.default
@@ -109,6 +110,7 @@ def _register_autocast(device_type: str, key_name: str) -> None:
     key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key_name))
 
     def forward(q, k, v, a, b, *rest):
+        check_tensors(q=q, k=k, v=v, a=a, b=b)
         dtype = torch.get_autocast_dtype(device_type)
         q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
         if q.dtype != torch.float64:

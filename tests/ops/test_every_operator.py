@@ -50,6 +50,21 @@ def test_none_is_named(name, index, argument):
 
 
 @pytest.mark.parametrize("name", CALLS)
+def test_none_is_named_whatever_surrounds_the_call(name):
+    """Autograd and autocast have kernels of their own, before those of the device."""
+    for index, argument in enumerate(schema_of(name).arguments):
+        if str(argument.type) == "Tensor":
+            arguments = CALLS[name]()
+            for value in arguments:
+                if isinstance(value, torch.Tensor):
+                    value.requires_grad_(value.is_floating_point())
+            arguments[index] = None
+            expect_refusal(name, arguments, f"^{argument.name} is None, expected a tensor")
+            with torch.autocast("cpu"):
+                expect_refusal(name, arguments, f"^{argument.name} is None, expected a tensor")
+
+
+@pytest.mark.parametrize("name", CALLS)
 def test_nothing_but_none_is_named(name):
     arguments = CALLS[name]()
     tensors = [index for index, argument in enumerate(schema_of(name).arguments) if is_tensor(argument)]

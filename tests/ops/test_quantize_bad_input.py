@@ -96,6 +96,13 @@ def test_zeros_stay_zero():
 
 
 BAD = {
+    "no x": (lambda: quantize_dynamic(None), "^x is None, expected a tensor$"),
+    "no weight": (lambda: pack_linear_weight(None), "^weight is None, expected a tensor$"),
+    "no convolution's weight": (lambda: pack_conv2d_weight(None), "^weight is None, expected a tensor$"),
+    "no packed weight": (
+        lambda: linear_dynamic(X, None, WEIGHT[1], out_features=5),
+        "^packed is None, expected a tensor$",
+    ),
     "x of integers": (lambda: linear_dynamic(X.int(), *WEIGHT, out_features=5), "x is int32 .* expected float32"),
     "x in float64": (lambda: quantize_dynamic(X.double()), r"x is float64 \[2, 6\] on cpu, expected float32"),
     "x without dimensions": (lambda: quantize_dynamic(torch.tensor(1.0)), "x is .*expected at least one dimension"),

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from torch_sluice._errors import as_value_error
+from torch_sluice._errors import as_value_error, check_tensors
 from torch_sluice._fakes import register_fake
 
 _MAX_RANK = 8  # SL_PRUNE_MAX_RANK of ops/sluice/prune.h
@@ -24,6 +24,7 @@ def channel_norms(weight: Tensor, dim: int = 0) -> Tensor:
     Raises:
         ValueError: weight or dim is something else.
     """
+    check_tensors(weight=weight)
     weight = weight.detach()
     if weight.device.type not in ("cpu", "meta"):
         _check(weight, dim)
