@@ -20,8 +20,10 @@ TOKENS, DIM = 48, 16
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.attention = torch_sluice.GatedAttention(DIM, heads=2, causal=True, window=4, target_density=0.5)
-        self.norm = nn.LayerNorm(DIM)
+        self.attention = torch_sluice.GatedAttention(
+            DIM, heads=2, causal=True, window=4, target_density=0.5, dtype=torch.bfloat16
+        )
+        self.norm = nn.LayerNorm(DIM, dtype=torch.bfloat16)
 
     def forward(self, x):
         return self.norm(x + self.attention(x))
@@ -30,9 +32,7 @@ class Block(nn.Module):
 def make_model(kind):
     torch.manual_seed(0)
     if kind == "GatedAttention":
-        model = nn.Sequential(Block(), Block()).to(torch.bfloat16)
-        for gate in gates_of(model):
-            gate.float()
+        model = nn.Sequential(Block(), Block())
     else:
         layers = (nn.TransformerEncoderLayer(DIM, 2, 32, dropout=0.0, batch_first=True) for _ in range(2))
         model = torch_sluice.swap_attention(nn.Sequential(*layers).to(torch.bfloat16), target_density=0.5, window=4)
