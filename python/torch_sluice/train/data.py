@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from torch_sluice.train.errors import TrainError
+from torch_sluice.train.settings import Settings
 
 # Folders of the standard library that are tables, tests or other people's packages rather than source to learn from.
 _SKIPPED_FOLDERS = {"test", "tests", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
@@ -44,6 +45,18 @@ class Corpus:
         generator = np.random.default_rng([seed, step, micro])
         starts = generator.integers(0, len(self.train) - context, size=size)
         return _windows(self.train, starts, context)
+
+    def step_batches(self, settings: Settings, step: int) -> list[torch.Tensor]:
+        """The micro-batches of a step of a run with these settings, int64 [micro_size, context + 1] each."""
+        return [
+            self.batch(settings.seed, step, micro, settings.micro_size, settings.context)
+            for micro in range(settings.micro_batches)
+        ]
+
+    def check_fingerprint(self, fingerprint: str) -> None:
+        """Raises TrainError unless this is the text that had the fingerprint."""
+        if fingerprint != self.fingerprint:
+            raise TrainError(f"the text in {self.name} is not what this run was trained on; restore it, or train anew")
 
     def heldout_windows(self, count: int, context: int) -> torch.Tensor:
         """int64 [at most count, context + 1], spread evenly over the held-out text, not overlapping."""

@@ -49,13 +49,15 @@ def run_mesh(options: argparse.Namespace, settings: Settings | None) -> int:
     check_fit(settings, layout)
     if not is_rank():
         corpus = load_corpus(data, settings.context)  # its faults show here once and not on every rank
-        _check_text(corpus, state)
+        if state is not None:
+            corpus.check_fingerprint(state["fingerprint"])
         make_folder(folder)
         if options.json:
             check_writable(Path(options.json))
         return _start(options, folder, layout)
     corpus = load_corpus(data, settings.context)
-    _check_text(corpus, state)
+    if state is not None:
+        corpus.check_fingerprint(state["fingerprint"])
     make_folder(folder)
     return _run_rank(options, settings, layout, corpus, folder, data, checkpoint, state)
 
@@ -78,11 +80,6 @@ def _find_checkpoint(options: argparse.Namespace, folder: Path) -> tuple[Path | 
         return None, None
     refuse_to_replace(folder)
     return None, None
-
-
-def _check_text(corpus, state: dict | None) -> None:
-    if state is not None and state["fingerprint"] != corpus.fingerprint:
-        raise TrainError(f"the text in {corpus.name} is not what this run was trained on; restore it, or train anew")
 
 
 def _start(options: argparse.Namespace, folder: Path, layout: Layout) -> int:
