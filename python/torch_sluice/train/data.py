@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from torch_sluice.train.errors import TrainError
+from torch_sluice.train.folder import RunFiles
 from torch_sluice.train.settings import Settings
 
 # Folders of the standard library that are tables, tests or other people's packages rather than source to learn from.
@@ -70,8 +71,11 @@ def _windows(text: np.ndarray, starts: np.ndarray, context: int) -> torch.Tensor
     return torch.from_numpy(np.stack([text[s : s + context + 1] for s in starts]).astype(np.int64))
 
 
-def load_corpus(path: str | None, context: int) -> Corpus:
+def load_corpus(path: str | None, context: int, out: Path | None = None) -> Corpus:
     """Reads the text of a folder or a file; None: the standard library of this Python.
+
+    Args:
+        out: the folder of the run; its files, and those of other runs, are no text of ``path``.
 
     Of several files, those whose path hashes into the first eighth are held out; of a single file, its last eighth. Of
     files with the same text one counts, so that nothing that is held out is also trained on.
@@ -83,7 +87,7 @@ def load_corpus(path: str | None, context: int) -> Corpus:
     if not root.exists():
         raise TrainError(f"--data is '{root}', and there is no such file or folder")
     if root.is_dir():
-        texts, skipped = _read_folder(root, only_source=path is None)
+        texts, skipped = _read_folder(root, RunFiles(root, out), only_source=path is None)
     else:
         texts, skipped = {root.name: _read_file(root)}, 0
     train, heldout, counts = _split(texts)
@@ -127,13 +131,15 @@ def _first_bad_byte(text: bytes) -> int | None:
     return zero if zero >= 0 else None
 
 
-def _read_folder(root: Path, only_source: bool) -> tuple[dict[str, bytes], int]:
+def _read_folder(root: Path, run_files: RunFiles, only_source: bool) -> tuple[dict[str, bytes], int]:
     texts, skipped, seen = {}, 0, set()
     for path in sorted(root.rglob("*.py" if only_source else "*")):
         relative = path.relative_to(root)
         if only_source and _SKIPPED_FOLDERS.intersection(relative.parts):
             continue
         if any(part.startswith(".") for part in relative.parts) or not path.is_file():
+            continue
+        if run_files.hold(path):
             continue
         try:
             text = path.read_bytes()

@@ -19,6 +19,7 @@ from torch_sluice.train.checkpoint import save_checkpoint
 from torch_sluice.train.data import Corpus
 from torch_sluice.train.errors import TrainError
 from torch_sluice.train.evaluate import evaluate
+from torch_sluice.train.folder import FolderLock
 from torch_sluice.train.model import predict
 from torch_sluice.train.settings import Settings
 from torch_sluice.train.side import Side
@@ -43,9 +44,12 @@ def make_sides(settings: Settings) -> dict[str, Side]:
 class Run:
     """A comparison in progress: its settings, its text, its sides and the number of steps done."""
 
-    def __init__(self, settings: Settings, corpus: Corpus, folder: Path, data: str | None):
-        self.settings, self.corpus, self.folder, self.data = settings, corpus, folder, data
+    def __init__(
+        self, settings: Settings, corpus: Corpus, folder: Path, data: str | None, lock: FolderLock | None = None
+    ):
+        self.settings, self.corpus, self.folder, self.data, self.lock = settings, corpus, folder, data, lock
         self.step = 0
+        self.closed = False
         self.saved = False  # whether the folder holds a checkpoint of this run
         self.sides = make_sides(settings)
         self.quick_windows = corpus.heldout_windows(settings.quick_windows, settings.context)
@@ -157,8 +161,12 @@ class Run:
             raise TrainError(f"the {what} of {name} became {value} at step {self.step}; try a smaller --learning-rate")
 
     def close(self) -> None:
-        for side in self.sides.values():
+        """Ends what the sides hold open, and gives the folder free. Does nothing the second time."""
+        for side in () if self.closed else self.sides.values():
             side.close()
+        self.closed = True
+        if self.lock is not None:
+            self.lock.close()
 
 
 class StopRequest:

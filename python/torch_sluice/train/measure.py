@@ -107,7 +107,7 @@ def _main(folder: str, side_name: str, first: str) -> None:
     state = load_checkpoint(Path(folder))
     settings = Settings.from_dict(state["settings"])
     set_threads(settings)
-    corpus = load_corpus(state["data"], settings.context)
+    corpus = load_corpus(state["data"], settings.context, Path(folder))
     corpus.check_fingerprint(state["fingerprint"])
     batches = [corpus.step_batches(settings, number) for number in steps_to_measure(int(first), settings.steps)]
     side_state = state["sides"][side_name]
