@@ -1,5 +1,6 @@
 """An interrupted run: it stops between steps, leaves a whole checkpoint, and continues as if nothing had happened."""
 
+import copy
 import dataclasses
 import os
 import shlex
@@ -189,6 +190,17 @@ def test_text_beside_the_files_of_a_run_counts(texts):
     (texts / "notes.txt").write_text("a text that was not there")
     with pytest.raises(TrainError, match="is not what this run was trained on"):
         resume_run(Path("."), threads=None)
+
+
+def test_warming_up_changes_nothing(text_folder, tmp_path):
+    run = start_run(SETTINGS, str(text_folder), tmp_path, overwrite=False)
+    before = copy.deepcopy(run.state_dict())
+    random_numbers = torch.get_rng_state()
+    run._warm_up()
+    _assert_equal(run.state_dict(), before)
+    assert torch.equal(torch.get_rng_state(), random_numbers)
+    assert all(parameter.grad is None for side in run.sides.values() for parameter in side.model.parameters())
+    run.close()
 
 
 def test_signal_handlers_are_put_back(text_folder, tmp_path):

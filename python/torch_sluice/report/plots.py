@@ -79,13 +79,15 @@ def _draw_step_time(sides: dict, result: dict) -> str:
     figure, axes = new_axes(4.6, 2.4)
     top = 1.4 * max(step_time_limit(side["history"]["seconds"]) for side in sides.values())
     beyond = []
-    for name, side in sides.items():
+    for number, (name, side) in enumerate(sides.items()):
         seconds, colour = side["history"]["seconds"], COLOURS[name]
         steps = range(1, len(seconds) + 1)
         axes.plot(steps, seconds, ".", color=colour, markersize=2.5, alpha=0.6, label=side["title"])
         axes.hlines(side["seconds_per_step"], result["timed_from_step"] + 1, len(seconds), color=colour, linewidth=1.6)
         slow = [(step, time) for step, time in zip(steps, seconds, strict=True) if time > top]
-        axes.plot([step for step, _ in slow], [0.97 * top] * len(slow), "^", color=colour, markersize=4)
+        axes.plot(
+            [step for step, _ in slow], [(0.97 - 0.06 * number) * top] * len(slow), "^", color=colour, markersize=4
+        )
         beyond += [time for _, time in slow]
     if beyond:
         text = (

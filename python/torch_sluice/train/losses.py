@@ -118,8 +118,7 @@ _SENTENCES = {
     "peak_bytes": lambda ours, theirs: f"A step needs {ours / theirs:.2f} times the memory of dense's.",
     "parameter_bytes": lambda ours, theirs: f"The gates add {ours / theirs - 1:.1%} to the parameters.",
     "mfu": lambda ours, theirs: (
-        f"MFU is {ours:.1%} against dense's {theirs:.1%}: with fewer pairs to compute, what is left runs further from "
-        "the machine's peak."
+        f"MFU is {ours:.1%} against dense's {theirs:.1%}: Sluice's steps use less of the machine's peak."
     ),
 }
 
