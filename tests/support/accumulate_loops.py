@@ -17,11 +17,11 @@ from support.accumulate_training import assert_close, assert_same, loss_of, sess
 
 N = 3
 
-# How wrong the way that weights went may be, relative to its length. A float16 sum is wrong by some 3e-4; AdamW makes more
-# of that where an element is near zero, and Muon where a direction is.
+# How wrong the way that weights went may be, relative to its length. A float16 sum is wrong by some 3e-4; AdamW makes
+# more of that where an element is near zero, and Muon where a direction is.
 ERRORS = {"fp32": 1e-4, "fp16": 3e-2, "auto": 3e-2}
 MUON_ERROR = 0.15
-BFLOAT16_ERROR = 2e-2  # a third of a loss has other bits in bfloat16 than a third of its gradient
+BFLOAT16_ERROR = 5e-2  # a third of a loss has other bits in bfloat16 than a third of its gradient
 
 
 @dataclass

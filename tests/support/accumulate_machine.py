@@ -15,6 +15,10 @@ from support.accumulate_gradients import GradientOperations
 from support.accumulate_model import LAYERS, OPTIMIZERS, Net
 
 
+class _Skipped(Exception):
+    """Leaves a step with a closure out."""
+
+
 class Machine(GradientOperations):
     """``open_session(model, optimizer)`` gives a context manager; without it the side is plain PyTorch."""
 
@@ -44,11 +48,16 @@ class Machine(GradientOperations):
         return self.model.get_parameter(name)
 
     def _note(self, value):
-        self.observed.append(value)
+        """Keeps what a user has seen, and how wrong it may be: of each parameter, and of all."""
+        each = [self.tolerance * self.scale.get(name, 0.0) for name, _ in self.model.named_parameters()]
+        self.observed.append((value, each, self.tolerance * max(self.peak, sum(self.scale.values()))))
 
     def _in_session(self):
         """The parameters that the session looks after."""
         return {n: p for n, p in self.model.named_parameters() if n.split(".")[0] in self.grouped}
+
+    def _is_spoiled(self):
+        return not all(p.grad.isfinite().all() for p in self._in_session().values() if p.grad is not None)
 
     @contextlib.contextmanager
     def _changing(self, how):
@@ -80,9 +89,7 @@ class Machine(GradientOperations):
     # ---- steps
 
     def step(self):
-        if not self.open_session and not all(
-            p.grad.isfinite().all() for p in self._in_session().values() if p.grad is not None
-        ):
+        if not self.open_session and self._is_spoiled():
             self.skipped += 1  # the one thing in which a session differs from plain PyTorch
             return
         self.optimizer.step()
@@ -93,17 +100,36 @@ class Machine(GradientOperations):
             self.backward(seed, ("a", "b"))
             if clipped:
                 self.clip("norm")
-            return self.observed[-1]
+            return self.observed[-1][0]
 
-        self._note(self.optimizer.step(closure))
+        if self.open_session:
+            self._note(self.optimizer.step(closure))
+            return
+
+        def checked():
+            loss = closure()
+            if self._is_spoiled():
+                raise _Skipped(loss)
+            return loss
+
+        try:
+            self._note(self.optimizer.step(checked))
+        except _Skipped as skipped:
+            self.skipped += 1
+            self._note(skipped.args[0])
 
     def unscale(self):
         with self._changing("shrink"):
             self.scaler.unscale_(self.optimizer)
 
     def scaler_step(self):
+        before, failed = self.steps, True
         with self._changing("shrink"):
-            self.scaler.step(self.optimizer)
+            try:
+                self.scaler.step(self.optimizer)
+                failed = False
+            finally:
+                self.skipped += self.steps == before and not failed
             self.scaler.update()
         self._note(self.scaler.get_scale())
 

@@ -47,8 +47,10 @@ class WindowMachine(Machine):
 
     def _step(self):
         if self.scaled:
+            before = self.steps
             self.scaler.step(self.optimizer)
             self.scaler.update()
+            self.skipped += self.steps == before
         else:
             self.step()
 
@@ -97,7 +99,10 @@ class WindowMachine(Machine):
             self._backward(seed, ("a", "b"))
             self._zero(set_to_none)
         else:
-            self._backward(seed, ("a", "b"))
+            if self.calls == 0:
+                self._zero()
+            with self._changing("add"):
+                self._backward(seed, ("a", "b"))
             self._zero(set_to_none)
             self.scale.clear()
         self.calls = 0
