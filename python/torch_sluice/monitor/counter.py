@@ -48,7 +48,7 @@ class StepFlopCounter(dispatch.TorchDispatchMode):
             if _counting.is_elsewhere():
                 return None
             counter = cls().__enter__()
-        weakref.finalize(owner, counter._finish)
+        weakref.finalize(owner, counter._finish).atexit = False
         return counter
 
     def __enter__(self) -> "StepFlopCounter":

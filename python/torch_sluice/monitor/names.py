@@ -9,10 +9,9 @@ _FIGURES = {
     "seconds", "tokens", "tokens_per_second", "flops", "flops_dense_equivalent", "mfu", "mfu_dense_equivalent",
     "communication_bytes", "overlapped_share",
 }  # fmt: skip
-_TOTALS = {"steps", "step_seconds", "peak_bytes", "memory_ratio"}
 
 # A loop's own figure cannot have one of these names. It may give "loss", "density" and "half_share".
-RESERVED = frozenset(_IN_A_LINE | _FIGURES | _TOTALS)
+RESERVED = frozenset({*_IN_A_LINE, *_FIGURES, *OWN})
 
 
 class MetricNames:
@@ -25,7 +24,7 @@ class MetricNames:
 
     def __init__(self, warn_once: Callable[[str, str], None]):
         self._warn_once = warn_once
-        self._owners = {metric_of(name): name for name in (*RESERVED, *OWN, "density", "half_share")}
+        self._owners = {metric_of(name): name for name in (*RESERVED, "density", "half_share")}
         self._known: set[str] = set()
         self._left_out = {"seconds", "tokens"}  # which are shown as totals
 
@@ -37,7 +36,7 @@ class MetricNames:
             owner = self._owners.setdefault(metric, name)
             if owner != name:
                 self._left_out.add(name)
-                whose = "a metric of the monitor's own" if owner in RESERVED or owner in OWN else f"that of {owner!r}"
+                whose = "a metric of the monitor's own" if owner in RESERVED else f"that of {owner!r}"
                 self._warn_once(
                     f"metric {name}",
                     f"the figure {name!r} is left out of the Prometheus metrics: as {metric} it would be {whose}",

@@ -24,7 +24,9 @@ _HELP = {
     "loss": "Loss of the last step.",
 }
 # Of what every monitor shows by itself, beside the figures of its last step.
-OWN = ("steps_total", "tokens_total", "seconds_total", "step_seconds", "peak_bytes", "memory_ratio")
+OWN = (
+    "steps", "steps_total", "tokens_total", "seconds_total", "step_seconds", "peak_bytes", "memory_ratio",
+)  # fmt: skip
 _servers: dict[tuple[str, int], "_Server"] = {}
 _lock = threading.Lock()
 
