@@ -132,7 +132,7 @@ def test_transformers_begins_again_with_smaller_batches(tmp_path, calls):
         jsonl=lines, metrics_port=port, log_dir=tmp_path / "board", report=tmp_path / "run.html", **LIMITS
     )
     arguments = TrainingArguments(
-        output_dir=str(tmp_path / "out"), per_device_train_batch_size=24, auto_find_batch_size=True, max_steps=4,
+        output_dir=str(tmp_path / "out"), per_device_train_batch_size=8, auto_find_batch_size=True, max_steps=4,
         report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1,
     )  # fmt: skip
     model = OutOfMemory(most=6, calls=calls)

@@ -90,8 +90,8 @@ class StepFlopCounter(dispatch.TorchDispatchMode):
         return out
 
     def _run_subclass(self, operator, args, kwargs):
-        """A tensor that handles operators itself, as a ``DTensor``: what it runs is counted, on this rank; where nothing
-        of that is to be seen, the operator is."""
+        """A tensor that handles operators itself, as a ``DTensor``: what it runs is counted, on this rank; where
+        nothing of that is to be seen, the operator is."""
         met, self._passed_on = self._met, operator
         self._within += 1
         try:
@@ -202,16 +202,14 @@ class _Counting:
         with self.lock:
             self._threads.append(threading.get_ident())
             if len(self._threads) == 1:
-                self._stance = torch.compiler.set_stance("force_eager").prev
+                self._stance = torch.compiler.set_stance("force_eager")
         return threading.get_ident()
 
     def end(self, thread: int) -> None:
         with self.lock:
             self._threads.remove(thread)
             if not self._threads:
-                from torch._dynamo.eval_frame import _set_stance
-
-                _set_stance(self._stance)
+                self._stance.__exit__(None, None, None)
 
 
 _counting = _Counting()

@@ -47,7 +47,7 @@ class MonitorCallback(TrainerCallback):
         if self.monitor is not None:
             self.monitor.abandon_step()
             if self._own:
-                self.monitor.close()
+                self.monitor.close(report=False)  # the page will be that of the training that begins
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._record(state)

@@ -76,7 +76,7 @@ def is_memory_judged(summary: dict) -> bool:
 def find_hints(summary: dict) -> list[str]:
     """What a report says beside the limits."""
     hints = []
-    if summary["uncounted_operators"]:
+    if summary.get("uncounted_operators"):
         names = ", ".join(summary["uncounted_operators"])
         hints.append(f"FLOPs and MFU are not known, since these operators compute and have no formula: {names}")
     if summary["outside_share"] is not None and summary["outside_share"] > _MUCH_OUTSIDE:

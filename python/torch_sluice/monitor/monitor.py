@@ -143,9 +143,9 @@ class Monitor(Figures):
 
     @contextlib.contextmanager
     def step(self, tokens: int = 0) -> Iterator[dict[str, float]]:
-        """Times one optimizer step, or one request; several may run at a time, in threads of their own. What is put into
-        the yielded dict becomes figures of the step; "loss", "density" and "half_share" are also kept. A step that an
-        exception ends is not recorded."""
+        """Times one optimizer step, or one request; several may run at a time, in threads of their own. What is put
+        into the yielded dict becomes figures of the step; "loss", "density" and "half_share" are also kept. A step
+        that an exception ends is not recorded."""
         figures: dict[str, float] = {}
         step = self._begin()
         try:
@@ -188,11 +188,11 @@ class Monitor(Figures):
                 self._has_begun = True
                 self._attempt("looking at the model", self._follow_device)
             step = Step()
-            for other in self._running:  # what they run in this thread cannot be told apart
-                other.is_mixed |= other.thread == step.thread
-            if self._wants_count and self.flops is None and not any(
-                other.counter is not None or other.thread == step.thread for other in self._running
-            ):
+            beside = [other for other in self._running if other.thread == step.thread]
+            for other in beside:  # what they run cannot be told from what this one does
+                other.is_mixed = True
+            is_counting = any(other.counter is not None for other in self._running)
+            if self._wants_count and self.flops is None and not beside and not is_counting:
                 self._attempt("counting FLOPs", self._start_counter, step)
             self._running.append(step)
         step.begun = time.perf_counter()
@@ -350,8 +350,9 @@ class Monitor(Figures):
     def __exit__(self, *exception) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Checks the limits, writes the report and closes the outputs. Later steps are not recorded. Again: nothing."""
+    def close(self, *, report: bool = True) -> None:
+        """Checks the limits, writes the report (unless ``report`` is False) and closes the outputs. Later steps are not
+        recorded. Again: nothing."""
         with own_work(), self._lock:
             if self.closed:
                 return
@@ -364,7 +365,7 @@ class Monitor(Figures):
             self.closed = True
             if self.steps:
                 self._attempt("checking the limits", self.check)
-            if self._report is not None:
+            if self._report is not None and report:
                 self._attempt(f"writing the report {str(self._report)!r}", self.write_report, self._report)
             for output in self._outputs:
                 output.close()

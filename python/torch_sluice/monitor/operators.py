@@ -16,17 +16,18 @@ import re
 
 import torch
 
-_OF_TORCH = frozenset(
-    "aten prim prims quantized _quantized quantization onednn mkldnn mkldnn_prepacked mkl sparse c10d _c10d_functional "
-    "_c10d_functional_autograd symm_mem fsdp _dtensor inductor inductor_prims rngprims profiler streams debugprims "
-    "debug_mode_ops export static_runtime _native".split()
-)
+_OF_TORCH = {
+    "aten", "prim", "prims", "quantized", "_quantized", "quantization", "onednn", "mkldnn", "mkldnn_prepacked", "mkl",
+    "sparse", "c10d", "_c10d_functional", "_c10d_functional_autograd", "symm_mem", "fsdp", "_dtensor", "inductor",
+    "inductor_prims", "rngprims", "profiler", "streams", "debugprims", "debug_mode_ops", "export", "static_runtime",
+    "_native",
+}  # fmt: skip
 
 # What the operators of Sluice do beside those in ``formulas``: quantise, pack, add up gradients, measure.
-_CHEAP_OF_SLUICE = frozenset(
-    "quantize_dynamic pack_linear_weight unpack_linear_weight pack_conv2d_weight read_accumulator measure_gradient "
-    "accumulate_ channel_norms".split()
-)
+_CHEAP_OF_SLUICE = {
+    "quantize_dynamic", "pack_linear_weight", "unpack_linear_weight", "pack_conv2d_weight", "read_accumulator",
+    "measure_gradient", "accumulate_", "channel_norms",
+}  # fmt: skip
 
 _CONTRACTION = re.compile(
     r"(?:^|_)(?:[a-z0-9]*mm|matmul|[a-z0-9]*mv|v?dot|addr|q?conv(?!ert)[a-z0-9]*|trilinear|q?linear|attention|attn"

@@ -1,5 +1,6 @@
 """Prometheus text on a port. Values are read when they are scraped, so a step costs nothing."""
 
+import gc
 import re
 import threading
 import weakref
@@ -107,6 +108,8 @@ class Prometheus:
     def __init__(self, port: int, host: str, name: str, read: Callable[[], tuple[dict, dict]]):
         with _lock:
             server = _servers.get((host, port)) or _Server(host, port)
+            if name in server.readers:
+                gc.collect()  # perhaps of a training that failed, of which nothing is left
             if name in server.readers and server.readers[name]() is not None:
                 raise ValueError(
                     f"name is {name!r}, which another monitor on port {port} has; give each its own, as name='teacher'"
