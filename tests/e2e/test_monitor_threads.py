@@ -149,6 +149,7 @@ def test_steps_of_one_thread_that_overlap_are_not_counted_together():
         one, other = monitor.step(), monitor.step()
         one.__enter__()
         other.__enter__()
+        assert no_mode_is_left()  # nor does counting slow them any longer
         model(torch.randn(3, 8))
         one.__exit__(None, None, None)
         model(torch.randn(3, 8))

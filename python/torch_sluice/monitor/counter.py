@@ -57,6 +57,7 @@ class StepFlopCounter(dispatch.TorchDispatchMode):
         return super().__enter__()
 
     def __exit__(self, *exception) -> None:
+        """Again, it does nothing."""
         self._finish()
         if dispatch._get_current_dispatch_mode() is self:
             super().__exit__(*exception)

@@ -191,7 +191,9 @@ class Monitor(Figures):
             beside = [other for other in self._running if other.thread == step.thread]
             for other in beside:  # what they run cannot be told from what this one does
                 other.is_mixed = True
-            is_counting = any(other.counter is not None for other in self._running)
+                if other.counter is not None:
+                    self._attempt("counting FLOPs", other.counter.__exit__, None, None, None)
+            is_counting = any(other.counter is not None and not other.is_mixed for other in self._running)
             if self._wants_count and self.flops is None and not beside and not is_counting:
                 self._attempt("counting FLOPs", self._start_counter, step)
             self._running.append(step)
