@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "cuda.h"
+#include "operator.h"
 
 namespace sluice {
 namespace {
@@ -93,6 +94,15 @@ Tensor empty_in_layout_of(const Tensor &accumulator, ScalarType dtype) {
   return empty_strided(sizes, strides, dtype, accumulator);
 }
 
+// Writes to a tensor as a kernel does: autograd and the version counter do not see it.
+void copy_memory(const Tensor &target, const Tensor &source) {
+  AtenTensorHandle alias = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(target.get(), target.dim(), target.sizes().data(),
+                                                        target.strides().data(), 0, &alias));
+  Tensor memory(alias);
+  torch::stable::copy_(memory, source);
+}
+
 Tensor in_layout_of(const Tensor &accumulator, const Tensor &grad) {
   if (same_layout(grad, accumulator)) return grad;
   Tensor copy = empty_in_layout_of(accumulator, grad.scalar_type());
@@ -175,14 +185,20 @@ Tensor read_accumulator(Tensor accumulator, OptionalTensor exponents, double sca
   args.out = dense.mutable_data_ptr();
   args.out_dtype = dtype_of(out, "out");
   Tensor stats = run({sl_read_accumulator, sl_read_accumulator_cuda}, args, accumulator);
-  if (!direct) torch::stable::copy_(out, dense);
+  if (!direct) copy_memory(out, dense);
   return stats;
 }
 
 }  // namespace sluice
 
 STABLE_TORCH_LIBRARY_IMPL(sluice, CPU, library) {
-  library.impl("accumulate_", TORCH_BOX(&sluice::accumulate_));
-  library.impl("measure_gradient", TORCH_BOX(&sluice::measure_gradient));
-  library.impl("read_accumulator", TORCH_BOX(&sluice::read_accumulator));
+  SLUICE_IMPLEMENT(SL_ACCUMULATE_SCHEMA, sluice::accumulate_);
+  SLUICE_IMPLEMENT(SL_MEASURE_GRADIENT_SCHEMA, sluice::measure_gradient);
+  SLUICE_IMPLEMENT(SL_READ_ACCUMULATOR_SCHEMA, sluice::read_accumulator);
+}
+
+SLUICE_ELSEWHERE(library) {
+  SLUICE_REFUSE(SL_ACCUMULATE_SCHEMA, sluice::accumulate_, true);
+  SLUICE_REFUSE(SL_MEASURE_GRADIENT_SCHEMA, sluice::measure_gradient, true);
+  SLUICE_REFUSE(SL_READ_ACCUMULATOR_SCHEMA, sluice::read_accumulator, true);
 }

@@ -1,8 +1,12 @@
 // Registers accumulate for CUDA tensors; only in a build with CUDA kernels.
 #include "accumulate.h"
 
+#include <sluice/accumulate.h>
+
+#include "operator.h"
+
 STABLE_TORCH_LIBRARY_IMPL(sluice, CUDA, library) {
-  library.impl("accumulate_", TORCH_BOX(&sluice::accumulate_));
-  library.impl("measure_gradient", TORCH_BOX(&sluice::measure_gradient));
-  library.impl("read_accumulator", TORCH_BOX(&sluice::read_accumulator));
+  SLUICE_IMPLEMENT(SL_ACCUMULATE_SCHEMA, sluice::accumulate_);
+  SLUICE_IMPLEMENT(SL_MEASURE_GRADIENT_SCHEMA, sluice::measure_gradient);
+  SLUICE_IMPLEMENT(SL_READ_ACCUMULATOR_SCHEMA, sluice::read_accumulator);
 }

@@ -5,6 +5,7 @@
 #include <sluice/gated_attention.h>
 
 #include "cuda.h"
+#include "operator.h"
 
 namespace sluice {
 namespace {
@@ -160,6 +161,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_attention_backward(
 }  // namespace sluice
 
 STABLE_TORCH_LIBRARY_IMPL(sluice, CPU, library) {
-  library.impl("gated_attention", TORCH_BOX(&sluice::gated_attention));
-  library.impl("gated_attention_backward", TORCH_BOX(&sluice::gated_attention_backward));
+  SLUICE_IMPLEMENT(SL_GATED_ATTENTION_SCHEMA, sluice::gated_attention);
+  SLUICE_IMPLEMENT(SL_GATED_ATTENTION_BACKWARD_SCHEMA, sluice::gated_attention_backward);
+}
+
+SLUICE_ELSEWHERE(library) {
+  SLUICE_REFUSE(SL_GATED_ATTENTION_SCHEMA, sluice::gated_attention, true);
+  SLUICE_REFUSE(SL_GATED_ATTENTION_BACKWARD_SCHEMA, sluice::gated_attention_backward, true);
 }

@@ -18,6 +18,15 @@ void run_on_torch_pool(void *, int64_t count, sl_range_function function, void *
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { function(context, begin, end); });
 }
 
+std::string device_text(const Tensor &tensor) {
+  if (tensor.is_cpu()) return "cpu";
+  int32_t type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  if (type == aoti_torch_device_type_meta()) return "meta";
+  std::string index = std::to_string(tensor.get_device_index());
+  return tensor.is_cuda() ? "cuda:" + index : "device " + index + " of type " + std::to_string(type);
+}
+
 }  // namespace
 
 sl_executor torch_executor() {
@@ -53,15 +62,19 @@ std::string describe(const Tensor &tensor) {
     case ScalarType::BFloat16: text = "bfloat16"; break;
     case ScalarType::Half: text = "float16"; break;
     case ScalarType::Double: text = "float64"; break;
+    case ScalarType::ComplexFloat: text = "complex64"; break;
+    case ScalarType::ComplexDouble: text = "complex128"; break;
     case ScalarType::Long: text = "int64"; break;
     case ScalarType::Int: text = "int32"; break;
+    case ScalarType::Short: text = "int16"; break;
     case ScalarType::Char: text = "int8"; break;
+    case ScalarType::Byte: text = "uint8"; break;
     case ScalarType::Bool: text = "bool"; break;
-    default: text = "dtype " + std::to_string(static_cast<int>(tensor.scalar_type())); break;
+    default: text = torch::headeronly::toString(tensor.scalar_type()); break;
   }
   text += " [";
   for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
-  return text + "]" + (tensor.is_cpu() ? " on cpu" : " on device " + std::to_string(tensor.get_device_index()));
+  return text + "] on " + device_text(tensor);
 }
 
 Tensor empty_strided(const std::vector<int64_t> &sizes, const std::vector<int64_t> &strides, ScalarType dtype,

@@ -1,7 +1,7 @@
 // Shim of prune: hand a weight's memory to C as it lies there, allocate the norms.
 #include <sluice/prune.h>
 
-#include "shim.h"
+#include "operator.h"
 
 namespace sluice {
 namespace {
@@ -31,4 +31,6 @@ Tensor channel_norms(Tensor weight, int64_t dim) {
 }  // namespace
 }  // namespace sluice
 
-STABLE_TORCH_LIBRARY_IMPL(sluice, CPU, library) { library.impl("channel_norms", TORCH_BOX(&sluice::channel_norms)); }
+STABLE_TORCH_LIBRARY_IMPL(sluice, CPU, library) { SLUICE_IMPLEMENT(SL_CHANNEL_NORMS_SCHEMA, sluice::channel_norms); }
+
+SLUICE_ELSEWHERE(library) { SLUICE_REFUSE(SL_CHANNEL_NORMS_SCHEMA, sluice::channel_norms, false); }

@@ -1,9 +1,9 @@
 // Shim of quantize: check shapes and dtypes, allocate, call C.
-#include "shim.h"
-
 #include <sluice/quantize.h>
 
 #include <tuple>
+
+#include "operator.h"
 
 namespace sluice {
 namespace {
@@ -271,10 +271,19 @@ std::tuple<Tensor, Tensor> conv2d_dynamic(Tensor x, Tensor packed, Tensor weight
 }  // namespace sluice
 
 STABLE_TORCH_LIBRARY_IMPL(sluice, CPU, library) {
-  library.impl("quantize_dynamic", TORCH_BOX(&sluice::quantize_dynamic));
-  library.impl("pack_linear_weight", TORCH_BOX(&sluice::pack_linear_weight));
-  library.impl("unpack_linear_weight", TORCH_BOX(&sluice::unpack_linear_weight));
-  library.impl("pack_conv2d_weight", TORCH_BOX(&sluice::pack_conv2d_weight));
-  library.impl("linear_dynamic", TORCH_BOX(&sluice::linear_dynamic));
-  library.impl("conv2d_dynamic", TORCH_BOX(&sluice::conv2d_dynamic));
+  SLUICE_IMPLEMENT(SL_QUANTIZE_DYNAMIC_SCHEMA, sluice::quantize_dynamic);
+  SLUICE_IMPLEMENT(SL_PACK_LINEAR_WEIGHT_SCHEMA, sluice::pack_linear_weight);
+  SLUICE_IMPLEMENT(SL_UNPACK_LINEAR_WEIGHT_SCHEMA, sluice::unpack_linear_weight);
+  SLUICE_IMPLEMENT(SL_PACK_CONV2D_WEIGHT_SCHEMA, sluice::pack_conv2d_weight);
+  SLUICE_IMPLEMENT(SL_LINEAR_DYNAMIC_SCHEMA, sluice::linear_dynamic);
+  SLUICE_IMPLEMENT(SL_CONV2D_DYNAMIC_SCHEMA, sluice::conv2d_dynamic);
+}
+
+SLUICE_ELSEWHERE(library) {
+  SLUICE_REFUSE(SL_QUANTIZE_DYNAMIC_SCHEMA, sluice::quantize_dynamic, false);
+  SLUICE_REFUSE(SL_PACK_LINEAR_WEIGHT_SCHEMA, sluice::pack_linear_weight, false);
+  SLUICE_REFUSE(SL_UNPACK_LINEAR_WEIGHT_SCHEMA, sluice::unpack_linear_weight, false);
+  SLUICE_REFUSE(SL_PACK_CONV2D_WEIGHT_SCHEMA, sluice::pack_conv2d_weight, false);
+  SLUICE_REFUSE(SL_LINEAR_DYNAMIC_SCHEMA, sluice::linear_dynamic, false);
+  SLUICE_REFUSE(SL_CONV2D_DYNAMIC_SCHEMA, sluice::conv2d_dynamic, false);
 }

@@ -42,6 +42,9 @@
  * STRIDES the accumulator must fill its memory without gaps or overlaps (what torch.empty_like gives); i counts in its
  *         memory order. A grad or an out with other strides goes through a copy. out may be a float32 accumulator
  *         itself.
+ * WRITES  of an operator raise the version counters of accumulator and exponents, or of out, by one, so that autograd
+ *         finds a tensor that it saved and that was written since. No gradient flows through them. A tensor made in
+ *         inference mode may be written in inference mode only: torch's own rule.
  * ERRORS  SL_INVALID_ARGUMENT, SL_OUT_OF_RANGE, SL_OUT_OF_MEMORY (workspace_size too small), SL_UNSUPPORTED (dtype).
  * DETERMINISM  the same inputs give the same bits, whatever the number of threads and whichever the CPU tier. On
  *         another kind of device the accumulator's bits are the same; sums of squares may differ in their last bits.

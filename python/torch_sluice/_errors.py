@@ -1,5 +1,14 @@
 """Errors of the operator library, the same under every torch."""
 
+import torch
+
+
+def check_tensors(**arguments) -> None:
+    """Raises the ValueError of the operator library for an argument, by its name, that is no tensor."""
+    for name, value in arguments.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name} is {value if value is None else type(value).__name__}, expected a tensor")
+
 
 def as_value_error(error: RuntimeError) -> Exception:
     """``error`` as the ValueError that it means, or as it is.

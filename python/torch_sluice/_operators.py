@@ -5,6 +5,9 @@ All of it is registered from Python, because LibTorch's stable ABI has no C++ wa
 
 import torch
 
+from torch_sluice._errors import check_tensors
+from torch_sluice._fakes import register_fake
+
 _FORWARD = torch.ops.sluice.gated_attention.default
 _BACKWARD = torch.ops.sluice.gated_attention_backward.default
 _library = torch.library.Library("sluice", "FRAGMENT")  # keeps the autocast registrations alive
@@ -47,12 +50,9 @@ def _check_inputs(q, k, v, a, b, logit_tau, key_range):
         _check_shape("logit_tau", logit_tau, (batch, heads_q), "[batch, heads_q]")
     if key_range is not None:
         _check_shape("key_range", key_range, (batch, 2), "[batch, 2]")
-    for name, tensor in (("k", k), ("v", v), ("a", a), ("b", b), ("logit_tau", logit_tau), ("key_range", key_range)):
-        if tensor is not None and tensor.device != q.device:
-            raise ValueError(f"{name} is on {tensor.device}, expected the device of q, which is {q.device}")
 
 
-@torch.library.register_fake("sluice::gated_attention")
+@register_fake("gated_attention")
 def _fake_forward(q, k, v, a, b, logit_tau, key_range, causal, window, sinks, scale):
     _check_inputs(q, k, v, a, b, logit_tau, key_range)
     batch, heads_q, n_q, _ = q.shape
@@ -61,7 +61,7 @@ def _fake_forward(q, k, v, a, b, logit_tau, key_range, causal, window, sinks, sc
     return out, lse
 
 
-@torch.library.register_fake("sluice::gated_attention_backward")
+@register_fake("gated_attention_backward")
 def _fake_backward(dout, q, k, v, a, b, logit_tau, key_range, out, lse, causal, window, sinks, scale):
     _check_inputs(q, k, v, a, b, logit_tau, key_range)
     return tuple(tensor.new_empty(tensor.shape) for tensor in (q, k, v, a, b))
@@ -110,6 +110,7 @@ def _register_autocast(device_type: str, key_name: str) -> None:
     key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key_name))
 
     def forward(q, k, v, a, b, *rest):
+        check_tensors(q=q, k=k, v=v, a=a, b=b)
         dtype = torch.get_autocast_dtype(device_type)
         q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
         if q.dtype != torch.float64:

@@ -162,6 +162,9 @@ def _train(options: argparse.Namespace) -> int:
         return _say_how_to_resume(run)
     except TrainError as error:
         return _fail(error)
+    finally:
+        if run is not None:
+            run.close()
     return 0
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torch_sluice import _operators
-from torch_sluice._errors import as_value_error
+from torch_sluice._errors import as_value_error, check_tensors
 from torch_sluice.selection import select_logit_tau
 
 _MODES = ("select",)
@@ -126,6 +126,7 @@ def gated_attention(
     """
     if mode not in _MODES:
         raise ValueError(f"mode is {mode!r}, expected 'select', the only mode that exists")
+    check_tensors(q=q, k=k, v=v, a=a, b=b)
     if q.dim() != 4:
         raise ValueError(f"q has shape {list(q.shape)}, expected [batch, heads_q, n_q, head_dim]")
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -3,6 +3,8 @@
 import copy
 import json
 import os
+import re
+import resource
 import socket
 import sys
 
@@ -14,6 +16,7 @@ from torch_sluice.cli import main
 from torch_sluice.train.checkpoint import load_checkpoint, save_checkpoint
 from torch_sluice.train.errors import TrainError
 from torch_sluice.train.main import start_run
+from torch_sluice.train.settings import PRESETS, most_threads, window_density
 
 
 @pytest.fixture
@@ -121,12 +124,119 @@ def test_bad_metrics_options(refused, tmp_path, text_folder, options, text):
         ),
         ("--threads=-1", "--threads is -1, expected at least 1"),
         ("--learning-rate=nan", "--learning-rate is nan, expected a positive number"),
+        ("--learning-rate=inf", "--learning-rate is inf, expected a positive number of at most 1000"),
+        ("--gate-learning-rate=1e300", "--gate-learning-rate is 1e+300, expected a positive number of at most 1000"),
         ("--local-window=-1", "--local-window is -1, expected at least 0"),
         ("--seed=-1", "--seed is -1, expected at least 0"),
+        ("--seed=18446744073709551616", "--seed is 18446744073709551616, expected at most 18446744073709551615"),
+        (f"--seed={10**40}", f"--seed is {10**40}, expected at most 18446744073709551615"),
+        ("--width=2048", "--width is 2048, expected at most 256 for each of --heads = 2"),
+        ("--width=516", "--width is 516, expected at most 256 for each of --heads = 2"),
+        ("--width=100000000", "--width is 100000000, expected at most 65536"),
+        ("--heads=100000000", "--heads is 100000000, expected at most 4096"),
+        ("--layers=1000000", "--layers is 1000000, expected at most 1024"),
+        ("--steps=1000000000000", "--steps is 1000000000000, expected at most 1000000000"),
+        ("--micro-size=1000000000", "--micro-size is 1000000000, expected at most 65536"),
+        ("--micro-batches=1000000000", "--micro-batches is 1000000000, expected at most 65536"),
+        (f"--local-window={10**30}", f"--local-window is {10**30}, expected at most 1048576"),
+        ("--context=100000000", "--context is 100000000, expected at most 1048576 bytes"),
+        ("--threads=100000", f"--threads is 100000, expected at most {most_threads()}; this machine has"),
     ],
 )
-def test_bad_settings(refused, tmp_path, text_folder, option, text):
+def test_bad_settings(refused, tmp_path, text_folder, monkeypatch, option, text):
+    monkeypatch.setattr("torch_sluice.train.main.load_corpus", None)  # it is refused before any work
     assert text in refused("train", "--data", text_folder, "--out", tmp_path / "out", *TINY, option)
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_memory_than_the_machine_has(refused, tmp_path, text_folder, monkeypatch):
+    monkeypatch.setattr("torch_sluice.train.main.load_corpus", None)
+    greatest = ("--context=1048576", "--micro-size=65536", "--layers=1024", "--width=65536", "--heads=4096")
+    message = refused("train", "--data", text_folder, "--out", tmp_path / "out", *TINY, *greatest)
+    assert (
+        "--context is 1048576, --micro-size is 65536, --micro-batches is 2, --layers is 1024, --width is 6" in message
+    )
+    assert re.search(
+        r"that needs at least [\d.]+ GiB of memory, expected at most the [\d.]+ GiB of this machine$", message
+    )
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_memory_that_is_needed_at_least_is_that_and_not_more(preset):
+    assert 2**26 < PRESETS[preset].least_bytes < 2**28  # the measured peaks of the sides add up to more
+
+
+@pytest.mark.parametrize("context", [1, 5, 32, 100])
+def test_density_of_a_window_is_that_of_its_pairs_counted_one_by_one(context):
+    for window in (0, 1, 4, 99, 100, 200):
+        for sinks in (0, 1, 4, 300):
+            kept = sum(min(i, window) + min(sinks, max(i - window, 0)) for i in range(1, context + 1))
+            assert window_density(context, window, sinks) == kept / (context * (context + 1) / 2)
+
+
+def _fill_disk(path):
+    """What is written to the path from now on finds no space."""
+    path.with_name(path.name + ".unfinished").symlink_to("/dev/full")
+
+
+def test_full_disk_leaves_the_checkpoint_of_before(tmp_path):
+    save_checkpoint(tmp_path, {"step": 1, "weights": torch.ones(100000)})
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    for size in (1, 100000):  # fails where the file is closed; within torch.save
+        _fill_disk(tmp_path / "checkpoint.pt")
+        with pytest.raises(TrainError, match=r"cannot write the checkpoint .*checkpoint\.pt: No space left on device"):
+            save_checkpoint(tmp_path, {"step": 2, "weights": torch.zeros(size)})
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+        assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert load_checkpoint(tmp_path)["step"] == 1
+
+
+def test_state_that_cannot_be_saved_is_no_full_disk(tmp_path):
+    with pytest.raises(Exception, match="pickle"):
+        save_checkpoint(tmp_path, {"step": lambda: 1})
+    assert not list(tmp_path.iterdir())
+
+
+def test_full_disk_ends_the_command_with_one_line(run_command, tmp_path, text_folder):
+    def limit():  # in place of a disk: no file may be larger
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50000, 50000))
+
+    process = run_command("train", "--data", text_folder, "--out", tmp_path, "--steps=1", *TINY, preexec_fn=limit)
+    assert process.returncode == 2, process.stderr
+    path = tmp_path / "checkpoint.pt"
+    assert process.stderr == f"torch-sluice: error: cannot write the checkpoint {path}: File too large\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["steps.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["results.json", "report.html", "figures.json"])
+def test_full_disk_at_the_end(refused, tmp_path, text_folder, monkeypatch, name):
+    monkeypatch.setattr("torch_sluice.train.compare.measure_side", lambda *arguments: {"problem": "not now"})
+    _fill_disk(tmp_path / name)
+    options = ("--data", text_folder, "--out", tmp_path, "--steps=1", "--json", tmp_path / "figures.json")
+    assert f"cannot write {tmp_path / name}: No space left on device" in refused("train", *options, *TINY)
+    assert not list(tmp_path.glob("*.unfinished"))
+    assert load_checkpoint(tmp_path)["step"] == 1
+
+
+def test_second_run_in_a_folder_is_refused(refused, tmp_path, text_folder):
+    first = start_run(SMALL, str(text_folder), tmp_path, overwrite=False)
+    first.save()
+    for arguments in ((), ("--overwrite",), ("--mesh=dp=2", "--overwrite")):
+        message = refused("train", "--data", text_folder, "--out", tmp_path, *TINY, *arguments)
+        assert f"--out is '{tmp_path}', where another run is at work: wait for its end, or choose another" in message
+    for arguments in ((), ("--json=figures.json",)):
+        message = refused("train", "--resume", tmp_path, *arguments)
+        assert f"--resume is '{tmp_path}', where another run is at work" in message
+    first.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+    start_run(SMALL, str(text_folder), tmp_path, overwrite=True).close()
+
+
+def test_run_that_could_not_start_leaves_the_folder_free(refused, tmp_path, text_folder):
+    (tmp_path / "checkpoint.pt").write_bytes(b"damaged")
+    refused("train", "--data", text_folder, "--out", tmp_path, *TINY)
+    refused("train", "--resume", tmp_path)
+    start_run(SMALL, str(text_folder), tmp_path, overwrite=True).close()
 
 
 def test_option_that_is_no_number(tmp_path, capsys):

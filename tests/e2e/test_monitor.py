@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import torch_sluice
-from torch_sluice.monitor import Monitor, MonitorWarning, formulas
+from torch_sluice.monitor import Monitor, MonitorWarning, count_flops, formulas
 from torch_sluice.monitor.records import Budget, Curve, MovingAverage
 
 
@@ -51,10 +51,11 @@ def test_counting_goes_through_a_compiled_model_without_a_word():
     model = nn.Linear(8, 4)
     compiled = torch.compile(model, backend="aot_eager")
     compiled(torch.randn(3, 8))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         with quiet_monitor(model) as monitor, monitor.step():
             compiled(torch.randn(3, 8)).sum().backward()
+    assert caught == []
     assert monitor.flops.executed == 384
 
 
@@ -136,11 +137,12 @@ def test_within_the_limits_nothing_is_said():
     model = nn.Linear(64, 64)
     monitor = Monitor(model, peak_flops=1.0)
     monitor.count_flops(lambda: model(torch.randn(1, 64)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         monitor.record(1.0)
         assert monitor.check() == []
         monitor.close()
+    assert caught == []
 
 
 @pytest.mark.parametrize(
@@ -233,12 +235,44 @@ def test_a_formula_that_fails_does_not_end_the_run(monkeypatch):
     model = nn.Linear(8, 4)
     monkeypatch.setitem(formulas.OVERRIDES, torch.ops.aten.addmm, fail)
     with quiet_monitor(model) as monitor:
-        with pytest.warns(MonitorWarning, match="counting FLOPs failed for an operator, MFU is too low: in a formula"):
-            with monitor.step():
-                model(torch.randn(3, 8)).sum().backward()
-    assert monitor.flops.executed == 192  # the backward pass alone
-    with pytest.raises(ZeroDivisionError):
-        monitor.count_flops(lambda: model(torch.randn(3, 8)))
+        with pytest.warns(MonitorWarning, match=r"not known.*: aten::addmm \(its .* failed: in a formula\)") as caught:
+            for _ in range(2):
+                with monitor.step():
+                    model(torch.randn(3, 8)).sum().backward()
+            assert monitor.count_flops(lambda: model(torch.randn(3, 8))) is None
+        assert len(caught) == 1
+    assert (monitor.flops_per_step, monitor.mfu) == (None, None)
+
+
+def test_under_errors_for_warnings_the_run_goes_on_and_the_word_is_printed(tmp_path, capfd):
+    (tmp_path / "file").write_text("in the way")
+    model = nn.Linear(64, 64)
+    below = tmp_path / "file" / "below"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with Monitor(model, peak_flops=1e18, jsonl=below, report=below, metrics_port=0, target_loss=1.0) as monitor:
+            for step in range(12):
+                with monitor.step() as figures:
+                    torch.cdist(model(torch.randn(1, 64)), torch.zeros(1, 64))
+                    figures.update(loss=math.nan if step else 1.0, text="words", steps=3, loss_a=1, **{"loss a": 1})
+            monitor.count_flops(lambda: model(torch.randn(1, 64)))
+            memory = torch.ones(8 * 2**20)  # 32 MiB
+            monitor.check()
+            del memory
+        with monitor.step():
+            pass
+    assert monitor.steps == 12
+    printed = capfd.readouterr().err.splitlines()
+    assert len(printed) == len(set(printed))
+    for word in (
+        "JSON lines in", "aten::_cdist_forward", "the loss became nan", "'text' is left out", "'steps' is left out",
+        "'loss a' is left out", "MFU is 0%", "times the parameters", "writing the report", "is closed",
+    ):  # fmt: skip
+        assert sum(word in line for line in printed if line.startswith("MonitorWarning: ")) == 1, word
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert count_flops(lambda: torch.cdist(torch.ones(2, 2), torch.ones(2, 2))) is None
+    assert "aten::_cdist_forward" in capfd.readouterr().err
 
 
 def test_two_monitors_at_a_time():

@@ -69,6 +69,52 @@ def test_torch_counts_our_operator_too(gated):
     assert torchs.get_total_flops() == monitor.flops.executed
 
 
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_a_model_that_gets_its_gates_after_the_monitor(steps_before):
+    model, x = Attending().eval(), torch.randn(2, 12, 16)
+    with watch(model) as monitor:
+        for _ in range(steps_before):
+            with monitor.step():
+                model(x)
+        before = monitor.parameter_bytes
+        torch_sluice.swap_attention(model, target_density=0.5, window=2, sinks=1)
+        gate = model.attention.sluice_gate
+        with torch.no_grad():
+            for parameter in gate.parameters():
+                parameter.copy_(torch.randn(parameter.shape))
+        if steps_before:
+            monitor.record(1e6)  # so much later that looking is due again
+        with KeptPairCounter() as counter:
+            model(x)
+        with monitor.step():
+            model(x)
+        after = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        summary = monitor.summary()
+    assert 0 < counter.density < 1
+    assert monitor.density == pytest.approx(counter.density, rel=1e-6)
+    assert summary["parameter_bytes"] == after > before
+    assert summary["memory_ratio"] == summary["peak_bytes"] / after
+
+
+def test_a_model_that_changes_its_dtype_or_gets_its_parameters_later():
+    model = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 4))
+    with watch(model) as monitor:
+        assert monitor.parameter_bytes == 4 * (8 * 4 + 4)
+        model(torch.randn(2, 16))
+        assert monitor.parameter_bytes == 4 * (16 * 8 + 8 + 8 * 4 + 4)
+        model.bfloat16()
+        assert monitor.summary()["parameter_bytes"] == 2 * (16 * 8 + 8 + 8 * 4 + 4)
+
+
 def test_a_density_that_is_given_is_not_looked_for(gated):
     model, x = gated
     with watch(model) as monitor, monitor.step() as figures:

@@ -1,5 +1,6 @@
 """Where the figures go: JSON lines, TensorBoard, a Prometheus port; and what happens when they cannot."""
 
+import gc
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
+import warnings
 from pathlib import Path
 
 import pytest
@@ -184,6 +186,85 @@ def test_prometheus_shows_the_last_step(make_monitor):
         assert name.startswith("torch_sluice_")
         assert len(re.findall(rf"^# HELP {name}(_total)? \S", text, re.M)) == 1, name
         assert len(re.findall(rf"^# TYPE {name}(_total)? (gauge|counter)$", text, re.M)) == 1, name
+
+
+def assert_no_series_twice(text):
+    series = [line.rsplit(" ", 1)[0] for line in text.splitlines() if not line.startswith("#")]
+    assert len(series) == len(set(series))
+    metrics = re.findall(r"^# TYPE (\S+)", text, re.M)
+    assert len(metrics) == len(set(metrics))
+
+
+def test_figures_that_become_one_metric_are_shown_once(make_monitor, tmp_path):
+    path = tmp_path / "steps.jsonl"
+    monitor = make_monitor(metrics_port=0, name="one", jsonl=path)
+    with pytest.warns(MonitorWarning) as caught:
+        for step in (1.0, 2.0):
+            monitor.record(0.5, **{"loss/train": step, "loss_train": 10 * step, "loss train": 20 * step})
+        monitor.record(0.5, **{"loss_train": 30.0})  # alone, it is still not the other
+    assert [re.search("the figure '(.*?)' is left out of the Prometheus", str(w.message))[1] for w in caught] == [
+        "loss_train", "loss train",
+    ]  # fmt: skip
+    assert "it would be that of 'loss/train'" in str(caught[0].message)
+    text = scrape(monitor.metrics_port)
+    assert_no_series_twice(text)
+    assert ("torch_sluice_loss_train", "one") not in samples_of(text)
+    monitor.record(0.5, **{"loss_train": 30.0, "loss/train": 3.0})
+    assert samples_of(scrape(monitor.metrics_port))["torch_sluice_loss_train", "one"] == 3.0
+    assert read_lines(path)[0]["loss_train"] == 10.0  # a line has both
+
+
+def test_the_monitors_own_names_are_not_for_figures(make_monitor):
+    monitor = make_monitor(metrics_port=0, name="one")
+    theirs = ["steps", "step", "time", "monitor", "step_seconds", "mfu", "flops", "peak_bytes", "memory_ratio"]
+    theirs += ["steps_total", "tokens_total", "seconds_total"]
+    also = ["steps-total", "tokens/total", "seconds.total", "peak bytes", "half share", "tokens per second"]
+    with pytest.warns(MonitorWarning) as caught:
+        for _ in range(2):
+            monitor.record(0.5, tokens=8, loss=1.0, **dict.fromkeys([*theirs, *also], 77.0))
+    left_out = [str(warning.message) for warning in caught]
+    for name in theirs:
+        assert f"the figure {name!r} is left out of the monitor: that name is the monitor's own" in left_out
+        assert name not in monitor.latest
+    for name in also:
+        assert any(message.startswith(f"the figure {name!r} is left out of the Prometheus") for message in left_out)
+    assert len(left_out) == len(theirs) + len(also)
+    text = scrape(monitor.metrics_port)
+    assert_no_series_twice(text)
+    assert 77.0 not in samples_of(text).values()
+    assert samples_of(text)["torch_sluice_steps_total", "one"] == 2
+
+
+def test_without_a_port_no_metric_is_missed(make_monitor):
+    monitor = make_monitor()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        monitor.record(0.5, **{"loss/train": 1.0, "loss_train": 2.0})
+    assert caught == []
+    assert (monitor.latest["loss/train"], monitor.latest["loss_train"]) == (1.0, 2.0)
+
+
+def test_two_monitors_may_have_figures_that_become_one_metric(make_monitor):
+    first = make_monitor(metrics_port=0, name="one")
+    second = make_monitor(metrics_port=first.metrics_port, name="two")
+    first.record(0.5, **{"loss/train": 1.0})
+    second.record(0.5, **{"loss_train": 2.0})
+    text = scrape(first.metrics_port)
+    assert_no_series_twice(text)
+    samples = samples_of(text)
+    assert (samples["torch_sluice_loss_train", "one"], samples["torch_sluice_loss_train", "two"]) == (1.0, 2.0)
+
+
+def test_a_monitor_that_was_dropped_frees_its_name(make_monitor):
+    first = make_monitor(metrics_port=0, name="one")
+    port = first.metrics_port
+    dropped = Monitor(nn.Linear(2, 2), metrics_port=port, name="two")
+    dropped.record(0.5, loss=1.0)
+    del dropped
+    gc.collect()
+    assert {key[1] for key in samples_of(scrape(port))} == {"one"}
+    make_monitor(metrics_port=port, name="two").record(0.5, loss=2.0)
+    assert samples_of(scrape(port))["torch_sluice_loss", "two"] == 2.0
 
 
 def test_prometheus_listens_on_loopback_alone(make_monitor):

@@ -1,10 +1,14 @@
 """The callbacks, under the real Trainers of transformers and Lightning."""
 
 import json
+import os
+import socket
+import threading
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.data import Dataset
 
 from torch_sluice.monitor import Monitor
@@ -83,6 +87,115 @@ def test_transformers_resumed_with_a_monitor_of_ones_own(train_with_transformers
         assert not monitor.closed
 
 
+class OutOfMemory(Regression):
+    """Fails as a device does that has too little memory, in its first steps or a later one."""
+
+    def __init__(self, most=4, calls=0):
+        super().__init__()
+        self.most, self.calls = most, calls  # calls that go well whatever their size
+
+    def forward(self, x, labels=None):
+        self.calls -= 1
+        loss = super().forward(x, labels)
+        if len(x) > self.most and self.calls < 0:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return loss
+
+
+def no_mode_is_left():
+    compiled = torch.compile(torch.sin, backend="eager", fullgraph=True)  # raises where torch believes in a mode
+    return _get_current_dispatch_mode_stack() == [] and bool(compiled(torch.zeros(1)) == 0)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def open_files():
+    return sorted(os.readlink(f"/proc/self/fd/{file}") for file in os.listdir("/proc/self/fd") if _is_open(file))
+
+
+def _is_open(file):
+    return os.path.exists(f"/proc/self/fd/{file}")
+
+
+@pytest.mark.parametrize("calls", [0, 2], ids=["first step", "third step"])
+def test_transformers_begins_again_with_smaller_batches(tmp_path, calls):
+    """``auto_find_batch_size``: several begins without an end, of which the monitor keeps nothing."""
+    from transformers import Trainer, TrainingArguments
+
+    from torch_sluice.monitor.hugging_face import MonitorCallback
+
+    lines, port = tmp_path / "steps.jsonl", free_port()
+    callback = MonitorCallback(
+        jsonl=lines, metrics_port=port, log_dir=tmp_path / "board", report=tmp_path / "run.html", **LIMITS
+    )
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "out"), per_device_train_batch_size=8, auto_find_batch_size=True, max_steps=4,
+        report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1,
+    )  # fmt: skip
+    model = OutOfMemory(most=6, calls=calls)
+    before = threading.active_count()
+    Trainer(model, arguments, train_dataset=Numbers(), callbacks=[callback]).train()
+    assert model.calls < calls - 4  # it did fail, and go on
+    monitor = callback.monitor
+    assert monitor.closed
+    assert monitor.steps == 4
+    size = monitor.flops_per_step // (2 * 2 * 4)  # of a batch: forward, and the gradient of the weights
+    assert 0 < size <= 6
+    assert no_mode_is_left()
+    steps = [json.loads(line)["step"] for line in lines.read_text().splitlines()]
+    assert steps[-4:] == [1, 2, 3, 4]
+    assert threading.active_count() == before
+    assert not any(str(tmp_path) in name for name in open_files())
+    with socket.create_server(("127.0.0.1", port)):
+        pass
+
+
+@pytest.mark.parametrize("fails_in", [1, 3])
+def test_transformers_that_failed_is_begun_again_with_the_same_callback(train_with_transformers, fails_in, monkeypatch):
+    from torch_sluice.monitor.hugging_face import MonitorCallback
+
+    callback, calls = MonitorCallback(metrics_port=free_port(), **LIMITS), 0
+    forward = Regression.forward
+
+    def fail(self, x, labels=None):
+        nonlocal calls
+        calls += 1
+        if calls == 2 * fails_in:  # in its second micro-batch
+            raise ZeroDivisionError
+        return forward(self, x, labels)
+
+    monkeypatch.setattr(Regression, "forward", fail)
+    with pytest.raises(ZeroDivisionError):
+        train_with_transformers(callback)
+    failed = callback.monitor
+    train_with_transformers(callback)
+    assert failed.closed
+    assert failed.steps == fails_in - 1
+    assert callback.monitor is not failed
+    assert callback.monitor.steps == 3
+    assert callback.monitor.flops.executed == 2 * 2 * (2 * 4 * 4 * 1)
+    assert no_mode_is_left()
+
+
+def test_transformers_that_failed_goes_on_with_a_monitor_of_ones_own(train_with_transformers, monkeypatch):
+    from torch_sluice.monitor.hugging_face import MonitorCallback
+
+    def fail(self, x, labels=None):
+        raise ZeroDivisionError
+
+    with Monitor(nn.Linear(2, 2), **LIMITS) as monitor:
+        callback = MonitorCallback(monitor)
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(Regression, "forward", fail)
+            train_with_transformers(callback)
+        train_with_transformers(callback)
+        assert (monitor.steps, monitor.closed) == (3, False)
+    assert no_mode_is_left()
+
+
 def test_lightning(tmp_path):
     lightning = pytest.importorskip("lightning.pytorch")
     from torch_sluice.monitor.lightning import MonitorCallback
@@ -134,7 +247,20 @@ def test_lightning_that_fails_leaves_nothing_behind():
     with pytest.raises(ZeroDivisionError):
         trainer.fit(Module(), torch.utils.data.DataLoader(Numbers(), batch_size=4))
     assert callback.monitor.closed
-    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+    assert no_mode_is_left()
+
+
+def test_lightning_that_was_told_no_end_is_begun_again():
+    lightning = pytest.importorskip("lightning.pytorch")
+    from torch_sluice.monitor.lightning import MonitorCallback
+
+    module, trainer = lightning.LightningModule(), lightning.Trainer(accelerator="cpu", logger=False)
+    callback = MonitorCallback(metrics_port=free_port(), **LIMITS)
+    for _ in range(2):
+        callback.on_train_start(trainer, module)
+        callback.on_train_batch_start(trainer, module, None, 0)
+    callback.on_train_end(trainer, module)
+    assert no_mode_is_left()
 
 
 @pytest.mark.parametrize("module", ["hugging_face", "lightning"])

@@ -1,17 +1,22 @@
 """An interrupted run: it stops between steps, leaves a whole checkpoint, and continues as if nothing had happened."""
 
+import copy
 import dataclasses
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from support.training import TINY
 
 from torch_sluice.cli import main
+from torch_sluice.train.errors import TrainError
 from torch_sluice.train.loop import Interrupted
 from torch_sluice.train.main import resume_run, start_run
 from torch_sluice.train.settings import PRESETS
@@ -104,6 +109,98 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_resume(text_folder, tmp_path, 
     message = capsys.readouterr().err
     assert "unfinished run" in message
     assert "--resume" in message
+
+
+def _start_in_background(*arguments, **options):
+    """The command in a process of its own, once it trains."""
+    command = [sys.executable, "-m", "torch_sluice.cli", "train", *map(str, arguments), "--steps=100000", *TINY]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    for line in process.stdout:
+        if line.startswith("step 1/"):
+            return process
+    raise AssertionError(process.stderr.read())
+
+
+def test_run_that_was_killed_does_not_block_its_folder(text_folder, tmp_path, run_command):
+    arguments = ("--data", text_folder, "--out", tmp_path)
+    first = _start_in_background(*arguments)
+    try:
+        second = run_command("train", *arguments, *TINY)
+        assert second.returncode == 2
+        assert second.stderr.startswith(f"torch-sluice: error: --out is '{tmp_path}', where another run is at work")
+        assert second.stderr.count("\n") == 1
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.communicate()
+    start_run(SETTINGS, str(text_folder), tmp_path, overwrite=False).close()
+
+
+@pytest.fixture
+def texts(text_folder, tmp_path, monkeypatch):
+    """The current folder, with texts in it."""
+    shutil.copytree(text_folder, tmp_path / "texts")
+    monkeypatch.chdir(tmp_path / "texts")
+    return tmp_path / "texts"
+
+
+def test_printed_command_resumes_a_run_on_the_folder_that_holds_its_files(texts, run_command):
+    process = _start_in_background("--data", ".", cwd=texts)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    (line,) = (line for line in out.splitlines() if line.startswith("To continue: "))
+    again = subprocess.Popen(
+        [sys.executable, "-m", "torch_sluice.cli", *shlex.split(line)[3:]],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=texts,
+    )  # fmt: skip
+    try:
+        assert any(line.startswith("Continuing after step ") for line in again.stdout), again.stderr.read()
+    finally:
+        again.kill()
+        again.communicate()
+
+
+@pytest.mark.parametrize("out", ["sluice-run", ".", "..", "inner/run"])
+def test_files_of_runs_are_no_text(texts, out):
+    (texts / "inner").mkdir()
+    (texts / "inner" / "steps.jsonl").write_text('{"question": "how many steps?"}\n')  # of the user
+    other = start_run(dataclasses.replace(SETTINGS, steps=1), ".", Path("another-run"), overwrite=False)
+    run = start_run(dataclasses.replace(SETTINGS, steps=2), ".", Path(out), overwrite=False)
+    assert run.corpus.train_files + run.corpus.heldout_files == 11
+    assert run.corpus.skipped_files == 0
+    for each in (other, run):
+        each.watch()
+    other.train(lambda run: None)
+    other.close()
+    _train_with_signal(run, 1, signal.SIGINT)
+    for folder in (run.folder, other.folder):
+        assert (folder / "steps.jsonl").is_file()
+        for name in ("results.json", "report.html", "tensorboard/dense/events", "checkpoints/step-1/run.json"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(f"text of {name} of {folder}")
+    resumed = resume_run(Path(out), threads=None)
+    assert resumed.step == 1
+    resumed.close()
+
+
+def test_text_beside_the_files_of_a_run_counts(texts):
+    run = start_run(SETTINGS, ".", Path("."), overwrite=False)
+    _train_with_signal(run, 1, signal.SIGINT)
+    (texts / "notes.txt").write_text("a text that was not there")
+    with pytest.raises(TrainError, match="is not what this run was trained on"):
+        resume_run(Path("."), threads=None)
+
+
+def test_warming_up_changes_nothing(text_folder, tmp_path):
+    run = start_run(SETTINGS, str(text_folder), tmp_path, overwrite=False)
+    before = copy.deepcopy(run.state_dict())
+    random_numbers = torch.get_rng_state()
+    run._warm_up()
+    _assert_equal(run.state_dict(), before)
+    assert torch.equal(torch.get_rng_state(), random_numbers)
+    assert all(parameter.grad is None for side in run.sides.values() for parameter in side.model.parameters())
+    run.close()
 
 
 def test_signal_handlers_are_put_back(text_folder, tmp_path):

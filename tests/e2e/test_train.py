@@ -1,22 +1,26 @@
 """The main job from the command line to its reports, on a tiny model."""
 
 import dataclasses
+import datetime
 import html
 import json
 import math
 import re
 import statistics
+import time
 
 import pytest
 import torch
 from support.training import SMALL, TINY
 from torch.nn import functional
 
+import torch_sluice
 from torch_sluice.cli import main
 from torch_sluice.monitor import count_flops
 from torch_sluice.monitor.records import smooth
-from torch_sluice.train.compare import GOALS
+from torch_sluice.report.plots import step_time_limit
 from torch_sluice.train.loop import make_sides
+from torch_sluice.train.losses import GOALS
 from torch_sluice.train.model import build_model, predict
 from torch_sluice.train.settings import PRESETS
 
@@ -138,14 +142,60 @@ def test_report_stands_alone(finished):
     page = (folder / "report.html").read_text()
     assert page.count("<svg") == 4
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#)|@import|url\((?!#)""", page)
-    for sentence in figures["losses"]:
+    for sentence in (*figures["losses"], *figures["notes"]):
         assert sentence in html.unescape(page)
+
+
+def test_report_says_when_and_with_what_it_was_measured(finished):
+    _, folder, figures = finished
+    page = (folder / "report.html").read_text()
+    assert abs(datetime.datetime.fromisoformat(figures["date"]).timestamp() - time.time()) < 3600
+    assert f"torch-sluice {torch_sluice.__version__}, torch {torch.__version__};" in page
+    assert f'<time datetime="{figures["date"]}">{figures["date"][:10]}' in html.unescape(page)
+
+
+def test_report_of_a_gate_that_never_closed_does_not_speak_of_a_closed_one(finished):
+    _, folder, figures = finished
+    assert figures["gate_closed_at_step"] is None
+    assert all(goal["met"] is None for goal in figures["goals"].values())
+    page = re.sub(r"<[^>]+>", " ", (folder / "report.html").read_text().split("<body>")[1])
+    assert not re.search(r"once the gate has closed|with the gate closed|: met|below 0\.55", page, re.I)
+    assert page.count("not judged") == len(GOALS)
+    assert "in steps 5 to 6 a training step" in page
+    assert "over the whole run training" in page
+
+
+def test_parts_of_a_step_have_no_colour_of_a_side(finished):
+    _, folder, _ = finished
+    page = (folder / "report.html").read_text()
+    bars = re.findall(r"<span style=\"flex: [^;]+; background: ([^;\"]+)", page)
+    assert len(bars) == 3 * 4
+    variables = dict(re.findall(r"(--[\w-]+): (#[0-9a-f]+)", page.split("prefers-color-scheme")[0]))
+    colours = {variables[re.fullmatch(r"var\((.*)\)", bar)[1]] for bar in bars}
+    assert len(colours) == 4
+    assert not colours & {variables[f"--{side}"] for side in ("dense", "sluice", "window")}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "limit"),
+    [
+        ([0.6] * 100, 0.6),
+        ([0.6] * 50 + [7.0] * 3 + [0.6] * 47, 0.6),  # the machine, for three steps
+        ([7.0] + [0.6] * 5, 0.6),
+        ([0.9] * 40 + [0.6] * 60, 0.9),  # the gate learns for longer than a stretch
+        ([7.0] * 20 + [0.6] * 80, 2.4),
+    ],
+)
+def test_axis_of_step_times_is_not_that_of_the_slowest_step(seconds, limit):
+    assert step_time_limit(seconds) == pytest.approx(limit)
 
 
 def test_table_names_what_was_missed(finished):
     process, _, figures = finished
-    marks = [line.split()[0] for line in process.stdout.splitlines() if "(goal " in line]
-    assert marks == ["met" if figures["goals"][name]["met"] else "missed" for name in GOALS]
+    lines = [line.strip() for line in process.stdout.splitlines() if "(goal " in line]
+    words = {True: "met ", False: "missed ", None: "not judged "}
+    for line, name in zip(lines, GOALS, strict=True):
+        assert line.startswith(words[figures["goals"][name]["met"]])
     assert ("Where Sluice loses" in process.stdout) == bool(figures["losses"])
 
 
@@ -170,7 +220,7 @@ def test_steps_are_written_as_json_lines(finished):
 
 def test_finished_run_can_be_reported_again_though_nothing_can_be_measured(finished, monkeypatch, capsys):
     _, folder, figures = finished
-    monkeypatch.setattr("torch_sluice.train.compare.measure_side", lambda folder, side: {"problem": "<no memory>"})
+    monkeypatch.setattr("torch_sluice.train.compare.measure_side", lambda *arguments: {"problem": "<no memory>"})
     assert main(["train", "--resume", str(folder)]) == 0
     assert "not measured" in capsys.readouterr().out
     again = json.loads((folder / "results.json").read_text())

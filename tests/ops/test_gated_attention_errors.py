@@ -17,6 +17,9 @@ def call(**changes):
 
 
 BAD = {
+    "q is None": (dict(q=None), r"^q is None, expected a tensor$"),
+    "k is a list": (dict(k=[1.0]), r"^k is list, expected a tensor$"),
+    "b is None": (dict(b=None), r"^b is None, expected a tensor$"),
     "rank of q": (dict(q=q[0]), r"q has shape \[4, 5, 8\], expected \[batch, heads_q, n_q, head_dim\]"),
     "rank of k": (dict(k=k[0]), r"k is float32 \[2, 7, 8\] on cpu, expected \[batch, heads_kv, n_k, head_dim\]"),
     "rank of v": (dict(v=v[0]), r"v is float32 \[2, 7, 8\] on cpu, expected \[batch, heads_kv, n_k, head_dim_v\]"),
@@ -105,7 +108,7 @@ def test_meta_gives_shapes():
 def test_cpu_beside_cuda(which):
     inputs = [x.cuda() for x in (q, k, v, a, b)]
     inputs[which] = inputs[which].cpu()
-    message = rf"^{'qkvab'[which]} is float32 .* on cpu, expected the device of q, which is float32 .* on device \d"
+    message = rf"^{'qkvab'[which]} is float32 .* on cpu, expected the device of q, which is float32 .* on cuda:\d"
     with pytest.raises(ValueError, match=message):
         gated_attention(*inputs)
 

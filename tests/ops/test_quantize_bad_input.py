@@ -96,6 +96,13 @@ def test_zeros_stay_zero():
 
 
 BAD = {
+    "no x": (lambda: quantize_dynamic(None), "^x is None, expected a tensor$"),
+    "no weight": (lambda: pack_linear_weight(None), "^weight is None, expected a tensor$"),
+    "no convolution's weight": (lambda: pack_conv2d_weight(None), "^weight is None, expected a tensor$"),
+    "no packed weight": (
+        lambda: linear_dynamic(X, None, WEIGHT[1], out_features=5),
+        "^packed is None, expected a tensor$",
+    ),
     "x of integers": (lambda: linear_dynamic(X.int(), *WEIGHT, out_features=5), "x is int32 .* expected float32"),
     "x in float64": (lambda: quantize_dynamic(X.double()), r"x is float64 \[2, 6\] on cpu, expected float32"),
     "x without dimensions": (lambda: quantize_dynamic(torch.tensor(1.0)), "x is .*expected at least one dimension"),
@@ -195,5 +202,5 @@ def test_tracing_refuses_what_the_operators_refuse():
 
 
 def test_another_device_is_refused():
-    with pytest.raises(NotImplementedError, match="linear_dynamic"):
+    with pytest.raises(ValueError, match=r"^x has the layout sparse_coo, expected a dense tensor"):
         torch.ops.sluice.linear_dynamic(X.to_sparse(), *WEIGHT, None, 5, 8, 0, 8, 0.0, True, 0.0)

@@ -90,7 +90,9 @@ class Gradient:
         """What ``zero_grad`` does to this gradient."""
         if set_to_none or self.is_empty:
             self.drop()
-        elif not self.in_sight:
+            return
+        self.fresh = False
+        if not self.in_sight:
             zeros = torch.zeros_like(local_part(self.parameter), requires_grad=False)
             self.drop()
             write_grad(self.parameter, like_parameter(zeros, self.parameter))

@@ -7,6 +7,7 @@ allowed, under every torch.
 import torch
 
 from torch_sluice._errors import as_value_error
+from torch_sluice._fakes import register_fake
 
 BLOCK = 1024  # elements that share an exponent: SL_ACCUMULATE_BLOCK of ops/sluice/accumulate.h
 STATS = 6  # numbers in a statistics tensor: SL_ACCUMULATE_STATS
@@ -45,13 +46,6 @@ def read_accumulator(accumulator, exponents, scale, out) -> torch.Tensor:
     return _call(torch.ops.sluice.read_accumulator.default, accumulator, exponents, scale, out)
 
 
-def _check_device(name, tensor, accumulator):
-    if tensor.device != accumulator.device:
-        raise ValueError(
-            f"{name} is on {tensor.device}, expected the device of the accumulator, which is {accumulator.device}"
-        )
-
-
 def _check_accumulator(accumulator, exponents):
     if accumulator.dtype not in (torch.float32, torch.float16):
         raise ValueError(f"accumulator is {accumulator.dtype}, expected float32 or float16")
@@ -61,7 +55,6 @@ def _check_accumulator(accumulator, exponents):
             "expected int8 exponents if and only if it is float16"
         )
     if exponents is not None:
-        _check_device("exponents", exponents, accumulator)
         blocks = count_blocks(accumulator.numel())
         torch._check_value(
             exponents.dim() == 1 and exponents.shape[0] == blocks,
@@ -72,7 +65,6 @@ def _check_accumulator(accumulator, exponents):
 def _check_values(name, tensor, accumulator):
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"{name} is {tensor.dtype}, expected float32, bfloat16 or float16")
-    _check_device(name, tensor, accumulator)
     torch._check_value(
         tensor.shape == accumulator.shape,
         lambda: (
@@ -86,20 +78,20 @@ def _new_stats(tensor):
     return tensor.new_empty(STATS, dtype=torch.float64)
 
 
-@torch.library.register_fake("sluice::accumulate_")
+@register_fake("accumulate_")
 def _fake_accumulate(accumulator, exponents, grad, grad_scale, overwrite, seed):
     _check_accumulator(accumulator, exponents)
     _check_values("grad", grad, accumulator)
     return _new_stats(accumulator)
 
 
-@torch.library.register_fake("sluice::measure_gradient")
+@register_fake("measure_gradient")
 def _fake_measure(grad):
     _check_values("grad", grad, grad)
     return _new_stats(grad)
 
 
-@torch.library.register_fake("sluice::read_accumulator")
+@register_fake("read_accumulator")
 def _fake_read(accumulator, exponents, scale, out):
     _check_accumulator(accumulator, exponents)
     _check_values("out", out, accumulator)

@@ -174,7 +174,8 @@ class Session:
             raise RuntimeError("count() was called and parameters are DTensors, expected plain tensors")
         with self.lock:
             self.take_postponed()
-            self.weights.count(tokens, any(not one.is_empty for one in self.gradients.values()))
+            began = self.window.is_open or any(gradient.fresh for gradient in self.gradients.values())
+            self.weights.count(tokens, began)
 
     def reset(self) -> None:
         """Drops all gradients, as after a micro-batch that failed; a new window begins."""
@@ -214,7 +215,8 @@ class Session:
             for gradient in gradients:
                 gradient.zero(set_to_none)
             self._zeroed = True
-            if all(gradient.is_empty for gradient in self.gradients.values()):
+            zeroed = set(gradients)
+            if all(gradient in zeroed or gradient.is_empty for gradient in self.gradients.values()):
                 self.window.start()
                 self.weights.restart()
                 self._averaged = None

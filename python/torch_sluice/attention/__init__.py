@@ -7,5 +7,15 @@ from torch_sluice.attention.controller import DensityController, QualityControll
 from torch_sluice.attention.density import kept_pairs
 from torch_sluice.attention.forward import attend
 from torch_sluice.attention.gate import PHASES, Gate
+from torch_sluice.attention.sharding import shard_gates
 
-__all__ = ["PHASES", "DensityController", "Gate", "QualityController", "attend", "kept_pairs", "parameter_groups"]
+__all__ = [
+    "PHASES",
+    "DensityController",
+    "Gate",
+    "QualityController",
+    "attend",
+    "kept_pairs",
+    "parameter_groups",
+    "shard_gates",
+]

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from torch_sluice._errors import as_value_error
+from torch_sluice._errors import as_value_error, check_tensors
+from torch_sluice._fakes import register_fake
 
 _MAX_RANK = 8  # SL_PRUNE_MAX_RANK of ops/sluice/prune.h
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -23,6 +24,7 @@ def channel_norms(weight: Tensor, dim: int = 0) -> Tensor:
     Raises:
         ValueError: weight or dim is something else.
     """
+    check_tensors(weight=weight)
     weight = weight.detach()
     if weight.device.type not in ("cpu", "meta"):
         _check(weight, dim)
@@ -48,7 +50,7 @@ def _check(weight: Tensor, dim: int) -> None:
         raise ValueError(f"weight is {weight.dtype}, expected float32, bfloat16, float16 or float64")
 
 
-@torch.library.register_fake("sluice::channel_norms")
+@register_fake("channel_norms")
 def _fake_channel_norms(weight, dim):
     _check(weight, dim)
     return weight.new_empty(weight.shape[dim], dtype=_norm_dtype(weight))

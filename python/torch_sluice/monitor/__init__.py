@@ -4,7 +4,8 @@ The callbacks are in ``torch_sluice.monitor.hugging_face`` and ``torch_sluice.mo
 """
 
 from torch_sluice.monitor import bits
-from torch_sluice.monitor.flops import FlopCount, count_flops, measure_flops
+from torch_sluice.monitor.counter import count_flops, measure_flops
+from torch_sluice.monitor.flops import FlopCount
 from torch_sluice.monitor.limits import MonitorWarning, find_problems
 from torch_sluice.monitor.memory import peak_resident_bytes
 from torch_sluice.monitor.monitor import Monitor

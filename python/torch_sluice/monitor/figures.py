@@ -5,11 +5,12 @@ import math
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from torch_sluice.monitor.flops import FlopCount
 from torch_sluice.monitor.memory import MemoryMeter
-from torch_sluice.monitor.peak import peak_flops_of
-from torch_sluice.monitor.records import Curve, MovingAverage, StepTimes
+from torch_sluice.monitor.peak import is_peak_known, peak_flops_of
+from torch_sluice.monitor.records import Curve, MovingAverage, Occupation, StepTimes
 from torch_sluice.monitor.samples import ModelSampler
 from torch_sluice.parallel.statistics import CommunicationStatistics, communication_statistics
 
@@ -22,10 +23,7 @@ class Figures:
     def __init__(self, model: nn.Module, name: str | None, peak_flops: float | None, target_loss: float | None):
         self.name = default_name(model) if name is None else str(name)
         self.model, self.target_loss = model, target_loss
-        parameters = list(model.parameters())
-        self.parameter_bytes = sum(p.numel() * p.element_size() for p in parameters)
-        self.device = parameters[0].device if parameters else torch.device("cpu")
-        self._dtype = parameters[0].dtype if parameters else torch.float32
+        self._parameter_bytes = 0
         self._peak_flops = peak_flops
         self.steps = self.tokens = self.odd_losses = 0
         self.total_seconds = 0.0
@@ -41,9 +39,16 @@ class Figures:
         self.communication = CommunicationStatistics()
         self._communication_before = communication_statistics()
         self._sampler = ModelSampler(model)
+        self._occupation = Occupation()  # by the steps that the monitor times itself
+        self._begin_metering()
+
+    def _begin_metering(self) -> None:
+        self.device = self._find_device()
         self._meter = MemoryMeter(self.device)
-        self._first_begun = self._last_ended = None  # of the steps that the monitor times itself
-        self._inside = 0.0
+        self._bytes_before = self.parameter_bytes
+
+    def _find_device(self) -> torch.device:
+        return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
 
     # ---- what is added
 
@@ -89,7 +94,10 @@ class Figures:
     # ---- what follows
 
     def use_of_machine(self, seconds: float) -> dict[str, float]:
+        """Operations and MFU of a step of so many seconds; nothing where an operator could not be counted."""
         count = self.flops.at_density(self.density)
+        if count.unknown:
+            return {}
         full = sum(flops / self.peak_of(dtype) for dtype, flops in count.by_dtype.items())  # seconds at the peaks
         mfu = full / seconds
         dense = count.dense_equivalent / count.executed if count.executed else 1.0
@@ -104,17 +112,30 @@ class Figures:
         """FLOP/s that count as full use in this dtype."""
         if self._peak_flops is not None:
             return self._peak_flops
-        return peak_flops_of(getattr(torch, dtype) if isinstance(dtype, str) else dtype, self.device)
+        return peak_flops_of(_as_dtype(dtype), self.device)
 
     @property
     def peak_flops(self) -> float:
         """FLOP/s that count as full use in the dtype of the model's parameters."""
-        return self.peak_of(self._dtype)
+        return self.peak_of(next((parameter.dtype for parameter in self.model.parameters()), torch.float32))
+
+    @property
+    def are_peaks_known(self) -> bool:
+        """Whether MFU can be worked out without a peak to measure first."""
+        if self._peak_flops is not None or self.flops is None or self.flops.unknown:
+            return True
+        return all(is_peak_known(_as_dtype(name), self.device) for name in self.flops.by_dtype)
+
+    @property
+    def counted(self) -> FlopCount | None:
+        """The operations of a step, at the latest density; None before a count, and where an operator computes and
+        could not be counted: ``flops.unknown`` names it."""
+        return None if self.flops is None or self.flops.unknown else self.flops.at_density(self.density)
 
     @property
     def flops_per_step(self) -> int | None:
-        """Operations that a step executes, at the latest density."""
-        return None if self.flops is None else self.flops.at_density(self.density).executed
+        """Operations that a step executes, at the latest density; None as ``counted`` is."""
+        return None if self.counted is None else self.counted.executed
 
     @property
     def overlapped_share(self) -> float | None:
@@ -136,27 +157,38 @@ class Figures:
     def mfu(self) -> float | None:
         """Operations of a step over its median seconds and the peak; None before a count and a timed step."""
         seconds = self.seconds_per_step
-        return self.use_of_machine(seconds)["mfu"] if self.flops is not None and seconds else None
+        return self.use_of_machine(seconds).get("mfu") if self.flops is not None and seconds else None
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Of the parameters that the model has now."""
+        with contextlib.suppress(RuntimeError):  # asked by a scrape while the model gets another module
+            self._parameter_bytes = sum(
+                parameter.numel() * parameter.element_size()
+                for parameter in self.model.parameters()
+                if not isinstance(parameter, UninitializedParameter)
+            )
+        return self._parameter_bytes
 
     @property
     def peak_bytes(self) -> int:
         """Parameters, and what the process (on CUDA: torch's allocator) has added at most since the monitor began."""
-        return self.parameter_bytes + self._meter.added
+        return self._bytes_before + self._meter.added
 
     @property
     def memory_ratio(self) -> float | None:
         """Peak bytes / parameter bytes; None for a model without parameters."""
-        return self.peak_bytes / self.parameter_bytes if self.parameter_bytes else None
+        parameters = self.parameter_bytes
+        return self.peak_bytes / parameters if parameters else None
 
     def summary(self) -> dict[str, object]:
         """All figures as plain values, for JSON; None for what is not known."""
-        seconds = self.seconds_per_step
+        seconds, counted = self.seconds_per_step, self.counted
         use = {}
         if self.flops is not None and seconds:
             with contextlib.suppress(ValueError):  # a dtype of which torch has no matrix product
                 use = self.use_of_machine(seconds)
         waited = self.communication.waited_seconds
-        wall = self._last_ended - self._first_begun if self._last_ended else 0.0
         rows = sum(self._sampler.bits.values())
         return {
             "name": self.name,
@@ -165,11 +197,12 @@ class Figures:
             "total_seconds": self.total_seconds,
             "seconds_per_step": seconds,
             "seconds_per_step_p95": self.times.quantile(0.95),
-            "outside_share": max(1 - self._inside / wall, 0.0) if wall > 0 and self.steps > 1 else None,
-            "flops_per_step": self.flops_per_step,
-            "flops_per_step_dense_equivalent": None if self.flops is None else self.flops.dense_equivalent,
-            "flops_by_dtype": None if self.flops is None else dict(self.flops.at_density(self.density).by_dtype),
-            "peak_flops": {name: self.peak_of(name) for name in self.flops.by_dtype} if use else {},
+            "outside_share": self._occupation.outside_share if self.steps > 1 else None,
+            "flops_per_step": None if counted is None else counted.executed,
+            "flops_per_step_dense_equivalent": None if counted is None else counted.dense_equivalent,
+            "flops_by_dtype": None if counted is None else dict(counted.by_dtype),
+            "uncounted_operators": [] if self.flops is None else list(self.flops.unknown),
+            "peak_flops": {name: self.peak_of(name) for name in counted.by_dtype} if use else {},
             "mfu": use.get("mfu"),
             "mfu_dense_equivalent": use.get("mfu_dense_equivalent"),
             "peak_bytes": self.peak_bytes,
@@ -200,6 +233,10 @@ class Figures:
         self.loss.load_state_dict(state["loss"])
         for name in ("steps", "tokens", "total_seconds", "steps_to_target", "seconds_to_target"):
             setattr(self, name, state[name])
+
+
+def _as_dtype(name: str | torch.dtype) -> torch.dtype:
+    return getattr(torch, name) if isinstance(name, str) else name
 
 
 def default_name(model: nn.Module) -> str:

@@ -1,11 +1,12 @@
-"""Operations of each operator of Sluice, and of SDPA under a causal mask, as formulas for torch.utils.flop_counter.
+"""Operations of each operator of Sluice, as formulas for torch.utils.flop_counter.
 
-Those of Sluice are registered with torch too, so that its own ``FlopCounterMode`` counts them (as executed).
+They are registered with torch too, so that its own ``FlopCounterMode`` counts them (as executed).
 """
 
 import math
 
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import register_flop_formula
 
 from torch_sluice.monitor.pairs import causal_pairs, count_kept_pairs
@@ -68,20 +69,6 @@ def _passes(out_val) -> float:
     return 1.0 + (bits > 8).double().mean().item() if known else 1.0
 
 
-def _sdpa(q, k, v, dropout_p=0.0, is_causal=False, *rest, out_val=None, **options) -> int:
-    return _sdpa_pairs(q, k, is_causal) * 2 * (q.shape[3] + v.shape[3])
-
-
-def _sdpa_backward(dout, q, k, v, out, lse, dropout_p, is_causal, *rest, out_val=None, **options) -> int:
-    return _sdpa_pairs(q, k, is_causal) * (6 * q.shape[3] + 4 * v.shape[3])
-
-
-def _sdpa_pairs(q, k, causal: bool) -> int:
-    # PyTorch's SDPA aligns a causal mask top left; with n_q = n_k, the only case met in training, it is the same.
-    n_q, n_k = q.shape[2], k.shape[2]
-    return q.shape[0] * q.shape[1] * (causal_pairs(n_q, n_k) if causal else n_q * n_k)
-
-
 def _present(formulas: dict[str, object]) -> dict:
     return {getattr(torch.ops.sluice, name): f for name, f in formulas.items() if hasattr(torch.ops.sluice, name)}
 
@@ -90,21 +77,15 @@ def _present(formulas: dict[str, object]) -> dict:
 GATED = _present({"gated_attention": _gated_attention, "gated_attention_backward": _gated_attention_backward})
 QUANTISED = _present({"linear_dynamic": _linear_dynamic, "conv2d_dynamic": _conv2d_dynamic})
 
-# torch counts SDPA without its causal mask, and the CPU kernel not at all. A causal kernel does not compute the upper
-# half, so counting it would flatter whoever uses SDPA. Only our counter uses these; torch's own table stays as it is.
-OVERRIDES = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward,
-    **GATED,
-    **QUANTISED,
-}
+# Only our counter uses these; torch's own table has the forms that ``_register`` gives it.
+OVERRIDES = {**GATED, **QUANTISED}
 
 
 def dtype_name(operator, args) -> str:
     """What an operator computes in, as "float32": the dtype of its first tensor, or int8 where it quantises it."""
     if operator in QUANTISED:
         return "int8"
-    first = next((value for value in args if isinstance(value, torch.Tensor)), None)
+    first = next((value for value in tree_leaves(args) if isinstance(value, torch.Tensor)), None)
     return "float32" if first is None else str(first.dtype).removeprefix("torch.")
 
 

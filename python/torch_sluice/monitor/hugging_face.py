@@ -34,10 +34,20 @@ class MonitorCallback(TrainerCallback):
         self._figures: dict[str, float] = {}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._leave()
         if self._own:
             self.monitor = Monitor(model, **self._arguments)
         self.monitor.steps = max(self.monitor.steps, state.global_step)  # of a resumed training
         self._tokens = state.num_input_tokens_seen
+
+    def _leave(self) -> None:
+        """Ends what an earlier training left: the Trainer tells nobody of one that failed, and begins another after it
+        by itself (``auto_find_batch_size``)."""
+        self._figures = {}
+        if self.monitor is not None:
+            self.monitor.abandon_step()
+            if self._own:
+                self.monitor.close(report=False)  # the page will be that of the training that begins
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._record(state)

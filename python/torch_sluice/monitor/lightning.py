@@ -39,6 +39,7 @@ class MonitorCallback(Callback):
         self._running = False
 
     def on_train_start(self, trainer, pl_module):
+        self._finish()  # an earlier fit that was told no end
         if self._own:
             self.monitor = Monitor(pl_module, **self._arguments)
         self._steps = trainer.global_step

@@ -1,6 +1,9 @@
 """The limits that a monitor watches, and what it says when one is crossed: the figure, its meaning, where to look."""
 
+import contextlib
 import math
+import sys
+import warnings
 
 MFU_LIMIT = 0.70  # below it the machine is not used well
 MEMORY_RATIO_LIMIT = 10.0  # above it something other than the parameters takes the memory
@@ -12,6 +15,15 @@ _SHORT_STEP = 0.02  # seconds; below it what Python does around the operators is
 
 class MonitorWarning(UserWarning):
     """A figure has left the range that the monitor was told to watch, or the monitor itself can't do its work."""
+
+
+def warn(message: str, stacklevel: int = 2) -> None:
+    """Warns with a ``MonitorWarning``. Where warnings are errors it is printed instead: a monitor doesn't end a run."""
+    try:
+        warnings.warn(message, MonitorWarning, stacklevel=stacklevel + 1)
+    except MonitorWarning:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # no standard error, or a closed one
+            print(f"{MonitorWarning.__name__}: {message}", file=sys.stderr)
 
 
 def find_problems(
@@ -64,6 +76,9 @@ def is_memory_judged(summary: dict) -> bool:
 def find_hints(summary: dict) -> list[str]:
     """What a report says beside the limits."""
     hints = []
+    if summary.get("uncounted_operators"):
+        names = ", ".join(summary["uncounted_operators"])
+        hints.append(f"FLOPs and MFU are not known, since these operators compute and have no formula: {names}")
     if summary["outside_share"] is not None and summary["outside_share"] > _MUCH_OUTSIDE:
         hints.append(
             f"{summary['outside_share']:.0%} of the time passed outside of steps: loading data (num_workers of a "

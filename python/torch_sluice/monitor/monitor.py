@@ -3,29 +3,31 @@
 import contextlib
 import importlib.util
 import math
+import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from torch_sluice.monitor.counter import StepFlopCounter, load_counter, measure_flops
 from torch_sluice.monitor.figures import Figures
-from torch_sluice.monitor.flops import StepFlopCounter, load_counter, measure_flops
+from torch_sluice.monitor.flops import FlopCount
 from torch_sluice.monitor.limits import (
     MEMORY_RATIO_LIMIT,
     MFU_LIMIT,
-    MonitorWarning,
     check_limit,
     find_problems,
     is_memory_judged,
+    warn,
 )
+from torch_sluice.monitor.names import RESERVED, MetricNames
 from torch_sluice.monitor.outputs import Output
+from torch_sluice.monitor.records import Step, own_work
 from torch_sluice.parallel.statistics import communication_statistics
 
 _TENSORBOARD_SHARE = 0.001  # of the time of the steps
-_RESERVED = frozenset({"step", "time", "monitor", "seconds", "tokens", "tokens_per_second"})
 
 
 class Monitor(Figures):
@@ -103,9 +105,11 @@ class Monitor(Figures):
         self._warned: set[str] = set()
         self._check_at = 10
 
-        self._begun: float | None = None
-        self._paused: float | None = None
-        self._counter: StepFlopCounter | None = None
+        self._lock = threading.RLock()  # of all that steps in several threads share
+        self._has_begun = False
+        self._running: list[Step] = []
+        self._step_of_thread: dict[int, Step | None] = {}  # of those that ``begin_step()`` began
+        self._metrics = MetricNames(self._warn_once)
         self.closed = False
         self._report = _check_report(report)
         self.metrics_port: int | None = None
@@ -139,83 +143,130 @@ class Monitor(Figures):
 
     @contextlib.contextmanager
     def step(self, tokens: int = 0) -> Iterator[dict[str, float]]:
-        """Times one optimizer step, or one request. What is put into the yielded dict becomes figures of the step;
-        "loss", "density" and "half_share" are also kept. A step that an exception ends is not recorded."""
+        """Times one optimizer step, or one request; several may run at a time, in threads of their own. What is put
+        into the yielded dict becomes figures of the step; "loss", "density" and "half_share" are also kept. A step
+        that an exception ends is not recorded."""
         figures: dict[str, float] = {}
-        self.begin_step()
+        step = self._begin()
         try:
             yield figures
         except BaseException:
-            self.abandon_step()
+            self._abandon(step)
             raise
-        self.end_step(tokens, figures)
+        self._pause(step)
+        self._end(step, tokens, figures)
 
     def begin_step(self) -> None:
-        """For loops that can't use ``step()``: the step begins. ``end_step()`` records it."""
-        if self._is_closed():
-            return
-        self.abandon_step()
-        self._communication_before = communication_statistics()
-        self._sampler.start_step()
-        if self._wants_count and self.flops is None:
-            self._attempt("counting FLOPs", self._start_counter)
-        self._begun = time.perf_counter()
-        if self._first_begun is None:
-            self._first_begun = self._begun
+        """For loops that can't use ``step()``: the step of this thread begins. ``end_step()`` records it, in the same
+        thread. One that had begun and not ended is forgotten."""
+        self._abandon(self._step_of_thread.pop(threading.get_ident(), None))
+        self._step_of_thread[threading.get_ident()] = self._begin()
 
     def pause_step(self) -> None:
         """The step has ended, and ``end_step()`` will come later, when its figures are known."""
-        if self._begun is None or self._paused is not None:
+        self._pause(self._step_of_thread.get(threading.get_ident()))
+
+    def end_step(self, tokens: int = 0, figures: dict[str, float] | None = None) -> None:
+        """Records the step that ``begin_step()`` began in this thread; does nothing if there is none."""
+        step = self._step_of_thread.pop(threading.get_ident(), None)
+        self._pause(step)
+        self._end(step, tokens, figures or {})
+
+    def abandon_step(self) -> None:
+        """Forgets steps that ``begin_step()`` began, in whichever thread, and that will not end."""
+        for thread in list(self._step_of_thread):
+            self._abandon(self._step_of_thread.pop(thread, None))
+
+    def _begin(self) -> Step | None:
+        with own_work(), self._lock:
+            if self._is_closed():
+                return None
+            if not self._running:
+                self._communication_before = communication_statistics()
+            self._attempt("looking at the model", self._sampler.start_step)
+            if not self._has_begun:
+                self._has_begun = True
+                self._attempt("looking at the model", self._follow_device)
+            step = Step()
+            beside = [other for other in self._running if other.thread == step.thread]
+            for other in beside:  # what they run cannot be told from what this one does
+                other.is_mixed = True
+                if other.counter is not None:
+                    self._attempt("counting FLOPs", other.counter.__exit__, None, None, None)
+            is_counting = any(other.counter is not None and not other.is_mixed for other in self._running)
+            if self._wants_count and self.flops is None and not beside and not is_counting:
+                self._attempt("counting FLOPs", self._start_counter, step)
+            self._running.append(step)
+        step.begun = time.perf_counter()
+        self._occupation.begin_step(step.begun)
+        return step
+
+    def _pause(self, step: Step | None) -> None:
+        if step is None or step.seconds is not None:
             return
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self._last_ended = time.perf_counter()
-        self._paused = self._last_ended - self._begun
-        self._inside += self._paused
-        if self._counter is not None:
-            self._attempt("counting FLOPs", self._counter.__exit__, None, None, None)
+        self._stop(step)
 
-    def end_step(self, tokens: int = 0, figures: dict[str, float] | None = None) -> None:
-        """Records the step that ``begin_step()`` began; does nothing if there is none."""
-        self.pause_step()
-        seconds, counter = self._paused, self._counter
-        self._begun = self._paused = self._counter = None
-        if seconds is None:
+    def _stop(self, step: Step) -> None:
+        """The step no longer runs. Its time is taken before the wait for what other threads record."""
+        now = time.perf_counter()
+        with self._lock:
+            if step.seconds is not None:  # close() was quicker, in another thread
+                return
+            step.seconds = now - step.begun
+            self._occupation.end_step(now)
+            self._running.remove(step)
+        if step.counter is not None:
+            self._attempt("counting FLOPs", step.counter.__exit__, None, None, None)
+
+    def _end(self, step: Step | None, tokens: int, figures: dict[str, float]) -> None:
+        if step is None:
             return
-        if counter is not None:
-            self.flops = counter.count
-            if counter.problem is not None:
-                self._warn_once("formula", f"counting FLOPs failed for an operator, MFU is too low: {counter.problem}")
-        self._attempt("recording a step", self._record, seconds, tokens, figures or {}, counter is None)
+        with own_work(), self._lock:
+            if self._is_closed():
+                return
+            if step.counter is not None and not step.is_mixed:
+                self._take_count(step.counter.count)
+            timed = step.counter is None
+            self._attempt("recording a step", self._record, step.seconds, tokens, figures, timed)
 
-    def abandon_step(self) -> None:
-        """Forgets a step that was begun and will not end."""
-        if self._begun is not None:
-            if self._counter is not None and self._paused is None:
-                self._counter.__exit__(None, None, None)
-            self._begun = self._paused = self._counter = None
+    def _abandon(self, step: Step | None) -> None:
+        if step is not None:
+            self._stop(step)
             self._sampler.stop()
 
     def record(self, seconds: float, tokens: int = 0, **figures: float) -> None:
         """Adds a step that was timed elsewhere. Its communication is what came since the step before it."""
-        if not self._is_closed():
-            self._attempt("recording a step", self._record, seconds, tokens, figures, True)
-            self._sampler.start_step()
+        with own_work(), self._lock:
+            if not self._is_closed():
+                self._attempt("recording a step", self._record, seconds, tokens, figures, True)
+                self._attempt("looking at the model", self._sampler.start_step)
 
-    def count_flops(self, step: Callable[[], object]) -> int:
+    def count_flops(self, step: Callable[[], object]) -> int | None:
         """Runs the function once and takes its floating-point operations as those of a step; returns those that were
-        executed. Later steps with another density are counted by proportion."""
-        with self._meter.excluding():
-            load_counter()
-        self.flops = measure_flops(step)
-        return self.flops.executed
+        executed; None, and a warning that names it, where an operator computes and has no formula. Later steps with
+        another density are counted by proportion."""
+        with own_work():
+            with self._meter.excluding():
+                load_counter()
+            self._take_count(measure_flops(step))
+        return self.flops_per_step
 
-    def _start_counter(self) -> None:
+    def _start_counter(self, step: Step) -> None:
         with self._meter.excluding():
             load_counter()
-        counter = StepFlopCounter()
-        counter.__enter__()
-        self._counter = counter
+        step.counter = StepFlopCounter.begin_alone(step)
+
+    def _take_count(self, count: FlopCount) -> None:
+        self.flops = count
+        if count.unknown:
+            self._warn_once("unknown operators", count.why_unknown())
+
+    def _follow_device(self) -> None:
+        """The model may have gone to its device after the monitor was made."""
+        if self._find_device() != self.device:
+            self._begin_metering()
 
     def _record(self, seconds: float, tokens: int, given: dict[str, float], timed: bool) -> None:
         self.add_step(seconds, tokens, timed)
@@ -224,17 +275,20 @@ class Monitor(Figures):
             figures["tokens_per_second"] = tokens / seconds
         figures.update(self.take_communication())
         given = self._as_numbers(given)
+        may_measure = not self._running or self.are_peaks_known  # neither may disturb the other
         sampled = self._attempt("looking at the model", self._sampler.end_step, seconds, "density" not in given)
         figures.update(sampled or {}, **given)
         self.density = figures.get("density", self.density)
-        if timed and self.flops is not None and seconds > 0:
+        if timed and self.flops is not None and seconds > 0 and may_measure:
             figures.update(self._attempt("working out MFU", self.use_of_machine, seconds) or {})
         if "loss" in figures:
             self._take_loss(figures["loss"])
+        if self.metrics_port is not None:
+            self._metrics.claim(figures)
         self.add_figures(figures, timed)
         for output in self._outputs:
             output.write(self.steps, seconds, figures)
-        if self.steps >= self._check_at:
+        if self.steps >= self._check_at and may_measure:
             self._check_at = 2 * self.steps
             self.check()
 
@@ -242,7 +296,7 @@ class Monitor(Figures):
         numbers = {}
         for name, value in given.items():
             try:
-                if name in _RESERVED:
+                if str(name) in RESERVED:
                     raise ValueError("that name is the monitor's own")
                 numbers[str(name)] = value if isinstance(value, (int, float)) else float(value)
             except (TypeError, ValueError, RuntimeError) as error:
@@ -267,9 +321,9 @@ class Monitor(Figures):
         return problems
 
     def _read_metrics(self) -> tuple[dict, dict]:
-        """Counters and gauges for a scrape, from another thread."""
+        """Counters and gauges for a scrape, from another thread. Nothing here measures a peak."""
         counters = {("steps",): self.steps, ("tokens",): self.tokens, ("seconds",): self.total_seconds}
-        gauges = {(name,): value for name, value in self.latest.items() if name not in ("seconds", "tokens")}
+        gauges = {(name,): value for name, value in self.latest.items() if self._metrics.shows(name)}
         for share in (0.5, 0.95):
             value = self.times.quantile(share, last=1000)
             if value is not None:
@@ -298,20 +352,25 @@ class Monitor(Figures):
     def __exit__(self, *exception) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Checks the limits, writes the report and closes the outputs. Later steps are not recorded. Again: nothing."""
-        if self.closed:
-            return
-        self.abandon_step()
-        self._sampler.stop()
-        self._attempt("reading the peak of memory", self._meter.stop)  # the report's packages are not the run's
-        self.closed = True
-        if self.steps:
-            self._attempt("checking the limits", self.check)
-        if self._report is not None:
-            self._attempt(f"writing the report {str(self._report)!r}", self.write_report, self._report)
-        for output in self._outputs:
-            output.close()
+    def close(self, *, report: bool = True) -> None:
+        """Checks the limits, writes the report (unless ``report`` is False) and closes the outputs. Later steps are not
+        recorded. Again: nothing."""
+        with own_work(), self._lock:
+            if self.closed:
+                return
+            for thread, step in list(self._step_of_thread.items()):
+                if step is not None and step.seconds is not None:  # it has ended, and its figures will not come
+                    self._end(self._step_of_thread.pop(thread, None), 0, {})
+            self.abandon_step()
+            self._sampler.stop()
+            self._attempt("reading the peak of memory", self._meter.stop)  # the report's packages are not the run's
+            self.closed = True
+            if self.steps:
+                self._attempt("checking the limits", self.check)
+            if self._report is not None and report:
+                self._attempt(f"writing the report {str(self._report)!r}", self.write_report, self._report)
+            for output in self._outputs:
+                output.close()
 
     def _is_closed(self) -> bool:
         if self.closed:
@@ -327,9 +386,11 @@ class Monitor(Figures):
             return None
 
     def _warn_once(self, kind: str, message: str) -> None:
-        if kind not in self._warned:
+        with self._lock:
+            if kind in self._warned:
+                return
             self._warned.add(kind)
-            warnings.warn(message, MonitorWarning, stacklevel=2)
+        warn(message)
 
 
 def _check_report(path: str | Path | None) -> Path | None:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from torch_sluice.monitor.records import own_work
+
 
 def measure_peak_flops(
     dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seconds: float = 0.6
@@ -33,14 +35,21 @@ def measure_peak_flops(
     return best
 
 
-@functools.lru_cache(maxsize=64)
-def _known_peak(dtype: torch.dtype, device: torch.device, threads: int) -> float:
-    return measure_peak_flops(dtype, device)
+_known_peaks: dict[tuple[torch.dtype, torch.device, int], float] = {}
 
 
 def peak_flops_of(dtype: torch.dtype, device: torch.device) -> float:
     """``measure_peak_flops``, once in a process for each dtype, device and number of threads."""
-    return _known_peak(dtype, device, torch.get_num_threads())
+    key = dtype, device, torch.get_num_threads()
+    if key not in _known_peaks:
+        with own_work():
+            _known_peaks[key] = measure_peak_flops(dtype, device)
+    return _known_peaks[key]
+
+
+def is_peak_known(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether ``peak_flops_of`` has nothing to measure."""
+    return (dtype, device, torch.get_num_threads()) in _known_peaks
 
 
 def _measure(make: Callable, device: torch.device, seconds: float) -> float:

@@ -2,7 +2,9 @@
 
 import math
 import statistics
+import threading
 import time
+import weakref
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,6 +83,84 @@ class StepTimes:
         """The smallest time that this share of the steps (of the ``last`` ones) does not exceed."""
         ordered = sorted(self.seconds[-last:] if last else self.seconds)
         return ordered[max(math.ceil(share * len(ordered)) - 1, 0)] if ordered else None
+
+
+class Step:
+    """A step that a monitor times: begun in a thread, then stopped, then recorded."""
+
+    def __init__(self):
+        self.thread = threading.get_ident()
+        self.begun = time.perf_counter()
+        self.seconds: float | None = None  # None while it runs
+        self.counter = None  # the ``StepFlopCounter`` under which it runs
+        self.is_mixed = False  # another step ran in its thread at the same time
+
+
+class Occupation:
+    """How much of the time passes outside of steps, of which several may run at a time. What monitors take for
+    themselves between steps (``own_work``) belongs neither to the steps nor to the time outside of them."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._steps = self._own = 0  # that are going on
+        self._since: float | None = None  # up to when time is accounted for; None before the first step
+        self._inside = self._outside = 0.0
+        self._up_to_last_end = 0.0, 0.0
+        with _lock:
+            _occupations.add(self)
+
+    def begin_step(self, now: float) -> None:
+        with self._lock:
+            self._account(now)
+            self._since = now
+            self._steps += 1
+
+    def end_step(self, now: float) -> None:
+        with self._lock:
+            self._account(now)
+            self._steps -= 1
+            self._up_to_last_end = self._inside, self._outside
+
+    def change_own(self, by: int, now: float) -> None:
+        with self._lock:
+            self._account(now)
+            self._own += by
+
+    @property
+    def outside_share(self) -> float | None:
+        """From the first step's begin to the last one's end; None before it."""
+        inside, outside = self._up_to_last_end
+        return outside / (inside + outside) if inside + outside > 0 else None
+
+    def _account(self, now: float) -> None:
+        if self._since is None:
+            return
+        passed = max(now - self._since, 0.0)
+        self._since = max(now, self._since)
+        if self._steps:
+            self._inside += passed
+        elif not self._own:
+            self._outside += passed
+
+
+_lock = threading.Lock()
+_occupations: "weakref.WeakSet[Occupation]" = weakref.WeakSet()
+
+
+@contextmanager
+def own_work() -> Iterator[None]:
+    """What a monitor does for itself, which no monitor takes for time outside of steps."""
+    with _lock:
+        watched = list(_occupations)
+    now = time.perf_counter()
+    for occupation in watched:
+        occupation.change_own(1, now)
+    try:
+        yield
+    finally:
+        now = time.perf_counter()
+        for occupation in watched:
+            occupation.change_own(-1, now)
 
 
 class Budget:

@@ -1,5 +1,6 @@
 """What a monitor takes from the model by itself, on some steps: kept pairs, chosen bits, 16-bit sums of gradients."""
 
+import threading
 import weakref
 
 import torch
@@ -13,6 +14,7 @@ from torch_sluice.monitor import bits
 from torch_sluice.monitor.records import Budget
 
 _SHARE = 0.001  # of the time of the steps that looking may take
+_lock = threading.Lock()
 _listening: "weakref.WeakSet[ModelSampler]" = weakref.WeakSet()
 _MOST_CALLS = 256  # of attention, or of quantised operators, that are kept of one step
 
@@ -22,8 +24,7 @@ class ModelSampler:
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self._modules = set(map(id, model.modules()))
-        self._has_gates = any(isinstance(module, Gate) for module in model.modules())
+        self._modules: set[int] = set()
         self._budget = Budget(_SHARE)
         self._listening = False
         self._calls: list = []
@@ -32,11 +33,14 @@ class ModelSampler:
 
     def start_step(self) -> None:
         if not self._listening and self._budget.open:
-            self._listening = True
-            _listening.add(self)
-            if _tell_attention not in attention.listeners:
-                attention.listeners.append(_tell_attention)
-                bits.listeners.append(_tell_bits)
+            with self._budget.spend():
+                self._modules = set(map(id, self._model.modules()))  # some may have been swapped in since the last look
+            self._calls, self._widths, self._listening = [], [], True
+            with _lock:
+                _listening.add(self)
+                if _tell_attention not in attention.listeners:
+                    attention.listeners.append(_tell_attention)
+                    bits.listeners.append(_tell_bits)
 
     def end_step(self, seconds: float, density_wanted: bool) -> dict[str, float]:
         """The figures of the step that ends; none where it was not looked at."""
@@ -44,24 +48,25 @@ class ModelSampler:
         if not self._listening:
             return {}
         self.stop()
+        calls, self._calls = self._calls, []  # another thread may still be adding to them
+        widths, self._widths = self._widths, []
         figures: dict[str, float] = {}
         with self._budget.spend(), torch.no_grad():
-            if density_wanted and self._calls:
-                figures["density"] = _density_of(self._calls)
-            if self._widths:
-                figures.update(self._count_widths())
+            if density_wanted and calls:
+                figures["density"] = _density_of(calls)
+            if widths:
+                figures.update(self._count_widths(widths))
             for session in list(open_sessions):
                 if session.model is self._model or getattr(session.model, "module", None) is self._model:
                     figures["half_share"] = session.fp16_share
-        self._calls.clear()
-        self._widths.clear()
         return figures
 
     def stop(self) -> None:
         """Listens no longer."""
         if self._listening:
             self._listening = False
-            _listening.discard(self)
+            with _lock:
+                _listening.discard(self)
             _fall_silent()
 
     def hear_attention(self, gate: Gate, record) -> None:
@@ -72,8 +77,8 @@ class ModelSampler:
         if (module is None or id(module) in self._modules) and len(self._widths) < _MOST_CALLS:
             self._widths.append(widths.detach())
 
-    def _count_widths(self) -> dict[str, float]:
-        counts = torch.cat([widths.reshape(-1).cpu().long() for widths in self._widths]).bincount().tolist()
+    def _count_widths(self, heard: list[torch.Tensor]) -> dict[str, float]:
+        counts = torch.cat([widths.reshape(-1).cpu().long() for widths in heard]).bincount().tolist()
         found = {width: count for width, count in enumerate(counts) if count}
         for width, count in found.items():
             self.bits[width] = self.bits.get(width, 0) + count
@@ -95,9 +100,10 @@ def _tell_bits(widths: torch.Tensor, module: nn.Module | None) -> None:
 
 def _fall_silent() -> None:
     """Without a sampler, be it one that was dropped and never stopped, nobody needs to be told."""
-    if not _listening and _tell_attention in attention.listeners:
-        attention.listeners.remove(_tell_attention)
-        bits.listeners.remove(_tell_bits)
+    with _lock:
+        if not _listening and _tell_attention in attention.listeners:
+            attention.listeners.remove(_tell_attention)
+            bits.listeners.remove(_tell_bits)
 
 
 def _density_of(calls) -> float:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_sluice._errors import as_value_error
+from torch_sluice._errors import as_value_error, check_tensors
 
 DEFAULT_TARGET_SQNR = 30.0  # dB: an error of 3 % of a row's root mean square, before it averages out in the product
 DEFAULT_OUTLIER_RATIO = 10.0
@@ -94,6 +94,7 @@ def pack_linear_weight(weight: Tensor, bits: int = 8, group_size: int = 0) -> tu
     Raises:
         ValueError: an argument is not allowed, or a weight is infinite or NaN; the message names it.
     """
+    check_tensors(weight=weight)
     return _call(torch.ops.sluice.pack_linear_weight.default, weight.detach(), bits, group_size)
 
 
@@ -175,6 +176,7 @@ def pack_conv2d_weight(weight: Tensor, bits: int = 8, group_size: int = 0, group
     Raises:
         ValueError: an argument is not allowed, or a weight is infinite or NaN; the message names it.
     """
+    check_tensors(weight=weight)
     return _call(torch.ops.sluice.pack_conv2d_weight.default, weight.detach(), bits, group_size, groups)
 
 

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from torch_sluice._fakes import register_fake
+
 PANEL = 16  # output channels of a panel: SL_QUANTIZE_PANEL
 DEPTH = 8  # what inputs are padded to a multiple of: SL_QUANTIZE_DEPTH
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -56,7 +58,7 @@ def _check_bias(bias, out_features):
     )
 
 
-@torch.library.register_fake("sluice::quantize_dynamic")
+@register_fake("quantize_dynamic")
 def _fake_quantize(x, bits, target_sqnr, per_token):
     _check_values("x", x)
     if x.dim() < 1:
@@ -74,25 +76,25 @@ def _fake_packed(weight, inputs, bits, group_size, groups=1):
     return weight.new_empty((size,), dtype=torch.uint8), weight.new_empty(scale_shape, dtype=torch.float32)
 
 
-@torch.library.register_fake("sluice::pack_linear_weight")
+@register_fake("pack_linear_weight")
 def _fake_pack_linear(weight, bits, group_size):
     _check_rank("weight", weight, 2, "[out_features, in_features]")
     return _fake_packed(weight, weight.shape[1], bits, group_size)
 
 
-@torch.library.register_fake("sluice::pack_conv2d_weight")
+@register_fake("pack_conv2d_weight")
 def _fake_pack_conv2d(weight, bits, group_size, groups):
     _check_rank("weight", weight, 4, "[out_channels, channels / groups, height, width]")
     return _fake_packed(weight, weight.shape[1:].numel(), bits, group_size, groups)
 
 
-@torch.library.register_fake("sluice::unpack_linear_weight")
+@register_fake("unpack_linear_weight")
 def _fake_unpack(packed, scale, out_features, in_features, bits, group_size):
     _check_weight(packed, scale, out_features, in_features, bits, group_size)
     return packed.new_empty((out_features, in_features), dtype=torch.float32)
 
 
-@torch.library.register_fake("sluice::linear_dynamic")
+@register_fake("linear_dynamic")
 def _fake_linear(
     x,
     packed,
@@ -115,7 +117,7 @@ def _fake_linear(
     return out, x.new_empty((math.prod(x.shape[:-1]),), dtype=torch.int8)
 
 
-@torch.library.register_fake("sluice::conv2d_dynamic")
+@register_fake("conv2d_dynamic")
 def _fake_conv2d(
     x,
     packed,

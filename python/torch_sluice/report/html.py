@@ -2,9 +2,10 @@
 
 from importlib import resources
 
-from torch_sluice.report.rows import SIDES, goal_rows, headline, table_rows
+from torch_sluice.report.rows import SIDES, goal_rows, headline, table_rows, timed_steps
 
-_COLOURS = ("var(--sluice)", "var(--dense)", "var(--window)", "var(--rest)")  # of the parts of a step
+# Of the parts of a step; no side has them.
+_COLOURS = ("var(--part-1)", "var(--part-2)", "var(--part-3)", "var(--rest)")
 
 
 def render_html(result: dict) -> str:
@@ -22,9 +23,11 @@ def render_html(result: dict) -> str:
         headline=headline(result),
         goals=goal_rows(result),
         rows=table_rows(result),
+        timed_steps=timed_steps(result),
         sides=[(name, result[name]["title"]) for name in SIDES if name in result],
         plots=draw_plots(result),
         parts=parts,
+        measured_steps=max((result[name]["measured_steps"] or 0 for name in SIDES if name in result), default=0),
         longest=max((seconds for _, seconds, _ in parts), default=1.0),
     )
 
@@ -43,15 +46,15 @@ def render_template(name: str, **values) -> str:
     return template.render(style=folder.joinpath("style.css").read_text("utf-8"), **values)
 
 
-def _time_by_part(result: dict) -> list[tuple[str, float, list[tuple[str, str, float]]]]:
-    """(side, seconds a step, [(part, colour, share)]) of the sides of which it is known."""
+def _time_by_part(result: dict) -> list[tuple[str, float, list[tuple[str, str, float, list[float]]]]]:
+    """(side, seconds a step, [(part, colour, share, [least, greatest share])]) of the sides of which it is known."""
     sides = [result[name] for name in SIDES if name in result and result[name]["time_by_part"]]
     return [
         (
             side["title"],
             side["seconds_per_step"],
             [
-                (part, colour, share)
+                (part, colour, share, side["time_by_part_range"][part])
                 for (part, share), colour in zip(side["time_by_part"].items(), _COLOURS, strict=True)
             ],
         )

@@ -1,5 +1,7 @@
 """The plots of the report on a training comparison, as SVG text that stands in the page itself."""
 
+import statistics
+
 import matplotlib
 
 from torch_sluice.report.figure import STYLE, new_axes, to_svg
@@ -62,18 +64,37 @@ def _draw_density(sides: dict, result: dict) -> str:
     return to_svg(figure)
 
 
+def step_time_limit(seconds: list[float]) -> float:
+    """What the axis of step times must reach: the slowest stretch of the run, and not the slowest step.
+
+    A stretch is an eighth of the run, five steps at least; one that is more than four times as slow as the run's median
+    is the machine's and not the side's.
+    """
+    length = max(5, len(seconds) // 8)
+    stretches = [statistics.median(seconds[start : start + length]) for start in range(0, len(seconds), length)]
+    return min(max(stretches), 4 * statistics.median(seconds))
+
+
 def _draw_step_time(sides: dict, result: dict) -> str:
     figure, axes = new_axes(4.6, 2.4)
-    top = 0.0
-    for name, side in sides.items():
-        seconds = side["history"]["seconds"]
+    top = 1.4 * max(step_time_limit(side["history"]["seconds"]) for side in sides.values())
+    beyond = []
+    for number, (name, side) in enumerate(sides.items()):
+        seconds, colour = side["history"]["seconds"], COLOURS[name]
         steps = range(1, len(seconds) + 1)
-        axes.plot(steps, seconds, ".", color=COLOURS[name], markersize=2.5, alpha=0.6, label=side["title"])
-        axes.hlines(
-            side["seconds_per_step"], result["timed_from_step"], len(seconds), color=COLOURS[name], linewidth=1.6
+        axes.plot(steps, seconds, ".", color=colour, markersize=2.5, alpha=0.6, label=side["title"])
+        axes.hlines(side["seconds_per_step"], result["timed_from_step"] + 1, len(seconds), color=colour, linewidth=1.6)
+        slow = [(step, time) for step, time in zip(steps, seconds, strict=True) if time > top]
+        axes.plot(
+            [step for step, _ in slow], [(0.97 - 0.06 * number) * top] * len(slow), "^", color=colour, markersize=4
         )
-        top = max(top, sorted(seconds)[int(0.98 * (len(seconds) - 1))])
-    axes.set(xlabel="step", ylabel="seconds a step", ylim=(0, 1.15 * top))
+        beyond += [time for _, time in slow]
+    if beyond:
+        text = (
+            f"{len(beyond)} {'step' if len(beyond) == 1 else 'steps'} above the axis, the longest {max(beyond):.3g} s"
+        )
+        axes.set_title(text, fontsize=8, color="#475569", loc="right")
+    axes.set(xlabel="step", ylabel="seconds a step", ylim=(0, top))
     axes.set_xlim(left=0)
     axes.legend(markerscale=3)
     return to_svg(figure)

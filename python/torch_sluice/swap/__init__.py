@@ -70,7 +70,8 @@ def swap_attention(
     Without ``target_density`` the gates are exactly open: the model gives its old outputs within floating-point error,
     and has no new parameters. With it every self-attention layer gets a ``torch_sluice.attention.Gate`` as submodule
     ``sluice_gate``: new trainable parameters, part of ``model.parameters()`` and of its ``state_dict()``, at first
-    ``g = opening`` everywhere. They learn with the model, under ``torch_sluice.attention.DensityController``.
+    ``g = opening`` everywhere. They learn with the model, under ``torch_sluice.attention.DensityController``. They are
+    float32, whatever the model is: before FSDP2 shards it, call ``torch_sluice.attention.shard_gates``.
 
     Three kinds of attention are known, and may be mixed in one model:
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -20,16 +21,44 @@ def save_checkpoint(folder: Path, state: dict) -> Path:
     unfinished = folder / (NAME + ".unfinished")
     try:
         with open(unfinished, "wb") as file:
-            torch.save({"format": _FORMAT, **state}, file)
+            write_tensors({"format": _FORMAT, **state}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except OSError as error:
         raise TrainError(f"cannot write the checkpoint {path}: {error.strerror or error}") from error
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             unfinished.unlink()
     return path
+
+
+def write_tensors(state: object, file: BinaryIO) -> None:
+    """``torch.save``, but a write that fails raises its own OSError: torch raises a RuntimeError about its archive."""
+    watched = _WatchedFile(file)
+    try:
+        torch.save(state, watched)
+    except RuntimeError as error:
+        if watched.problem is None:
+            raise
+        raise watched.problem from error
+
+
+class _WatchedFile:
+    """A file to write to, which remembers why it couldn't be written."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.problem = file, None
+
+    def write(self, data) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.problem = self.problem or error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def load_checkpoint(folder: Path) -> dict:

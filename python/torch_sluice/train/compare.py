@@ -1,20 +1,20 @@
-"""Turns a finished run into figures: what each side reached, what it cost, and where Sluice loses."""
+"""Turns a finished run into figures: what each side reached and what it cost."""
 
 import platform
 import statistics
+from datetime import datetime, timezone
 
 import torch
 
+import torch_sluice
 from torch_sluice import monitor
 from torch_sluice.monitor.records import smooth
 from torch_sluice.train.evaluate import evaluate
 from torch_sluice.train.loop import Run
+from torch_sluice.train.losses import GOALS, TOLERANCE, find_losses, find_notes
 from torch_sluice.train.measure import measure_side
 from torch_sluice.train.side import History, Side
 
-# The bar that the project sets itself: docs/train.md.
-GOALS = {"speedup": 1.3, "accuracy_kept": 0.98, "pairs_skipped": 0.5}
-_CLOSED_WITHIN = 1.1  # the gate has closed once its density is below this many times the target
 _TARGET_LOSS_MARGIN = 1.02  # the target loss is dense's final training loss times this
 
 
@@ -30,13 +30,14 @@ def compare(run: Run, progress=lambda text: None) -> dict:
     peak = monitor.measure_peak_flops()
     closed = closing_step(sides["sluice"].history, settings.target_density)
     first = closed if closed is not None else settings.steps * 3 // 4
+    densities = sides["sluice"].history.density[first:]
     target_loss = smooth(sides["dense"].history.loss)[-1] * _TARGET_LOSS_MARGIN
     figures = {}
     for name, side in sides.items():
         progress(f"{name}: reading held-out text")
         heldout = evaluate(side.model, windows, count_pairs=side.gated)
         progress(f"{name}: measuring a step")
-        figures[name] = _side_figures(side, heldout, measure_side(run.folder, name), first, target_loss, peak)
+        figures[name] = _side_figures(side, heldout, measure_side(run.folder, name, first), first, target_loss, peak)
     dense, sluice = figures["dense"], figures["sluice"]
     result = {
         "density": sluice["density"],
@@ -46,6 +47,7 @@ def compare(run: Run, progress=lambda text: None) -> dict:
         "accuracy_kept": sluice["heldout_accuracy"] / dense["heldout_accuracy"] if dense["heldout_accuracy"] else 0.0,
         "gate_closed_at_step": closed,
         "timed_from_step": first,
+        "density_while_timed": statistics.fmean(densities),
         "target_loss": target_loss,
         **figures,
         "preset": settings.preset,
@@ -60,15 +62,23 @@ def compare(run: Run, progress=lambda text: None) -> dict:
             "fingerprint": run.corpus.fingerprint,
         },
         "machine": describe_machine(peak),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    result["goals"] = {name: {"goal": goal, "met": result[name] >= goal} for name, goal in GOALS.items()}
-    result["losses"] = find_losses(result)
+    result["goals"] = judge_goals(result)
+    result["losses"], result["notes"] = find_losses(result), find_notes(result)
     return result
 
 
+def judge_goals(result: dict) -> dict:
+    """``goal`` and ``met`` of each goal. They are about a closed gate: ``met`` is None where it never closed."""
+    closed = result["gate_closed_at_step"] is not None
+    return {name: {"goal": goal, "met": result[name] >= goal if closed else None} for name, goal in GOALS.items()}
+
+
 def closing_step(history: History, target_density: float) -> int | None:
-    """The first step from which on the smoothed density stays within reach of the target; None if it never does."""
-    densities, limit = smooth(history.density), target_density * _CLOSED_WITHIN
+    """The first step from which on the smoothed density is never more than a tenth above the target; None if there is
+    none. A gate that keeps less than it was asked to has closed: ``find_losses`` says so."""
+    densities, limit = smooth(history.density), target_density * (1 + TOLERANCE)
     first = len(densities)
     while first > 0 and densities[first - 1] <= limit:
         first -= 1
@@ -89,6 +99,7 @@ def describe_machine(peak_flops: float) -> dict:
         "isa": plugin["cpu"]["isa"],
         "kernels": plugin["kernels"],
         "threads": torch.get_num_threads(),
+        "torch_sluice": torch_sluice.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -120,73 +131,11 @@ def _side_figures(side: Side, heldout: dict, measured: dict, first: int, target_
         "flops_per_step": flops,
         "mfu": mfu,
         "time_by_part": measured.get("time_by_part"),
+        "time_by_part_range": measured.get("time_by_part_range"),
+        "measured_steps": measured.get("measured_steps"),
         "not_measured": measured.get("problem"),
         "steps_to_target": None if reached is None else reached + 1,
         "seconds_to_target": None if reached is None else sum(history.seconds[: reached + 1]),
         "limits": monitor.find_problems(mfu, memory_ratio),
         "history": {**vars(history), "smoothed_loss": smoothed},
     }
-
-
-def find_losses(result: dict) -> list[str]:
-    """Where Sluice is no better than dense, or than what is simpler: one sentence each."""
-    dense, sluice, window = result["dense"], result["sluice"], result.get("window")
-    sentences = []
-    for name, goal in GOALS.items():
-        if result[name] < goal:
-            shown = f"{result[name]:.2f}x" if name == "speedup" else f"{result[name]:.1%}"
-            wanted = f"{goal}x" if name == "speedup" else f"{goal:.0%}"
-            sentences.append(f"{name.replace('_', ' ').capitalize()} is {shown}; the goal is {wanted}.")
-    if result["gate_closed_at_step"] is None:
-        sentences.append(
-            f"The gate had not closed to its target density of {result['settings']['target_density']} by the last "
-            "step; step times are those of the last quarter."
-        )
-    else:
-        open_steps = result["gate_closed_at_step"]
-        ours, theirs = sum(sluice["history"]["seconds"][:open_steps]), sum(dense["history"]["seconds"][:open_steps])
-        if ours > theirs:
-            sentences.append(
-                f"While the gate was learning (the first {open_steps} steps) Sluice took {ours / theirs:.2f} times as "
-                "long as dense."
-            )
-    if result["speedup_whole_run"] < 1:
-        sentences.append(
-            f"Over the whole run Sluice was slower ({sluice['seconds_total']:.0f} s against "
-            f"{dense['seconds_total']:.0f} s): a run this short does not win back what the learning phase costs."
-        )
-    if sluice["heldout_loss"] > dense["heldout_loss"]:
-        difference = sluice["heldout_loss"] - dense["heldout_loss"]
-        sentences.append(f"Held-out loss is {difference:.4f} nats a byte above dense's.")
-    if sluice["heldout_accuracy"] < dense["heldout_accuracy"]:
-        difference = 100 * (dense["heldout_accuracy"] - sluice["heldout_accuracy"])
-        sentences.append(f"Held-out accuracy is {difference:.2f} points below dense's.")
-    for name, unit in (("steps_to_target", "steps"), ("seconds_to_target", "seconds")):
-        if sluice[name] is None:
-            sentences.append(f"Sluice did not reach the target loss; dense did after {dense['steps_to_target']} steps.")
-            break
-        if sluice[name] > dense[name]:
-            sentences.append(f"It took {sluice[name]:.0f} {unit} to the target loss, dense {dense[name]:.0f}.")
-    for side in (dense, sluice):
-        if side["peak_bytes"] is None or side["mfu"] is None:
-            sentences.append(
-                f"Memory, FLOPs and MFU of {side['title']} were not measured, so nothing is said of them: "
-                f"{side['not_measured'] or 'no reason was given'}"
-            )
-    if sluice["peak_bytes"] and dense["peak_bytes"] and sluice["peak_bytes"] > dense["peak_bytes"]:
-        ratio = sluice["peak_bytes"] / dense["peak_bytes"]
-        sentences.append(f"A step needs {ratio:.2f} times the memory of dense's.")
-    if sluice["mfu"] and dense["mfu"] and sluice["mfu"] < dense["mfu"]:
-        sentences.append(
-            f"MFU is {sluice['mfu']:.0%} against dense's {dense['mfu']:.0%}: with fewer pairs to compute, what is left "
-            "runs further from the machine's peak."
-        )
-    if window is not None and window["heldout_accuracy"] >= 0.995 * sluice["heldout_accuracy"]:
-        better = window["heldout_accuracy"] > 1.005 * sluice["heldout_accuracy"]
-        sentences.append(
-            f"A plain sliding window of the target density does {'better' if better else 'as well'} here (accuracy "
-            f"{window['heldout_accuracy']:.4f}, gate {sluice['heldout_accuracy']:.4f}): this text is predicted from "
-            "what is near. Where the answer lies far back a window fails and the gate does not: see the "
-            "section Recall of docs/gate.md."
-        )
-    return sentences

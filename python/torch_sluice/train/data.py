@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from torch_sluice.train.errors import TrainError
+from torch_sluice.train.folder import RunFiles
+from torch_sluice.train.settings import Settings
 
 # Folders of the standard library that are tables, tests or other people's packages rather than source to learn from.
 _SKIPPED_FOLDERS = {"test", "tests", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
@@ -45,6 +47,18 @@ class Corpus:
         starts = generator.integers(0, len(self.train) - context, size=size)
         return _windows(self.train, starts, context)
 
+    def step_batches(self, settings: Settings, step: int) -> list[torch.Tensor]:
+        """The micro-batches of a step of a run with these settings, int64 [micro_size, context + 1] each."""
+        return [
+            self.batch(settings.seed, step, micro, settings.micro_size, settings.context)
+            for micro in range(settings.micro_batches)
+        ]
+
+    def check_fingerprint(self, fingerprint: str) -> None:
+        """Raises TrainError unless this is the text that had the fingerprint."""
+        if fingerprint != self.fingerprint:
+            raise TrainError(f"the text in {self.name} is not what this run was trained on; restore it, or train anew")
+
     def heldout_windows(self, count: int, context: int) -> torch.Tensor:
         """int64 [at most count, context + 1], spread evenly over the held-out text, not overlapping."""
         room = (len(self.heldout) - 1) // context
@@ -57,8 +71,11 @@ def _windows(text: np.ndarray, starts: np.ndarray, context: int) -> torch.Tensor
     return torch.from_numpy(np.stack([text[s : s + context + 1] for s in starts]).astype(np.int64))
 
 
-def load_corpus(path: str | None, context: int) -> Corpus:
+def load_corpus(path: str | None, context: int, out: Path | None = None) -> Corpus:
     """Reads the text of a folder or a file; None: the standard library of this Python.
+
+    Args:
+        out: the folder of the run; its files, and those of other runs, are no text of ``path``.
 
     Of several files, those whose path hashes into the first eighth are held out; of a single file, its last eighth. Of
     files with the same text one counts, so that nothing that is held out is also trained on.
@@ -70,7 +87,7 @@ def load_corpus(path: str | None, context: int) -> Corpus:
     if not root.exists():
         raise TrainError(f"--data is '{root}', and there is no such file or folder")
     if root.is_dir():
-        texts, skipped = _read_folder(root, only_source=path is None)
+        texts, skipped = _read_folder(root, RunFiles(root, out), only_source=path is None)
     else:
         texts, skipped = {root.name: _read_file(root)}, 0
     train, heldout, counts = _split(texts)
@@ -114,13 +131,15 @@ def _first_bad_byte(text: bytes) -> int | None:
     return zero if zero >= 0 else None
 
 
-def _read_folder(root: Path, only_source: bool) -> tuple[dict[str, bytes], int]:
+def _read_folder(root: Path, run_files: RunFiles, only_source: bool) -> tuple[dict[str, bytes], int]:
     texts, skipped, seen = {}, 0, set()
     for path in sorted(root.rglob("*.py" if only_source else "*")):
         relative = path.relative_to(root)
         if only_source and _SKIPPED_FOLDERS.intersection(relative.parts):
             continue
         if any(part.startswith(".") for part in relative.parts) or not path.is_file():
+            continue
+        if run_files.hold(path):
             continue
         try:
             text = path.read_bytes()

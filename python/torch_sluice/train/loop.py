@@ -4,6 +4,7 @@ Lockstep makes the comparison fair on a machine that is not quiet (whatever slow
 and keeps one position for a checkpoint: the step.
 """
 
+import copy
 import math
 import signal
 import time
@@ -18,6 +19,8 @@ from torch_sluice.train.checkpoint import save_checkpoint
 from torch_sluice.train.data import Corpus
 from torch_sluice.train.errors import TrainError
 from torch_sluice.train.evaluate import evaluate
+from torch_sluice.train.folder import FolderLock
+from torch_sluice.train.model import predict
 from torch_sluice.train.settings import Settings
 from torch_sluice.train.side import Side
 from torch_sluice.train.sluice import SluiceSide, WindowSide
@@ -41,9 +44,12 @@ def make_sides(settings: Settings) -> dict[str, Side]:
 class Run:
     """A comparison in progress: its settings, its text, its sides and the number of steps done."""
 
-    def __init__(self, settings: Settings, corpus: Corpus, folder: Path, data: str | None):
-        self.settings, self.corpus, self.folder, self.data = settings, corpus, folder, data
+    def __init__(
+        self, settings: Settings, corpus: Corpus, folder: Path, data: str | None, lock: FolderLock | None = None
+    ):
+        self.settings, self.corpus, self.folder, self.data, self.lock = settings, corpus, folder, data, lock
         self.step = 0
+        self.closed = False
         self.saved = False  # whether the folder holds a checkpoint of this run
         self.sides = make_sides(settings)
         self.quick_windows = corpus.heldout_windows(settings.quick_windows, settings.context)
@@ -95,10 +101,7 @@ class Run:
 
     def load_state_dict(self, state: dict) -> None:
         try:
-            if state["fingerprint"] != self.corpus.fingerprint:
-                raise TrainError(
-                    f"the text in {self.corpus.name} is not what this run was trained on; restore it, or train anew"
-                )
+            self.corpus.check_fingerprint(state["fingerprint"])
             for name, side in self.sides.items():
                 side.load_state_dict(state["sides"][name])
             self.step = int(state["step"])
@@ -121,12 +124,10 @@ class Run:
         """
         settings = self.settings
         saved = time.monotonic()
+        self._warm_up()
         with StopRequest() as stop:
             while self.step < settings.steps:
-                batches = [
-                    self.corpus.batch(settings.seed, self.step, micro, settings.micro_size, settings.context)
-                    for micro in range(settings.micro_batches)
-                ]
+                batches = self.corpus.step_batches(settings, self.step)
                 for name, side in self.sides.items():
                     side.train_step(batches, self.step)
                     self._check_finite(name, "loss", side.history.loss[-1])
@@ -141,6 +142,12 @@ class Run:
                     self.save()
                     saved = time.monotonic()
 
+    def _warm_up(self) -> None:
+        """One step of a copy of the model, so that what a process does once is in no side's time: the first one's."""
+        model = copy.deepcopy(self.sides["dense"].model)
+        predict(model, self.quick_windows[:1, :-1]).sum().backward()
+        torch.optim.AdamW(model.parameters()).step()
+
     def _evaluate(self) -> None:
         for name, side in self.sides.items():
             figures = evaluate(side.model, self.quick_windows)
@@ -154,8 +161,12 @@ class Run:
             raise TrainError(f"the {what} of {name} became {value} at step {self.step}; try a smaller --learning-rate")
 
     def close(self) -> None:
-        for side in self.sides.values():
+        """Ends what the sides hold open, and gives the folder free. Does nothing the second time."""
+        for side in () if self.closed else self.sides.values():
             side.close()
+        self.closed = True
+        if self.lock is not None:
+            self.lock.close()
 
 
 class StopRequest:

@@ -13,6 +13,7 @@ from torch_sluice.train.checkpoint import MESH_FOLDER, load_checkpoint, peek_ste
 from torch_sluice.train.compare import compare
 from torch_sluice.train.data import load_corpus
 from torch_sluice.train.errors import TrainError
+from torch_sluice.train.folder import FolderLock, make_folder
 from torch_sluice.train.loop import STEPS_NAME, Interrupted, Run, set_threads
 from torch_sluice.train.progress import TrainProgress
 from torch_sluice.train.settings import Settings
@@ -20,15 +21,26 @@ from torch_sluice.train.settings import Settings
 
 def start_run(settings: Settings, data: str | None, folder: Path, overwrite: bool) -> Run:
     """A new run whose files go to ``folder``, which is made if need be."""
-    corpus = load_corpus(data, settings.context)
+    settings.check_memory()
+    corpus = load_corpus(data, settings.context, folder)
     make_folder(folder)
-    if not overwrite:
-        refuse_to_replace(folder)
-    shutil.rmtree(folder / MESH_FOLDER, ignore_errors=True)  # of the run that this one replaces
-    with contextlib.suppress(OSError):
-        (folder / STEPS_NAME).unlink()
-    data = None if data is None else str(Path(data).resolve())
-    return Run(settings, corpus, folder, data)
+    with _release_on_failure(FolderLock(folder)) as lock:
+        if not overwrite:
+            refuse_to_replace(folder)
+        shutil.rmtree(folder / MESH_FOLDER, ignore_errors=True)  # of the run that this one replaces
+        with contextlib.suppress(OSError):
+            (folder / STEPS_NAME).unlink()
+        data = None if data is None else str(Path(data).resolve())
+        return Run(settings, corpus, folder, data, lock)
+
+
+@contextlib.contextmanager
+def _release_on_failure(lock: FolderLock):
+    try:
+        yield lock
+    except BaseException:
+        lock.close()
+        raise
 
 
 def refuse_to_replace(folder: Path) -> None:
@@ -46,16 +58,24 @@ def refuse_to_replace(folder: Path) -> None:
 
 def resume_run(folder: Path, threads: int | None) -> Run:
     """The run that was saved in ``folder``, exactly where it stopped."""
+    if not folder.is_dir():
+        load_checkpoint(folder)  # says that there is none
+    with _release_on_failure(FolderLock(folder, "--resume")) as lock:
+        return _read_run(folder, threads, lock)
+
+
+def _read_run(folder: Path, threads: int | None, lock: FolderLock) -> Run:
     state = load_checkpoint(folder)
     try:
         settings = Settings.from_dict(state["settings"]).override(threads=threads)
-        corpus = load_corpus(state["data"], settings.context)
+        settings.check_memory()
+        corpus = load_corpus(state["data"], settings.context, folder)
     except KeyError as error:
         raise TrainError(f"the checkpoint in '{folder}' lacks {error}; train anew") from error
     except TypeError as error:
         raise TrainError(f"the checkpoint in '{folder}' holds a value of a wrong type ({error}); train anew") from error
     make_folder(folder)
-    run = Run(settings, corpus, folder, state["data"])
+    run = Run(settings, corpus, folder, state["data"], lock)
     try:
         run.load_state_dict(state)
     except BaseException:
@@ -65,7 +85,8 @@ def resume_run(folder: Path, threads: int | None) -> Run:
 
 
 def execute_run(run: Run, console: Console, json_path: Path | None, **outputs) -> dict:
-    """Trains what is left, compares, writes results.json into the run's folder and to ``json_path``.
+    """Trains what is left, compares, writes results.json into the run's folder and to ``json_path``. The caller closes
+    the run.
 
     Args:
         outputs: ``tensorboard``, ``metrics_port`` and ``metrics_host`` of ``Run.watch``.
@@ -73,8 +94,7 @@ def execute_run(run: Run, console: Console, json_path: Path | None, **outputs) -
     Raises:
         Interrupted: the user asked to stop; everything needed to resume has been saved.
     """
-    with contextlib.closing(run):
-        result = _train_and_compare(run, console, json_path, outputs)
+    result = _train_and_compare(run, console, json_path, outputs)
     write_json(run.folder / "results.json", result)
     if json_path is not None:
         write_json(json_path, result)
@@ -129,23 +149,15 @@ def write_json(path: Path, result: dict) -> None:
 
 def _write_whole(path: Path, text: str) -> None:
     """Through a file beside it, so that a crash never leaves half of it."""
+    unfinished = path.with_name(path.name + ".unfinished")
     try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
     except OSError as error:
         raise TrainError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def make_folder(folder: Path) -> None:
-    """Makes the folder of a run; TrainError where nothing can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise TrainError(f"--out is '{folder}', where nothing can be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
 
 
 def check_writable(path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a run is made of, and the two presets."""
 
+import os
 from dataclasses import asdict, dataclass, fields, replace
 
 from torch_sluice.train.errors import TrainError
@@ -57,21 +58,27 @@ class Settings:
         return settings
 
     def check(self) -> None:
-        for name in ("steps", "context", "micro_batches", "micro_size", "layers", "width", "heads"):
-            if getattr(self, name) < 1:
-                raise TrainError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
-        if self.context < 32:
-            raise TrainError(f"--context is {self.context}, expected at least 32 bytes")
+        """Raises TrainError for what no machine can train; ``check_memory`` looks at this one."""
+        for name, (least, most, unit) in _BOUNDS.items():
+            value, option = getattr(self, name), f"--{name.replace('_', '-')}"
+            if value < least:
+                raise TrainError(f"{option} is {value}, expected at least {least}{unit}")
+            if value > most:
+                raise TrainError(f"{option} is {value}, expected at most {most}{unit}")
         if self.width % self.heads or self.width // self.heads % 2:
             raise TrainError(f"--width is {self.width}, expected an even multiple of --heads = {self.heads}")
+        if self.width // self.heads > _MOST_HEAD_DIM:
+            raise TrainError(
+                f"--width is {self.width}, expected at most {_MOST_HEAD_DIM} for each of --heads = {self.heads}"
+            )
         if not 0 < self.target_density <= 1:
             raise TrainError(f"--target-density is {self.target_density}, expected a number in (0, 1]")
         for name in ("learning_rate", "gate_learning_rate"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise TrainError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected a positive number")
-        for name in ("local_window", "seed"):
-            if getattr(self, name) < 0:
-                raise TrainError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 0")
+            if not 0 < getattr(self, name) <= _MOST_LEARNING_RATE:
+                raise TrainError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}, expected a positive number of at most "
+                    f"{_MOST_LEARNING_RATE:g}"
+                )
         floor = window_density(self.context, self.local_window, self.sinks)
         if self.target_density < floor:
             raise TrainError(
@@ -80,13 +87,67 @@ class Settings:
             )
         if self.threads < 0:
             raise TrainError(f"--threads is {self.threads}, expected at least 1 (0: as torch decides)")
+        if self.threads > most_threads():
+            raise TrainError(
+                f"--threads is {self.threads}, expected at most {most_threads()}; this machine has {os.cpu_count()} "
+                "processors"
+            )
+
+    @property
+    def least_bytes(self) -> int:
+        """Memory that a comparison in one process needs at least; what it takes is more."""
+        parameters = self.layers * (4 * self.width**2 + 3 * self.width * self.feedforward) + 256 * self.width
+        sides = 3 if self.with_window else 2
+        tokens = self.micro_size * self.context
+        # Of each token, for the backward pass: the logits, and in each layer what enters its linear maps.
+        activations = tokens * (2 * 256 + self.layers * (6 * self.width + 3 * self.feedforward))
+        batches = 2 * self.micro_batches * tokens  # int64
+        return 4 * (sides * 4 * parameters + activations + batches)  # weights, gradients and two moments of each side
+
+    def check_memory(self) -> None:
+        """Raises TrainError where this machine has less than ``least_bytes``."""
+        present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if self.least_bytes > present:
+            names = ("context", "micro_size", "micro_batches", "layers", "width")
+            options = ", ".join(f"--{name.replace('_', '-')} is {getattr(self, name)}" for name in names)
+            raise TrainError(
+                f"{options}: that needs at least {self.least_bytes / 2**30:.1f} GiB of memory, expected at most the "
+                f"{present / 2**30:.1f} GiB of this machine"
+            )
+
+
+# (least, most, unit). The greatest are beyond what trains on a CPU; greater ones only fail late, or overflow.
+_BOUNDS = {
+    "steps": (1, 10**9, ""),
+    "context": (32, 2**20, " bytes"),
+    "micro_batches": (1, 2**16, ""),
+    "micro_size": (1, 2**16, ""),
+    "layers": (1, 1024, ""),
+    "width": (1, 2**16, ""),
+    "heads": (1, 2**12, ""),
+    "local_window": (0, 2**20, ""),
+    "seed": (0, 2**64 - 1, ""),  # what torch.manual_seed takes
+}
+_MOST_HEAD_DIM = 256  # SL_ATTENTION_MAX_HEAD_DIM of ops/sluice/gated_attention.h
+_MOST_LEARNING_RATE = 1e3  # AdamW moves a weight by as much in a step; float32 overflows not far above
+
+
+def most_threads() -> int:
+    """More than help anywhere; torch ends the process where the system refuses it a thread."""
+    return max(64, 4 * (os.cpu_count() or 1))
 
 
 def window_density(context: int, window: int, sinks: int) -> float:
     """Share of the causal pairs that the nearest ``window`` keys and the first ``sinks`` keys make."""
     # Row i has i keys: the window's, and of those before it the sinks.
-    kept = sum(min(i, window) + min(sinks, max(i - window, 0)) for i in range(1, context + 1))
+    kept = _sum_of_minima(context, window) + _sum_of_minima(max(context - window, 0), sinks)
     return kept / (context * (context + 1) / 2)
+
+
+def _sum_of_minima(rows: int, most: int) -> int:
+    """The sum of min(i, most) over i = 1 to rows."""
+    rising = min(rows, most)
+    return rising * (rising + 1) // 2 + (rows - rising) * most
 
 
 PRESETS = {

@@ -1,9 +1,8 @@
 """Where a monitor's figures go. Each output has ``write(step, figures)`` and ``close()`` and may raise."""
 
-import warnings
 from collections.abc import Callable
 
-from torch_sluice.monitor.limits import MonitorWarning
+from torch_sluice.monitor.limits import warn
 from torch_sluice.monitor.records import Budget
 
 
@@ -54,6 +53,4 @@ class Output:
         if not self._warned:
             self._warned = True
             reason = getattr(error, "strerror", None) or error
-            warnings.warn(
-                f"{self._what}: figures are being lost, the run goes on: {reason}", MonitorWarning, stacklevel=2
-            )
+            warn(f"{self._what}: figures are being lost, the run goes on: {reason}")

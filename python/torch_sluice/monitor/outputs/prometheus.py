@@ -1,7 +1,9 @@
 """Prometheus text on a port. Values are read when they are scraped, so a step costs nothing."""
 
+import gc
 import re
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 
 _HELP = {
@@ -22,8 +24,17 @@ _HELP = {
     "tokens_per_second": "Tokens of the last step / its seconds.",
     "loss": "Loss of the last step.",
 }
+# Of what every monitor shows by itself, beside the figures of its last step.
+OWN = (
+    "steps", "steps_total", "tokens_total", "seconds_total", "step_seconds", "peak_bytes", "memory_ratio",
+)  # fmt: skip
 _servers: dict[tuple[str, int], "_Server"] = {}
 _lock = threading.Lock()
+
+
+def metric_of(figure: str) -> str:
+    """The name under which a figure is shown. Two figures may have the same one."""
+    return "torch_sluice_" + re.sub(r"\W", "_", figure, flags=re.ASCII)
 
 
 class _Server:
@@ -37,7 +48,7 @@ class _Server:
                 f"metrics_port is {port}, which needs the package prometheus-client: "
                 "pip install 'torch-sluice[monitor]'"
             ) from error
-        self.readers: dict[str, Callable[[], tuple[dict, dict]]] = {}
+        self.readers: dict[str, weakref.WeakMethod] = {}
         registry = CollectorRegistry()
         registry.register(self)
         try:
@@ -58,11 +69,14 @@ class _Server:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         families: dict[str, object] = {}
-        for name, read in list(self.readers.items()):
+        for name, reference in list(self.readers.items()):
+            read = reference()
+            if read is None:  # of a monitor that was dropped and never closed
+                continue
             counters, gauges = read()
             for kind, values in ((CounterMetricFamily, counters), (GaugeMetricFamily, gauges)):
                 for (figure, *label), value in values.items():
-                    metric = "torch_sluice_" + re.sub(r"\W", "_", figure, flags=re.ASCII)
+                    metric = metric_of(figure)
                     if metric not in families:
                         text = _HELP.get(figure, f"The figure {figure} of the last step.")
                         labels = ["monitor", *(["quantile"] if label else [])]
@@ -83,7 +97,8 @@ class Prometheus:
         port: 0: any free one; ``self.port`` says which.
         host: address to listen on.
         name: value of the label ``monitor``.
-        read: called at a scrape; gives counters and gauges, each as {(name,) or (name, quantile): number}.
+        read: a method, called at a scrape; gives counters and gauges, each as {(name,) or (name, quantile): number}.
+            It does not keep its object alive.
 
     Raises:
         ValueError: the port can't be had, or another monitor on it has the name.
@@ -94,11 +109,13 @@ class Prometheus:
         with _lock:
             server = _servers.get((host, port)) or _Server(host, port)
             if name in server.readers:
+                gc.collect()  # perhaps of a training that failed, of which nothing is left
+            if name in server.readers and server.readers[name]() is not None:
                 raise ValueError(
                     f"name is {name!r}, which another monitor on port {port} has; give each its own, as name='teacher'"
                 )
             _servers[host, server.port] = server
-            server.readers[name] = read
+            self._reader = server.readers[name] = weakref.WeakMethod(read)
         self._server, self._name, self.port = server, name, server.port
 
     def write(self, step: int, figures: dict[str, float]) -> None:
@@ -106,6 +123,8 @@ class Prometheus:
 
     def close(self) -> None:
         with _lock:
+            if self._server.readers.get(self._name) is not self._reader:
+                return  # another monitor has taken the name since
             del self._server.readers[self._name]
             if not self._server.readers:
                 del _servers[self._server.host, self._server.port]

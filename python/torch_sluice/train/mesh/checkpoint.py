@@ -14,7 +14,7 @@ import torch
 from torch import distributed
 from torch.distributed import checkpoint as tensors_of_ranks
 
-from torch_sluice.train.checkpoint import MESH_FOLDER, NAME
+from torch_sluice.train.checkpoint import MESH_FOLDER, NAME, write_tensors
 from torch_sluice.train.errors import TrainError
 from torch_sluice.train.mesh.layout import Layout
 from torch_sluice.train.mesh.side import MeshSide
@@ -53,9 +53,10 @@ def save_checkpoint(folder: Path, side: MeshSide, state: dict) -> None:
     problem = None
     if side.session is not None:
         try:
-            torch.save(side.session.state_dict(), unfinished / f"accumulators-{rank}.pt")
-        except (OSError, RuntimeError) as error:
-            problem = f"cannot write the checkpoint {path}: {error}"
+            with (unfinished / f"accumulators-{rank}.pt").open("wb") as file:
+                write_tensors(side.session.state_dict(), file)
+        except OSError as error:
+            problem = f"cannot write the checkpoint {path}: {error.strerror or error}"
     _agree(problem)
     controller = None if side.controller is None else side.controller.state_dict()
     _on_rank_0(lambda: _finish(unfinished, path, {"format": _FORMAT, "controller": controller, **state}))

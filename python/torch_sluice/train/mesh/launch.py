@@ -10,6 +10,7 @@ from torch import distributed, multiprocessing
 from torch_sluice.train.errors import TrainError
 from torch_sluice.train.loop import StopRequest
 
+_STARTED_HERE = "TORCH_SLUICE_STARTED_RANKS"
 _GRACE_SECONDS = 60.0  # for ranks to end once another has failed
 # Ranks are forked from a process that has imported these: each by itself would take seconds of a processor.
 _PRELOADED = ["torch_sluice.train.mesh.main", "transformers.models.llama.modeling_llama"]
@@ -18,6 +19,11 @@ _PRELOADED = ["torch_sluice.train.mesh.main", "transformers.models.llama.modelin
 def is_rank() -> bool:
     """Whether this process is one rank of a job: of torchrun's, or of ``start_ranks``."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def was_started_here() -> bool:
+    """Whether ``start_ranks`` of another process started this rank; that process holds the folder."""
+    return _STARTED_HERE in os.environ
 
 
 def start_ranks(arguments: list[str], ranks: int) -> bool:
@@ -32,6 +38,7 @@ def start_ranks(arguments: list[str], ranks: int) -> bool:
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
+        _STARTED_HERE: "1",
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is here, and no rank has to make one
     }
     multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import distributed
 
 from torch_sluice.train.data import Corpus
+from torch_sluice.train.errors import TrainError
 from torch_sluice.train.loop import SAVE_EVERY_SECONDS, Interrupted, StopRequest
 from torch_sluice.train.mesh.checkpoint import load_checkpoint, save_checkpoint
 from torch_sluice.train.mesh.layout import Layout
@@ -52,7 +53,7 @@ class MeshRun:
         except FileNotFoundError:
             lines = []
         lines = [line for line in lines if line["step"] <= steps]
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        self._write_metrics("w", "".join(json.dumps(line) + "\n" for line in lines))
         return [line for line in lines if "loss" in line]
 
     def save(self) -> None:
@@ -73,7 +74,7 @@ class MeshRun:
         """
         settings, side = self.settings, self.side
         if self.leads and not self.step:
-            (self.folder / METRICS).write_text("")
+            self._write_metrics("w", "")
         saved = time.monotonic()
         with StopRequest() as stop:
             while self.step < settings.steps:
@@ -105,8 +106,15 @@ class MeshRun:
 
     def _write(self, figures: dict) -> None:
         if self.leads:
-            with (self.folder / METRICS).open("a") as file:
-                file.write(json.dumps(figures) + "\n")
+            self._write_metrics("a", json.dumps(figures) + "\n")
+
+    def _write_metrics(self, mode: str, text: str) -> None:
+        path = self.folder / METRICS
+        try:
+            with path.open(mode) as file:
+                file.write(text)
+        except OSError as error:
+            raise TrainError(f"cannot write {path}: {error.strerror or error}") from error
 
     def evaluate(self, windows) -> dict[str, float]:
         """Loss and accuracy on held-out text, noted as well."""

@@ -1,6 +1,7 @@
 """``torch-sluice train --mesh``: starts the ranks if need be, and is what each of them runs."""
 
 import argparse
+import contextlib
 import os
 import shlex
 import sys
@@ -12,10 +13,18 @@ from torch import distributed
 
 from torch_sluice.train.data import load_corpus
 from torch_sluice.train.errors import TrainError
+from torch_sluice.train.folder import FolderLock, make_folder
 from torch_sluice.train.loop import Interrupted
-from torch_sluice.train.main import check_writable, make_folder, refuse_to_replace, write_json
+from torch_sluice.train.main import check_writable, refuse_to_replace, write_json
 from torch_sluice.train.mesh.checkpoint import newest_checkpoint, read_state, remove_checkpoints
-from torch_sluice.train.mesh.launch import choose_threads, is_rank, join_group, start_ranks, was_restarted
+from torch_sluice.train.mesh.launch import (
+    choose_threads,
+    is_rank,
+    join_group,
+    start_ranks,
+    was_restarted,
+    was_started_here,
+)
 from torch_sluice.train.mesh.layout import Layout, check_fit, fit_micro_batches, parse_mesh
 from torch_sluice.train.mesh.loop import MeshRun
 from torch_sluice.train.mesh.progress import MeshProgress
@@ -48,16 +57,26 @@ def run_mesh(options: argparse.Namespace, settings: Settings | None) -> int:
             settings = fit_micro_batches(settings, layout)
     check_fit(settings, layout)
     if not is_rank():
-        corpus = load_corpus(data, settings.context)  # its faults show here once and not on every rank
-        _check_text(corpus, state)
+        corpus = load_corpus(data, settings.context, folder)  # its faults show here once and not on every rank
+        if state is not None:
+            corpus.check_fingerprint(state["fingerprint"])
         make_folder(folder)
         if options.json:
             check_writable(Path(options.json))
-        return _start(options, folder, layout)
-    corpus = load_corpus(data, settings.context)
-    _check_text(corpus, state)
+        with contextlib.closing(_lock(options, folder)):
+            return _start(options, folder, layout)
+    corpus = load_corpus(data, settings.context, folder)
+    if state is not None:
+        corpus.check_fingerprint(state["fingerprint"])
     make_folder(folder)
-    return _run_rank(options, settings, layout, corpus, folder, data, checkpoint, state)
+    with contextlib.ExitStack() as held:
+        if os.environ["RANK"] == "0" and not was_started_here():
+            held.enter_context(contextlib.closing(_lock(options, folder)))
+        return _run_rank(options, settings, layout, corpus, folder, data, checkpoint, state)
+
+
+def _lock(options: argparse.Namespace, folder: Path) -> FolderLock:
+    return FolderLock(folder, "--out" if options.resume is None else "--resume")
 
 
 def _layout(options: argparse.Namespace, saved: Layout | None) -> Layout:
@@ -78,11 +97,6 @@ def _find_checkpoint(options: argparse.Namespace, folder: Path) -> tuple[Path | 
         return None, None
     refuse_to_replace(folder)
     return None, None
-
-
-def _check_text(corpus, state: dict | None) -> None:
-    if state is not None and state["fingerprint"] != corpus.fingerprint:
-        raise TrainError(f"the text in {corpus.name} is not what this run was trained on; restore it, or train anew")
 
 
 def _start(options: argparse.Namespace, folder: Path, layout: Layout) -> int:

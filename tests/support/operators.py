@@ -1,0 +1,55 @@
+"""Every operator of torch.ops.sluice, with arguments that are right."""
+
+import torch
+
+import torch_sluice  # noqa: F401  # registers them
+from torch_sluice.quantize.operators import packed_sizes
+
+ops = torch.ops.sluice
+
+
+def attention_inputs():
+    q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
+    return [q, k, v, torch.randn(1, 2, 5), torch.randn(1, 2, 5), torch.zeros(1, 2), torch.tensor([[0, 5]])]
+
+
+def packed_weight(outputs, inputs):
+    size, scales = packed_sizes(outputs, inputs, 8, 0)
+    return [torch.zeros(size, dtype=torch.uint8), torch.ones(scales)]
+
+
+# Arguments that are right, with every optional tensor.
+CALLS = {
+    "accumulate_": lambda: [
+        *(torch.zeros(5, 3, dtype=torch.float16), torch.zeros(1, dtype=torch.int8)),
+        *(torch.ones(5, 3), 1.0, False, None),
+    ],
+    "channel_norms": lambda: [torch.ones(5, 3), 0],
+    "conv2d_dynamic": lambda: [
+        *(torch.ones(1, 2, 4, 4), *packed_weight(3, 18), torch.ones(3), 3),
+        *([3, 3], [1, 1], [1, 1], [1, 1], 1, 8, 0, 8, 0.0),
+    ],
+    "gated_attention": lambda: [*attention_inputs(), True, 0, 0, 0.3],
+    "gated_attention_backward": lambda: [
+        *(torch.randn(1, 2, 5, 8), *attention_inputs(), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5)),
+        *(True, 0, 0, 0.3),
+    ],
+    "linear_dynamic": lambda: [torch.ones(2, 9), *packed_weight(5, 9), torch.ones(5), 5, 8, 0, 8, 0.0, True, 0.0],
+    "measure_gradient": lambda: [torch.ones(5, 3)],
+    "pack_conv2d_weight": lambda: [torch.ones(4, 2, 3, 3), 8, 0, 1],
+    "pack_linear_weight": lambda: [torch.ones(5, 9), 8, 0],
+    "quantize_dynamic": lambda: [torch.ones(5, 9), 8, 0.0, True],
+    "read_accumulator": lambda: [
+        *(torch.zeros(5, 3, dtype=torch.float16), torch.zeros(1, dtype=torch.int8)),
+        *(1.0, torch.ones(5, 3)),
+    ],
+    "unpack_linear_weight": lambda: [*packed_weight(5, 9), 5, 9, 8, 0],
+}
+
+
+def schema_of(name):
+    return getattr(ops, name).default._schema
+
+
+def is_tensor(argument):
+    return str(argument.type) in ("Tensor", "Optional[Tensor]")
