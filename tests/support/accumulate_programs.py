@@ -34,6 +34,7 @@ WRITES = (
 CLIPS = ("norm", "imported norm", "norm of some", "value", "total norm", "total norm, then scale")
 PARAMETERS = [f"{layer}.{kind}" for layer in LAYERS for kind in ("weight", "bias")]
 POLICIES = tuple(TOLERANCES)
+FLOOR = 1e-18  # below this the norm of a gradient underflows
 
 
 class Differs(AssertionError):
@@ -147,7 +148,12 @@ def _compare_sides(ours, plain):
     for (found, _, _), (wanted, each, everything) in zip(ours.observed, plain.observed, strict=True):
         everything = max(everything, plain.tolerance * plain.peak)  # what a hook saw came before the books were kept
         by_parameter = isinstance(wanted, list) and len(wanted) == len(each)
-        _compare("what was seen", found, wanted, each if by_parameter else everything + 1e-5 * lossy)
+        _compare(
+            "what was seen",
+            found,
+            wanted,
+            [one + FLOOR * lossy for one in each] if by_parameter else everything + 1e-5 * lossy,
+        )
     ours.observed.clear()
     plain.observed.clear()
     for i, (name, held) in enumerate(plain.held):
