@@ -297,6 +297,25 @@ def test_hooks_registered_before_the_session_see_it_too():
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, lambda: torch.device("meta")])
+def test_gradients_that_were_looked_at_in_a_mode_of_torch_go_on(policy, mode):
+    def loop(model, optimizer, session):
+        norms = []
+        for i, batch in enumerate(batches(8)):
+            loss_of(model, batch).backward()
+            with mode():
+                norms += [parameter.grad for parameter in model.parameters()]
+            norms = [one.detach().clone() for one in norms]
+            if i % 4 == 3:
+                clip_grad_norm_(model.parameters(), 0.05)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=False)
+        return norms
+
+    assert_equal(*both(loop, policy), policy)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 def test_backward_passes_from_several_threads(policy):
     def loop(model, optimizer, session):
         for batch in batches(6):

@@ -265,6 +265,24 @@ def test_micro_batches_without_tokens_count():
     assert_close(values(model), values(plain))
 
 
+@pytest.mark.parametrize("every", [None, 1, 2])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_tokens_of_a_micro_batch_that_was_thrown_away_go_too(every, set_to_none):
+    model, plain = net(), net()
+    optimizer = sgd(model)
+    first, second = batches(2)
+    with torch_sluice.accumulate(model, optimizer, every, policy="fp32") as session:
+        session.count(2)
+        loss_of(model, first).backward()
+        optimizer.zero_grad(set_to_none=set_to_none)
+        session.count(5)
+        loss_of(model, second).backward()
+        found = gradients(model)
+        session.reset()
+    loss_of(plain, second).backward()
+    assert_close(found, gradients(plain))
+
+
 @pytest.mark.parametrize("every", [None, 3])
 def test_an_optimizer_that_accelerate_prepared(every, monkeypatch):
     accelerate = pytest.importorskip("accelerate")

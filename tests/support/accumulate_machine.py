@@ -26,7 +26,7 @@ class Machine(GradientOperations):
         self.kind, self.tolerance, self.open_session = optimizer, tolerance, open_session
         self.model, self.session, self.saved = Net(), None, None
         self.steps = self.skipped = 0  # counted without a session
-        self.calls = 0  # of step() in this window, for loops that step after each micro-batch
+        self.calls = self.total = 0  # calls of step(), and tokens, in this window, for loops that have windows
         self.observed, self.held, self.hooks, self.scale = [], [], [], {}
         self.peak = self.highest = 0.0  # of the sum of ``scale``: in this operation, and ever
         self.grouped = [layer for layer in LAYERS if layer != "late"]
@@ -49,6 +49,8 @@ class Machine(GradientOperations):
 
     def _note(self, value):
         """Keeps what a user has seen, and how wrong it may be: of each parameter, and of all."""
+        if isinstance(value, torch.Tensor):  # in a hook the books don't have what has just come
+            self.peak = max(self.peak, sum(self.scale.values()) + value.norm().item())
         each = [self.tolerance * self.scale.get(name, 0.0) for name, _ in self.model.named_parameters()]
         self.observed.append((value, each, self.tolerance * max(self.peak, sum(self.scale.values()))))
 
@@ -237,7 +239,7 @@ class Machine(GradientOperations):
             state = self.session.state_dict()
         else:
             grads = {n: p.grad if p.grad is None else p.grad.detach() for n, p in self._in_session().items()}
-            state = [grads, dict(self.scale), self.steps, self.skipped, self.calls]
+            state = [grads, dict(self.scale), self.steps, self.skipped, self.calls, self.total]
         file = io.BytesIO()
         torch.save([self.model.state_dict(), self.optimizer.state_dict(), state], file)
         flags = [(n, p.requires_grad, p.dtype) for n, p in self.model.named_parameters()]
@@ -254,7 +256,7 @@ class Machine(GradientOperations):
         if self.open_session:
             self.session.load_state_dict(state)
             return
-        grads, scale, self.steps, self.skipped, self.calls = state
+        grads, scale, self.steps, self.skipped, self.calls, self.total = state
         for name, parameter in self._in_session().items():
             parameter.grad, self.scale[name] = grads[name], scale.get(name, 0.0)
 

@@ -41,8 +41,10 @@ class Differs(AssertionError):
     """The two sides of a program have parted."""
 
 
-def open_session(policy, every=None):
-    return lambda model, optimizer: torch_sluice.accumulate(model, optimizer, every, policy=policy)
+def open_session(policy, every=None, tokens=None):
+    """``tokens``: the reduction, where micro-batches are weighed by their tokens."""
+    options = {"policy": policy, "reduction": tokens or "mean"}
+    return lambda model, optimizer: torch_sluice.accumulate(model, optimizer, every, **options)
 
 
 # ---- making one
@@ -146,7 +148,7 @@ def _compare(what, found, wanted, allowed=0.0):
 def _compare_sides(ours, plain):
     lossy = plain.tolerance > 0
     for (found, _, _), (wanted, each, everything) in zip(ours.observed, plain.observed, strict=True):
-        everything = max(everything, plain.tolerance * plain.peak)  # what a hook saw came before the books were kept
+        everything = max(everything, plain.tolerance * plain.peak)
         by_parameter = isinstance(wanted, list) and len(wanted) == len(each)
         _compare(
             "what was seen",
@@ -238,7 +240,7 @@ def shrink(kind, settings, operations, make_session):
 def check_program(seed, policy, make_session=None, make=make_program):
     """None, or a text: the seed, what went wrong, and the shortest program that was found to go wrong."""
     kind, settings, operations = make(seed, policy)
-    make_session = make_session or open_session(policy, settings.get("every"))
+    make_session = make_session or open_session(policy, settings.get("every"), settings.get("tokens"))
     if failure_of(kind, settings, operations, make_session) is None:
         return None
     operations = shrink(kind, settings, operations, make_session)

@@ -16,24 +16,39 @@ TOLERANCES = {"fp32": 1e-5, "fp16": 2e-3, "auto": 2e-3}
 
 
 class WindowMachine(Machine):
-    """``zeroes``: when the loop calls zero_grad: first, last, both or never."""
+    """``zeroes``: when the loop calls zero_grad: first, last, both or never. ``tokens``: the reduction of the loss,
+    where micro-batches are weighed by their tokens; None where all weigh 1 / N."""
 
-    def __init__(self, every, zeroes="last", clip=None, scaled=False, closure=False, **settings):
-        self.every, self.zeroes, self.clipping = every, zeroes, clip
+    def __init__(self, every, zeroes="last", clip=None, scaled=False, closure=False, tokens=None, **settings):
+        self.every, self.zeroes, self.clipping, self.tokens = every, zeroes, clip, tokens
         self.scaled, self.closure = scaled, closure
         super().__init__(**settings)
 
     def _zero(self, set_to_none=True, whose="optimizer"):
         {"optimizer": self.optimizer, "model": self.model}[whose].zero_grad(set_to_none=set_to_none)
 
-    def _backward(self, seed, heads, middle=1, reentrant=None, passes=1, spoil=False):
+    def _weigh(self, tokens):
+        """What a loss weighs in the plain loop, whose gradients are the average over the tokens so far."""
+        if self.tokens is None:
+            return 1 / self.every
+        before, self.total = self.total, self.total + tokens
+        for parameter in self._in_session().values():
+            if parameter.grad is not None:
+                parameter.grad *= before / self.total
+        return (tokens if self.tokens == "mean" else 1) / self.total
+
+    def _backward(self, seed, heads, middle=1, reentrant=None, passes=1, spoil=False, tokens=2):
+        if not self.open_session:
+            weight = self._weigh(tokens)
+        elif self.tokens is not None:
+            self.session.count(tokens)
         total = 0.0
         for i in range(passes):
             x = torch.randn(4, 20, generator=torch.Generator().manual_seed(seed + i)).requires_grad_()
             loss = self.model(x, [head for head in heads if head in self.grouped], middle, reentrant)
             total += loss.item()
             loss = loss * torch.inf if spoil else loss
-            loss = loss if self.open_session else loss / self.every
+            loss = loss if self.open_session else loss * weight
             (self.scaler.scale(loss) if self.scaled else loss).backward()
         return total
 
@@ -72,6 +87,7 @@ class WindowMachine(Machine):
                 with self._changing("replace"):
                     self._zero(set_to_none, whose)
         self.calls = 0 if last else self.calls + 1
+        self.total = 0 if last else self.total
 
     def _micro_batch_by_closure(self, options):
         if self.open_session:
@@ -105,11 +121,11 @@ class WindowMachine(Machine):
                 self._backward(seed, ("a", "b"))
             self._zero(set_to_none)
             self.scale.clear()
-        self.calls = 0
+        self.calls = self.total = 0
 
     def reset(self):
         super().reset()
-        self.calls = 0
+        self.calls = self.total = 0
 
     def leave_and_enter(self, again=False):
         """Out, where the sum so far is in sight; its gradients are dropped, and a window begins in a session."""
@@ -118,7 +134,7 @@ class WindowMachine(Machine):
         self.look()
         self._zero()
         self.scale.clear()
-        self.calls = 0
+        self.calls = self.total = 0
         self.enter(again)
 
 
@@ -128,6 +144,8 @@ def draw_operation(draw, settings):
          "leave_and_enter", "save", "load", "restart"],
         [30, 3, 2, 1, 2, 2, 1, 1, 1, 1, 1, 1, 1],
     )[0]  # fmt: skip
+    if name == "hold" and settings["tokens"]:
+        name = "look"  # what is held is divided by more tokens only when somebody looks again
     seed = draw.randrange(10**6)
     if name == "micro_batch":
         options = {"seed": seed, "heads": tuple(draw.sample(("a", "b", "late"), draw.choice((2, 2, 3))))}
@@ -138,6 +156,8 @@ def draw_operation(draw, settings):
             options |= {"set_to_none": draw.random() < 0.8, "whose": draw.choice(("optimizer", "optimizer", "model"))}
         if settings["tolerance"] < 1e-3 and draw.random() < 0.02 and settings["zeroes"] != "never":
             options["spoil"] = True
+        if settings["tokens"]:
+            options["tokens"] = draw.choice((1, 2, 5))
         return name, options
     if name == "throw_away":
         return name, {"seed": seed, "set_to_none": draw.random() < 0.8}
@@ -162,6 +182,9 @@ def make_program(seed, policy):
         settings |= {"scaled": False, "clip": None, "zeroes": "first"}
     elif draw.random() < 0.1:
         settings["zeroes"] = "never"
+    settings["tokens"] = None
+    if not settings["closure"] and settings["zeroes"] != "never" and draw.random() < 0.2:
+        settings["tokens"] = draw.choice(("mean", "sum"))
     return WindowMachine, settings, [draw_operation(draw, settings) for _ in range(draw.randint(3, 40))]
 
 
