@@ -1,12 +1,32 @@
 """What a random program may do to gradients: make them, look at them, keep them, write, clip and remove them."""
 
-import threading
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from support.accumulate_model import Fail
+
+
+@contextlib.contextmanager
+def _default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+SURROUNDINGS = {"inference": torch.inference_mode, "meta": lambda: torch.device("meta"), "double": _default_dtype}
+HOLDS = {
+    "grad": lambda grad: grad,
+    "view": lambda grad: grad.view(-1)[1:],
+    "detached": torch.Tensor.detach,
+    "data": lambda grad: grad.data,
+    "numpy": lambda grad: torch.from_numpy(grad.detach().numpy()),
+}
 
 
 class GradientOperations:
@@ -36,11 +56,10 @@ class GradientOperations:
             for i in range(times):
                 loss.backward(retain_graph=graph or i + 1 < times, **options)
 
-        with self._changing("add"):
+        with self._changing("add"), SURROUNDINGS.get(how, contextlib.nullcontext)():
             if how == "thread":
-                thread = threading.Thread(target=run)
-                thread.start()
-                thread.join()
+                with ThreadPoolExecutor(1) as pool:
+                    pool.submit(run).result()
             else:
                 run()
         self._note(loss.detach())
@@ -53,6 +72,15 @@ class GradientOperations:
         if norms:
             (0.1 * sum(norms)).backward()
 
+    def regularise(self, name, how):
+        """Gradients that are expanded or transposed views, as torch makes them."""
+        parameter = self._parameter(name)
+        if parameter.requires_grad:
+            ones = torch.ones(parameter.shape[::-1], dtype=parameter.dtype)
+            loss = parameter.sum() if how == "expanded" else (parameter.t() * ones).sum()
+            with self._changing("add"):
+                (0.01 * loss).backward()
+
     def differentiate(self, seed):
         """A gradient that doesn't go to ``.grad``."""
         weight = self.model.trunk.weight
@@ -62,14 +90,17 @@ class GradientOperations:
 
     # ---- gradients
 
-    def look(self):
-        self._note([None if p.grad is None else p.grad.detach().clone() for p in self.model.parameters()])
+    def look(self, where="plain"):
+        """``where``: in which of torch's modes; what is seen must still be an ordinary gradient afterwards."""
+        with SURROUNDINGS.get(where, contextlib.nullcontext)():
+            grads = [p.grad for p in self.model.parameters()]
+        self._note([None if grad is None else grad.detach().clone() for grad in grads])
 
-    def hold(self, name):
-        """Keeps a reference to a gradient; what it holds is compared from now on, and whether it still is ``.grad``."""
+    def hold(self, name, how="grad"):
+        """Keeps a reference to a gradient or to its memory; what it holds is compared from now on."""
         grad = self._parameter(name).grad
         if grad is not None:
-            self.held.append((name, grad))
+            self.held.append((name, HOLDS[how](grad)))
 
     def compare_held(self):
         self._note([self._parameter(name).grad is grad for name, grad in self.held])
@@ -109,6 +140,8 @@ class GradientOperations:
                 parameter.grad.data = values
             elif how == "item":
                 parameter.grad[0] = 0.5
+            elif how == "share":  # one tensor for two parameters
+                self.model.a.weight.grad = self.model.b.weight.grad
 
     def clip(self, how, limit=0.05):
         with self._changing("clip" if how in ("norm", "imported norm", "norm of some") else "keep"):

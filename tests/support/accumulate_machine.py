@@ -170,6 +170,8 @@ class Machine(GradientOperations):
             return
         if how == "tensor":
             self.hooks.append(parameter.register_hook(lambda grad: grad * 0.5))
+        elif how == "keep what comes":
+            self.hooks.append(parameter.register_hook(lambda grad: self.held.append((name, grad))))
         elif how == "before step":
 
             def look(optimizer, *_):
@@ -185,6 +187,10 @@ class Machine(GradientOperations):
                         parameter.grad.mul_(0.5)
                 elif how == "drop":
                     parameter.grad = None
+                elif how == "keep":
+                    self.held.append((name, parameter.grad))
+                elif how == "fail":
+                    raise OSError("a hook that fails")
 
             self.hooks.append(parameter.register_post_accumulate_grad_hook(act))
 

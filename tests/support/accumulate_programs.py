@@ -12,6 +12,7 @@ import warnings
 import torch
 
 import torch_sluice
+from support.accumulate_gradients import HOLDS, SURROUNDINGS
 from support.accumulate_machine import Machine
 from support.accumulate_model import LAYERS, OPTIMIZERS
 
@@ -33,6 +34,7 @@ WRITES = (
 CLIPS = ("norm", "imported norm", "norm of some", "value", "total norm", "total norm, then scale")
 PARAMETERS = [f"{layer}.{kind}" for layer in LAYERS for kind in ("weight", "bias")]
 POLICIES = tuple(TOLERANCES)
+FLOOR = 1e-18  # below this the norm of a gradient underflows
 
 
 class Differs(AssertionError):
@@ -51,12 +53,14 @@ def draw_operation(draw, lossy):
     name = draw.choices(
         ["backward", "step", "zero_grad", "look", "write", "hold", "let_go", "clip", "freeze", "hook", "remove_hooks",
          "step_with_closure", "scaled", "leave", "save", "load", "restart", "reset", "cast", "copy_model", "penalty",
-         "add_group", "shrink_weights", "differentiate"],
-        [30, 12, 9, 8, 10, 4, 2, 5, 4, 3, 2, 2, 2, 3, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1],
+         "add_group", "shrink_weights", "differentiate", "regularise"],
+        [30, 12, 9, 8, 10, 4, 2, 5, 4, 3, 2, 2, 2, 3, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1, 2],
     )[0]  # fmt: skip
     seed = draw.randrange(10**6)
     if name == "backward":
-        how = draw.choices(["plain", "thread", "fail", "inputs", "infinite"], [20, 1, 1, 1, 0.5])[0]
+        how = draw.choices(
+            ["plain", "thread", "fail", "inputs", "infinite", *SURROUNDINGS], [20, 1, 1, 1, 0.5, 0, 1, 1]
+        )[0]
         options = {"heads": tuple(draw.sample(("a", "b", "late"), draw.choice((1, 1, 2, 3)))), "how": how}
         options["middle"] = draw.choice((0, 1, 1, 2))
         if how == "inputs":
@@ -85,14 +89,18 @@ def draw_operation(draw, lossy):
         return name, {"whose": whose, "set_to_none": draw.random() < 0.7}
     if name == "write":
         return name, {"name": draw.choice(PARAMETERS), "how": draw.choice(WRITES), "seed": seed}
+    if name == "look":
+        return name, {"where": draw.choice(("plain", "plain", *SURROUNDINGS))}
+    if name == "regularise":
+        return name, {"name": draw.choice(PARAMETERS[::2]), "how": draw.choice(("expanded", "transposed"))}
     if name == "hold":
-        return name, {"name": draw.choice(PARAMETERS)}
+        return name, {"name": draw.choice(PARAMETERS), "how": draw.choice(("grad", "grad", *HOLDS))}
     if name == "clip":
         return name, {"how": draw.choice(CLIPS)}
     if name == "freeze":
         return name, {"layer": draw.choice(LAYERS), "frozen": draw.random() < 0.5}
     if name == "hook":
-        how = draw.choice(("tensor", "read", "halve", "drop", "before step"))
+        how = draw.choice(("tensor", "read", "halve", "drop", "keep", "keep what comes", "fail", "before step"))
         return name, {"name": draw.choice(PARAMETERS), "how": how}
     if name == "leave":
         return name, {"again": draw.random() < 0.5, "error": draw.random() < 0.3}
@@ -140,7 +148,12 @@ def _compare_sides(ours, plain):
     for (found, _, _), (wanted, each, everything) in zip(ours.observed, plain.observed, strict=True):
         everything = max(everything, plain.tolerance * plain.peak)  # what a hook saw came before the books were kept
         by_parameter = isinstance(wanted, list) and len(wanted) == len(each)
-        _compare("what was seen", found, wanted, each if by_parameter else everything + 1e-5 * lossy)
+        _compare(
+            "what was seen",
+            found,
+            wanted,
+            [one + FLOOR * lossy for one in each] if by_parameter else everything + 1e-5 * lossy,
+        )
     ours.observed.clear()
     plain.observed.clear()
     for i, (name, held) in enumerate(plain.held):

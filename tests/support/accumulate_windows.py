@@ -142,7 +142,8 @@ def draw_operation(draw, settings):
     if name == "throw_away":
         return name, {"seed": seed, "set_to_none": draw.random() < 0.8}
     if name == "hold":
-        return name, {"name": draw.choice(accumulate_programs.PARAMETERS)}
+        how = draw.choice(("grad", *accumulate_programs.HOLDS))
+        return name, {"name": draw.choice(accumulate_programs.PARAMETERS), "how": how}
     if name == "write":
         return name, {"name": draw.choice(accumulate_programs.PARAMETERS), "how": draw.choice(("mul", "numpy", "zero"))}
     if name == "freeze":
