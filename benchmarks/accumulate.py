@@ -101,7 +101,7 @@ class Window:
         optimizer = torch.optim.SGD(model.parameters(), 1e-6)
         session = None
         if policy:
-            session = torch_sluice.accumulate(model, optimizer, every=self.every, policy=policy)
+            session = torch_sluice.accumulate(model, optimizer, policy=policy)
             session.__enter__()
 
         def run():

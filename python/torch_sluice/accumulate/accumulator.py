@@ -31,6 +31,7 @@ class Accumulator:
         self.exponents: torch.Tensor | None = None
         self.scale = 1.0
         self.empty = True
+        self.is_gradient = False  # whether the buffer is the memory of the only gradient so far
 
     def start(self, format: str, parameter: torch.Tensor) -> None:
         """Forgets the sum and chooses the format of the next one, of gradients of this parameter."""
@@ -48,7 +49,8 @@ class Accumulator:
 
     def add(self, grad: torch.Tensor, weight: float, seed: int | None) -> torch.Tensor:
         """Adds weight * grad. Returns the six statistics of ops/sluice/accumulate.h as a tensor; those of the sum are
-        of what the buffer holds."""
+        of what the buffer holds, and 0 where that is the gradient itself."""
+        self.is_gradient = False
         if self.empty:
             self.scale, weight = (weight, 1.0) if weight != 0.0 else (1.0, 0.0)
         else:
@@ -56,10 +58,8 @@ class Accumulator:
         if grad.layout != torch.strided or self.format == "torch" or grad.dtype not in _KERNEL_DTYPES:
             return self._add_by_torch(grad, weight)
         if self.empty and weight == 1 and self.format == "fp32" and _owns_its_memory(grad, self.parameter):
-            self.buffer, self.empty = grad, False
-            stats = operators.measure_gradient(grad)
-            stats[3] = torch.where(stats[2] > 0, torch.inf, stats[0])
-            return stats
+            self.buffer, self.empty, self.is_gradient = grad, False, True
+            return operators.measure_gradient(grad)
         if self.empty and self.buffer is None:
             self._allocate()
         overwrite, self.empty = self.empty, False

@@ -116,7 +116,7 @@ class Gradient:
         """The Euclidean norm of a hidden float16 sum as a look would show it; None for any other gradient."""
         if self.in_sight or self.sum.empty or self.sum.format != "fp16" or is_dtensor(self.parameter):
             return None
-        self.session.read_statistics()
+        self.session.statistics.read()
         return self.norm_of_sum()
 
     # ---- a gradient that autograd has finished
@@ -177,7 +177,8 @@ class Gradient:
         elif total.format == "fp16" and session.sums_exactly and not total.empty:
             total.promote()  # what comes last needs no rounding: the step reads float32
         seed = self._draw(session.options.seed) if session.options.rounding == "stochastic" else None
-        session.note_statistics(record, total.add(grad, weight, seed))
+        statistics = total.add(grad, weight, seed)
+        session.statistics.note(record, statistics, total.is_gradient)
         if total.format == "torch":  # a sparse gradient, or of another dtype
             self.format = "torch"
 

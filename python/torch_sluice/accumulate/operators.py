@@ -4,6 +4,8 @@ The three functions take what their operators take, see ops/sluice/accumulate.h,
 allowed, under every torch.
 """
 
+import functools
+
 import torch
 
 from torch_sluice._errors import as_value_error
@@ -18,6 +20,7 @@ def count_blocks(elements: int) -> int:
     return (elements + BLOCK - 1) // BLOCK
 
 
+@functools.cache
 def has_kernels(device_type: str) -> bool:
     """Whether this build can accumulate on such a device."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)

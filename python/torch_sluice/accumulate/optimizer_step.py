@@ -122,7 +122,7 @@ class OptimizerStep:
         with session.lock:
             session.adopt_parameters()
             session.take_postponed()
-            session.read_statistics()
+            session.statistics.read()
             gradients = list(session.gradients.values())
             spoiled = self._measure(gradients)
             if not session.options.low_memory:

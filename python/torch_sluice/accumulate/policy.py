@@ -44,9 +44,11 @@ class Record:
         self.folds = 0
         self.error_sumsq = self.sums_sumsq = self.sum_sumsq = 0.0
 
-    def note(self, stats: list[float]) -> None:
-        """Takes in the six statistics of one added gradient."""
-        grad_sumsq, self.grad_amax, _, self.sum_sumsq, error, self.underflow = stats
+    def note(self, stats: list[float], is_sum: bool = False) -> None:
+        """Takes in the six statistics of one added gradient; ``is_sum``: that is all there is of the sum."""
+        grad_sumsq, self.grad_amax, nonfinite, self.sum_sumsq, error, self.underflow = stats
+        if is_sum:  # the gradient was not added to anything, and only it was measured
+            self.sum_sumsq = math.inf if nonfinite > 0 else grad_sumsq
         self.grad_norm = math.sqrt(grad_sumsq)
         self.sums_sumsq += self.sum_sumsq
         self.error_sumsq += error

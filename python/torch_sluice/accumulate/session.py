@@ -15,6 +15,7 @@ from torch_sluice.accumulate.parameters import Parameters
 from torch_sluice.accumulate.policy import make_policy
 from torch_sluice.accumulate.report import SessionStats, make_stats
 from torch_sluice.accumulate.sharded import is_dtensor
+from torch_sluice.accumulate.statistics import Statistics
 from torch_sluice.accumulate.weights import Weights
 from torch_sluice.accumulate.window import Window
 
@@ -40,7 +41,7 @@ class Session:
         self.parameters = Parameters(self)
         self.steps = self.skipped_steps = self.held_steps = 0
         self._step = OptimizerStep(self)
-        self._statistics = []  # (record, its window, statistics tensor) that have not been read yet
+        self.statistics = Statistics()
         self._postponed: Gradient | None = None
         self._averaged: tuple[float, float] | None = None  # tokens of this rank, and what _average made of them
         self._zeroed = True  # whether zero_grad() was called since the last call of step()
@@ -84,7 +85,7 @@ class Session:
                     gradient.show()
                 except Exception as failure:  # memory may be what ended the loop: the sum stays where it is
                     problem = failure
-            self.read_statistics()
+            self.statistics.read()
         self._open, self._left = False, True
         open_sessions.discard(self)
         self._step.unwrap()
@@ -118,23 +119,6 @@ class Session:
     def sums_exactly(self) -> bool:
         """Whether a float16 sum that gets a gradient now goes on in float32, because the step comes next."""
         return self.window.comes_last and not self.options.low_memory
-
-    def note_statistics(self, record, statistics: torch.Tensor) -> None:
-        """Keeps the statistics of an added gradient until somebody needs them."""
-        if self._statistics and record is self._statistics[0][0]:
-            self.read_statistics()  # the next backward pass has begun
-        self._statistics.append((record, record.windows, statistics))
-
-    def read_statistics(self) -> None:
-        """Brings the statistics of all gradients since the last time to the records: one transfer a device."""
-        statistics, self._statistics = self._statistics, []
-        by_device = {}
-        for record, window, stats in statistics:
-            if window == record.windows:  # else the gradient has been dropped
-                by_device.setdefault(stats.device, []).append((record, stats))
-        for group in by_device.values():
-            for (record, _), numbers in zip(group, torch.stack([stats for _, stats in group]).tolist(), strict=True):
-                record.note(numbers)
 
     def postpone(self, gradient: Gradient) -> None:
         """Has a gradient stay where it is until the next one has come."""
@@ -239,7 +223,7 @@ class Session:
 
     def end_window(self) -> None:
         """A step was made or left out. Gradients are in ``.grad`` until the loop drops them, as ever."""
-        self.read_statistics()
+        self.statistics.read()
         for gradient in self.gradients.values():
             self.policy.end_window(gradient.record)
             gradient.end_window()
@@ -283,7 +267,7 @@ class Session:
     def stats(self) -> SessionStats:
         """Formats, bytes, norms and errors, in all and by parameter."""
         with self.lock:
-            self.read_statistics()
+            self.statistics.read()
             return make_stats(self)
 
     def state_dict(self) -> dict:
@@ -294,7 +278,7 @@ class Session:
         with self.lock:
             self.adopt_parameters()
             self.take_postponed()
-            self.read_statistics()
+            self.statistics.read()
             return state.make(self)
 
     def load_state_dict(self, saved: dict) -> None:
@@ -307,7 +291,7 @@ class Session:
         with self.lock:
             self.adopt_parameters()
             state.check(self, saved)
-            self._statistics.clear()
+            self.statistics.clear()
             self._postponed = None
             state.load(self, saved)
             self._left = False

@@ -36,9 +36,7 @@ class SluiceSide(Side):
         # While the goal falls, the gate also learns from pairs that it drops; after that it only keeps its density.
         self.controller = DensityController(self.model, steps=settings.steps, ramp=0.5, hard=0.5)
         self._context = contextlib.ExitStack()
-        self.session = self._context.enter_context(
-            accumulate(self.model, self.optimizer, seed=settings.seed)
-        )
+        self.session = self._context.enter_context(accumulate(self.model, self.optimizer, seed=settings.seed))
 
     def add_penalty(self, loss: torch.Tensor) -> torch.Tensor:
         return self.controller.loss(loss)
