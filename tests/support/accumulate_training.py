@@ -68,3 +68,19 @@ def assert_equal(found, wanted, policy):
         assert_same(found, wanted)
     else:
         assert_close(found, wanted, ERRORS[policy])
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), 0.1)
+
+
+def both(loop, policy, every=None):
+    """What ``loop(model, optimizer, session)`` returns with a session and without, each on a model of its own."""
+    results = []
+    for one in (policy, None):
+        model = net()
+        optimizer = sgd(model)
+        with session_or_not(model, optimizer, every, one) as session:
+            seen = loop(model, optimizer, session)
+        results.append(values(model) if seen is None else [*values(model), *seen])
+    return results
