@@ -5,7 +5,9 @@ DTensor (FSDP2, tensor parallel). After DDP has averaged, every rank has the sam
 them gives the same answer without a word. Parts of DTensors differ, so there the ranks ask each other.
 
 Formats are agreed on while training goes on: at each step a rank tells the others which of its sums it wants in float32
-and does not wait; at the next step the answers have come, behind that step's own reductions.
+and does not wait; at the next step the answers have come, behind that step's own reductions. A sum goes to float16 when
+no rank is against it, on all ranks in the same window. It leaves float16 at once where its error asks for that, and a
+window later on the others.
 """
 
 import torch
@@ -19,6 +21,7 @@ class Agreement:
 
     def __init__(self):
         self._asked = []  # (work, values on the device, the gradients that they are about)
+        self._heard = set()  # gradients of which an answer has come
 
     def skips(self, spoiled: bool, gradients) -> bool:
         """Whether any rank that holds a part of these gradients has found one that is not finite."""
@@ -40,6 +43,9 @@ class Agreement:
             if distributed.get_world_size(group) == 1:
                 continue
             about = [one for one in gradients if name in _group_names(one)]
+            for gradient in about:
+                if gradient not in self._heard:
+                    gradient.record.others_want_fp32 = True  # until they have said otherwise
             wishes = torch.tensor([one.record.prefers_fp32 for one in about], dtype=torch.uint8, device=device)
             work = distributed.all_reduce(wishes, distributed.ReduceOp.MAX, group, async_op=True)
             self._asked.append((work, wishes, about))
@@ -55,6 +61,7 @@ class Agreement:
         asked, self._asked = self._asked, []
         for work, wishes, about in asked:
             work.wait()
+            self._heard.update(about)
             for gradient, wanted in zip(about, wishes.tolist(), strict=True):
                 gradient.record.others_want_fp32 = bool(wanted) and not gradient.record.prefers_fp32
 

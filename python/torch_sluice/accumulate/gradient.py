@@ -9,7 +9,6 @@ is S / divisor, and ``factor`` is by what the tensor in sight must be multiplied
 """
 
 import math
-import sys
 import threading
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ import torch
 from torch_sluice.accumulate.access import read_grad, write_grad
 from torch_sluice.accumulate.accumulator import FORMATS, Accumulator, is_supported
 from torch_sluice.accumulate.holding import is_held
+from torch_sluice.accumulate.modes import compiled_autograd_runs, in_backward, outside_inference_mode
 from torch_sluice.accumulate.policy import Record
 from torch_sluice.accumulate.sharded import is_dtensor, like_parameter, local_gradient, local_part
 
@@ -61,7 +61,7 @@ class Gradient:
             return True
         with self.session.lock:
             weights = self.session.weights
-            if not weights.is_trivial and is_dtensor(self.parameter) and torch._C._current_graph_task_id() != -1:
+            if not weights.is_trivial and is_dtensor(self.parameter) and in_backward():
                 self._show(weights.weight)  # FSDP2 reads it to add the next gradient, which does not know its weight
             else:
                 self._show(weights.divisor)
@@ -75,8 +75,8 @@ class Gradient:
             window = self.session.window
             if value is None and window.is_open and not self.fresh:
                 return  # a zero_grad by hand after a call of step() that was held
-            by_fsdp = is_dtensor(self.parameter) and torch._C._current_graph_task_id() != -1 and self.is_empty
-            if value is not None and not self.in_sight and _compiled_autograd_runs():
+            by_fsdp = is_dtensor(self.parameter) and in_backward() and self.is_empty
+            if value is not None and not self.in_sight and compiled_autograd_runs():
                 write_grad(
                     self.parameter, value
                 )  # it adds to what it finds in .grad, None, and writes that from Python
@@ -93,7 +93,8 @@ class Gradient:
             return
         self.fresh = False
         if not self.in_sight:
-            zeros = torch.zeros_like(local_part(self.parameter), requires_grad=False)
+            with outside_inference_mode():
+                zeros = torch.zeros_like(local_part(self.parameter), requires_grad=False)
             self.drop()
             write_grad(self.parameter, like_parameter(zeros, self.parameter))
             self._note_sight(self.session.weights.divisor)
@@ -201,6 +202,10 @@ class Gradient:
 
     def _show(self, divisor: float) -> None:
         """Has ``.grad`` be S / divisor, in the parameter's own dtype."""
+        with outside_inference_mode():
+            self._bring_to_sight(divisor)
+
+    def _bring_to_sight(self, divisor: float) -> None:
         grad = read_grad(self.parameter)
         if grad is not None and not self.in_sight:  # a gradient that take() has not seen yet
             if self.sum.empty:
@@ -292,8 +297,3 @@ class Gradient:
             grad = state["shown"].to(self.parameter.device, copy=True)
             write_grad(self.parameter, like_parameter(grad, self.parameter))
             self._note_sight(float(state["factor"]))
-
-
-def _compiled_autograd_runs() -> bool:
-    module = sys.modules.get("torch._dynamo.compiled_autograd")
-    return module is not None and module.in_compiled_autograd_region
