@@ -20,17 +20,19 @@ class _Skipped(Exception):
 
 
 class Machine(GradientOperations):
-    """``open_session(model, optimizer)`` gives a context manager; without it the side is plain PyTorch."""
+    """``open_session(model, optimizer)`` gives a context manager; without it the side is plain PyTorch. ``two``: head b
+    has an optimizer, and a session, of its own."""
 
-    def __init__(self, optimizer="sgd", tolerance=0.0, open_session=None):
+    def __init__(self, optimizer="sgd", tolerance=0.0, two=False, open_session=None):
         self.kind, self.tolerance, self.open_session = optimizer, tolerance, open_session
         self.model, self.session, self.saved = Net(), None, None
         self.steps = self.skipped = 0  # counted without a session
         self.calls = self.total = 0  # calls of step(), and tokens, in this window, for loops that have windows
         self.observed, self.held, self.hooks, self.scale = [], [], [], {}
         self.peak = self.highest = 0.0  # of the sum of ``scale``: in this operation, and ever
-        self.grouped = [layer for layer in LAYERS if layer != "late"]
+        self.two, self.grouped = two, [layer for layer in LAYERS if layer != "late" and not (two and layer == "b")]
         self.scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=3)
+        self.other_session = None
         self._make_optimizer()
         self.enter()
 
@@ -40,6 +42,16 @@ class Machine(GradientOperations):
         groups = [{"params": list(getattr(self.model, layer).parameters())} for layer in self.grouped]
         self.optimizer = OPTIMIZERS[self.kind](groups)
         self.optimizer.register_step_post_hook(self._note_step)
+        if self.two:
+            self.other = OPTIMIZERS["sgd"](self.model.b.parameters())
+            if self.open_session:
+                self._close_other()
+                self.other_session = self.open_session(self.model, self.other)
+                self.other_session.__enter__()
+
+    def _close_other(self):
+        if self.other_session is not None:
+            self.other_session.__exit__(None, None, None)
 
     def _note_step(self, *_):
         self.steps += 1
@@ -58,8 +70,9 @@ class Machine(GradientOperations):
         """The parameters that the session looks after."""
         return {n: p for n, p in self.model.named_parameters() if n.split(".")[0] in self.grouped}
 
-    def _is_spoiled(self):
-        return not all(p.grad.isfinite().all() for p in self._in_session().values() if p.grad is not None)
+    def _is_spoiled(self, parameters=None):
+        parameters = self._in_session().values() if parameters is None else parameters
+        return not all(p.grad.isfinite().all() for p in parameters if p.grad is not None)
 
     @contextlib.contextmanager
     def _changing(self, how):
@@ -96,6 +109,15 @@ class Machine(GradientOperations):
             return
         self.optimizer.step()
 
+    def other_step(self):
+        if self.two and (self.open_session or not self._is_spoiled(self.model.b.parameters())):
+            self.other.step()
+
+    def other_zero_grad(self, set_to_none=True):
+        if self.two:
+            with self._changing("replace"):
+                self.other.zero_grad(set_to_none=set_to_none)
+
     def step_with_closure(self, seed, clipped=False):
         def closure():
             self.zero_grad()
@@ -125,13 +147,10 @@ class Machine(GradientOperations):
             self.scaler.unscale_(self.optimizer)
 
     def scaler_step(self):
-        before, failed = self.steps, True
+        before = self.steps
         with self._changing("shrink"):
-            try:
-                self.scaler.step(self.optimizer)
-                failed = False
-            finally:
-                self.skipped += self.steps == before and not failed
+            self.scaler.step(self.optimizer)
+            self.skipped += self.steps == before
             self.scaler.update()
         self._note(self.scaler.get_scale())
 
@@ -276,6 +295,7 @@ class Machine(GradientOperations):
         self.load()
 
     def _close(self):
+        self._close_other()
         if self.open_session:
             self.session.__exit__(None, None, None)
         self.look()

@@ -55,8 +55,9 @@ def draw_operation(draw, lossy):
     name = draw.choices(
         ["backward", "step", "zero_grad", "look", "write", "hold", "let_go", "clip", "freeze", "hook", "remove_hooks",
          "step_with_closure", "scaled", "leave", "save", "load", "restart", "reset", "cast", "copy_model", "penalty",
-         "add_group", "shrink_weights", "differentiate", "regularise"],
-        [30, 12, 9, 8, 10, 4, 2, 5, 4, 3, 2, 2, 2, 3, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1, 2],
+         "add_group", "shrink_weights", "differentiate", "regularise",
+         "other_step", "other_zero_grad"],
+        [30, 12, 9, 8, 10, 4, 2, 5, 4, 3, 2, 2, 2, 3, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2],
     )[0]  # fmt: skip
     seed = draw.randrange(10**6)
     if name == "backward":
@@ -82,6 +83,8 @@ def draw_operation(draw, lossy):
         return "look", {}
     if name in ("penalty", "differentiate", "copy_model"):
         return name, {"seed": seed}
+    if name == "other_zero_grad":
+        return name, {"set_to_none": draw.random() < 0.7}
     if name == "step_with_closure":
         return name, {"seed": seed, "clipped": draw.random() < 0.5}
     if name == "step" and draw.random() < 0.15:
@@ -115,6 +118,7 @@ def make_program(seed, policy):
     """The make of ``Machine``, its settings, and operations. A float16 sum can be judged under plain SGD only."""
     draw, lossy = random.Random(seed), policy != "fp32"
     settings = {"optimizer": "sgd" if lossy else draw.choice(tuple(OPTIMIZERS)), "tolerance": TOLERANCES[policy]}
+    settings["two"] = draw.random() < 0.3
     length, looks = draw.randint(3, 40), draw.choice((0.0, 0.0, 0.1, 0.5))
     operations = []
     for _ in range(length):
@@ -202,7 +206,7 @@ def run_program(kind, settings, operations, make_session):
                     raise Differs(f"operation {i}, {show(name, arguments)}: {error}") from None
         except Differs:
             with contextlib.suppress(Exception):
-                ours.session.__exit__(None, None, None)
+                ours._close()
             raise
 
 
