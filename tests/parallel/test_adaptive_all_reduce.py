@@ -344,9 +344,9 @@ def accumulate_and_skip():
                 optimizer.zero_grad()
         losses[policy] = evaluate(wrapped.module)
         if state is not None:
-            # One reduction a window, once the session knows the loop: in the first, each micro-batch may reduce.
+            # One reduction a window. DDP lays out its buckets anew after the first, which may have fewer.
             buckets = len(state.formats)
-            assert 10 * buckets <= sum(state.traffic.formats.values()) <= 12 * buckets
+            assert 9 * buckets < sum(state.traffic.formats.values()) <= 10 * buckets
             before = sum(state.traffic.formats.values())
             with wrapped.no_sync():
                 wrapped(x).sum().backward()

@@ -129,6 +129,7 @@ class Gradient:
         """
         self.arriving.add(threading.get_ident())
         weights = self.session.weights
+        weights.unused = False
         if not self.in_sight or weights.is_trivial:
             return None
         ratio = weights.weight / self.factor

@@ -72,7 +72,6 @@ class Session:
         for gradient in self.gradients.values():
             gradient.join()
         data_parallel.attach(self)
-        data_parallel.watched(self.model)
         self._step.wrap()
         return self
 
