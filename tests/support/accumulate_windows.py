@@ -54,11 +54,13 @@ class WindowMachine(Machine):
 
     def _clip(self):
         if self.scaled:
-            self.scaler.unscale_(self.optimizer)
-        if self.clipping == "norm":
-            nn.utils.clip_grad_norm_(self.model.parameters(), 0.01)
-        elif self.clipping == "value":
-            nn.utils.clip_grad_value_(self.model.parameters(), 1e-3)
+            with self._changing("shrink"):
+                self.scaler.unscale_(self.optimizer)
+        with self._changing("clip" if self.clipping == "norm" else "keep"):
+            if self.clipping == "norm":
+                nn.utils.clip_grad_norm_(self.model.parameters(), 0.01)
+            elif self.clipping == "value":
+                nn.utils.clip_grad_value_(self.model.parameters(), 1e-3)
 
     def _step(self):
         if self.scaled:
@@ -80,8 +82,7 @@ class WindowMachine(Machine):
         with self._changing("add"):
             self._backward(**options)
         if ours or last:
-            with self._changing("clip" if self.clipping == "norm" else "shrink" if self.scaled else "keep"):
-                self._clip()
+            self._clip()
             self._step()
             if self.zeroes in ("last", "both"):
                 with self._changing("replace"):
