@@ -550,6 +550,24 @@ def test_checkpointed_layers():
         close(values(model), train_by_hand([batch.detach() for batch in data]))
 
 
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("policy", ["fp32", "fp16"])
+def test_steps_that_are_compiled(policy, before):
+    data = batches(4 * N)
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    step = torch.compile(optimizer.step, backend="eager") if before else None
+    with session(model, optimizer, None, policy=policy) as accumulation:
+        step = step or torch.compile(optimizer.step, backend="eager")
+        for i, batch in enumerate(data):
+            (loss_of(model, batch) / N).backward()
+            if (i + 1) % N == 0:
+                step()
+                optimizer.zero_grad()
+    assert accumulation.steps == 4
+    close(values(model), train_by_hand(data), atol=POLICIES[policy] * 1e-2 + 1e-6)  # compiled AdamW rounds otherwise
+
+
 def test_two_sessions_side_by_side():
     first, second = make_model(), make_model(1)
     data = batches(4 * N)

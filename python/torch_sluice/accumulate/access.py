@@ -105,6 +105,7 @@ def _patch_functions() -> None:
 
 
 def _around_zero_grad(original):
+    @torch._disable_dynamo
     @functools.wraps(original)
     def zero_grad(self, set_to_none: bool = True):
         if isinstance(self, nn.Module):

@@ -27,6 +27,7 @@ class OptimizerStep:
         original = self._original = self._optimizer.step
         alive = self._alive = [True]
 
+        @torch._disable_dynamo
         @functools.wraps(original)
         def step(optimizer, *args, **kwargs):
             return self._call(args, kwargs) if alive else original(*args, **kwargs)
@@ -34,31 +35,40 @@ class OptimizerStep:
         # A bound method, as the step that it stands for: learning rate schedulers look for its __func__.
         self._inside, self._before = types.MethodType(step, self._optimizer), before
         self._optimizer.step = self._inside
+        adopting = _adopting(self._optimizer.add_param_group, self._session)
+        self._optimizer.add_param_group = types.MethodType(adopting, self._optimizer)
         self._running = False
-        self._optimizer.add_param_group = types.MethodType(
-            _adopting(self._optimizer.add_param_group, self._session), self._optimizer
-        )
-        every = self._session.window.every
-        self._guard = self._optimizer.register_step_pre_hook(self._notice_bypass) if every and every > 1 else None
+        self._hooks = [
+            self._optimizer.register_step_pre_hook(self._before_step),
+            self._optimizer.register_step_post_hook(self._after_step),
+        ]
 
     def unwrap(self) -> None:
         """``step`` is what it was. Where somebody wrapped ours in between, ours hands calls on."""
         self._alive.clear()
-        if self._guard is not None:
-            self._guard.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._optimizer.__dict__.pop("add_param_group", None)
         if self._optimizer.__dict__.get("step") is self._inside:
             del self._optimizer.step
             if self._before is not None:
                 self._optimizer.step = self._before
 
-    def _notice_bypass(self, optimizer, args, kwargs) -> None:
-        if not self._running:
-            kind, every = type(optimizer).__name__, self._session.window.every
+    @torch._disable_dynamo
+    def _before_step(self, optimizer, args, kwargs) -> None:
+        """A step by somebody who got hold of it before the session, as torch.compile(optimizer.step) may have."""
+        every = self._session.window.every
+        if not self._running and every is not None and every > 1:
             raise RuntimeError(
-                f"somebody calls a step() of {kind} that was taken before the session began, and every is {every}, so "
-                "windows can't be told; expected accumulate() without every, or the session to begin first"
+                f"somebody calls a step() of {type(optimizer).__name__} that was taken before the session began, and "
+                f"every is {every}, so windows can't be told; expected accumulate() without every, or the session to "
+                "begin first"
             )
+
+    @torch._disable_dynamo
+    def _after_step(self, optimizer, args, kwargs) -> None:
+        if not self._running:
+            self._count(getattr(optimizer, "found_inf", None))
 
     def _call(self, args: tuple, kwargs: dict):
         session, optimizer = self._session, self._optimizer
@@ -143,13 +153,19 @@ class OptimizerStep:
             result = (self._step_one_by_one if session.options.low_memory else self._original)(*args, **kwargs)
         finally:
             self._running = False
-        if found_inf is not None and float(found_inf) != 0:
-            session.skipped_steps += 1
-        else:
-            session.steps += 1
-        with session.lock:
-            session.end_window()
+        self._count(found_inf)
         return result
+
+    def _count(self, found_inf: torch.Tensor | None) -> None:
+        """A call of the optimizer has ended. A fused one makes no step where GradScaler has found infinities."""
+        session = self._session
+        with session.lock:
+            session.adopt_parameters()
+            if found_inf is not None and float(found_inf) != 0:
+                session.skipped_steps += 1
+            else:
+                session.steps += 1
+            session.end_window()
 
     def skip(self) -> None:
         """The step was left out because of what is in the gradients."""
