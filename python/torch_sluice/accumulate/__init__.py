@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -104,8 +105,9 @@ def accumulate(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
-    if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+    if every is not None and (isinstance(every, bool) or not isinstance(every, Integral) or every < 1):
         raise ValueError(f"every is {every!r}, expected an integer of at least 1, or None: the loop says when to step")
+    every = None if every is None else int(every)
     optimizer = inner_optimizer(optimizer, every)
     refuse_model(model)
     if isinstance(optimizer, torch.optim.LBFGS) and every is not None and every > 1:
