@@ -230,3 +230,36 @@ def test_lazy_modules_are_refused_by_name_until_they_have_run():
     model(batch)
     with torch_sluice.accumulate(model, optimizer):
         loss_of(model, batch).backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("partly_double", [False, True])
+def test_clipping_gives_a_norm_of_the_dtype_that_torch_gives(dtype, partly_double):
+    def clip(policy):
+        model = net().to(dtype)
+        other = nn.Linear(2, 2, dtype=torch.float64 if partly_double else dtype)
+        model.append(other)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with session_or_not(model, optimizer, policy=policy):
+            loss_of(model[:3], batches(1)[0].to(dtype)).backward()
+            other.weight.sum().backward()
+            return nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
+
+    found, wanted = clip("fp16"), clip(None)
+    assert (found.dtype, found.shape, found.device) == (wanted.dtype, wanted.shape, wanted.device)
+    assert torch.allclose(found, wanted, rtol=1e-2)
+
+
+def test_leaving_a_session_that_is_not_open_does_nothing():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    session = torch_sluice.accumulate(model, optimizer)
+    session.__exit__(None, None, None)
+    with torch_sluice.accumulate(model, optimizer):
+        session.__exit__(None, None, None)
+        loss_of(model, batches(1)[0]).backward()
+        assert model[0].weight.grad is not None
+    with session:
+        pass
+    session.__exit__(None, None, None)
+    assert "step" not in vars(optimizer)

@@ -76,7 +76,8 @@ def accumulate(
     pass and its ``step()`` drops the whole window, with a warning.
 
     A step whose gradients are not finite is left out: a warning says so, the session counts it, parameters and the
-    optimizer's state stay as they are. Ranks that share gradients do so together.
+    optimizer's state stay as they are. Ranks that share gradients do so together. Not looked at are the gradients that
+    a closure makes for an optimizer that is not torch's own, which may have changed parameters before.
 
     Args:
         model: gives the names of parameters.

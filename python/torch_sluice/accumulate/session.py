@@ -78,6 +78,9 @@ class Session:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        """Does nothing if the session is not open."""
+        if not self._open:
+            return
         problem = None
         with self.lock:
             self.take_postponed()
