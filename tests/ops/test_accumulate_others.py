@@ -1,6 +1,7 @@
 """What real loops bring beside torch's own optimizers: those of other libraries, hooks, compilers, autograd.grad."""
 
 import collections
+import copy
 
 import numpy
 import pytest
@@ -263,3 +264,56 @@ def test_leaving_a_session_that_is_not_open_does_nothing():
         pass
     session.__exit__(None, None, None)
     assert "step" not in vars(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("tolerance", "x"), ("tolerance", None), ("max_norm", "1"), ("max_norm", torch.ones(2)), ("seed", "x"),
+     ("seed", None), ("seed", 1.5)],
+)  # fmt: skip
+def test_arguments_that_are_no_numbers_are_named(name, value):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=f"^{name} is "):
+        torch_sluice.accumulate(model, optimizer, low_memory=True, **{name: value})
+
+
+@pytest.mark.parametrize("tokens", ["x", None, torch.ones(2), 10**400])
+def test_tokens_that_are_no_number_are_named(tokens):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torch_sluice.accumulate(model, optimizer) as session, pytest.raises(ValueError, match="^tokens is "):
+        session.count(tokens)
+
+
+def _change(path, value):
+    def change(state):
+        for key in path[:-1]:
+            state = state[key]
+        state[path[-1]] = value(state[path[-1]]) if callable(value) else value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["counters"], 5), (["counters"], None), (["window"], None), (["weights"], [1]), (["parameters"], None),
+        (["parameters"], [1]), (["weights", "total"], -4.0), (["parameters", "0.weight", "scale"], float("nan")),
+        (["parameters", "0.weight", "factor"], 0.0), (["parameters", "0.weight", "exponents"], lambda one: one.float()),
+    ],
+)  # fmt: skip
+def test_states_with_a_part_that_is_none_are_refused_whole(path, value):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torch_sluice.accumulate(model, optimizer, policy="fp16") as session:
+        for batch in batches(2):
+            loss_of(model, batch).backward()
+        state = copy.deepcopy(session.state_dict())
+        _change(path, value)(state)
+        session.steps = 7
+        with pytest.raises(ValueError, match=path[-1]):
+            session.load_state_dict(state)
+        assert session.steps == 7
+        optimizer.step()
+        assert session.steps == 8

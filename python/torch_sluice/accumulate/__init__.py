@@ -32,6 +32,15 @@ def _choose(name: str, value, allowed) -> None:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, allowed))}")
 
 
+def _as_number(name: str, value) -> float:
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise ValueError(f"{name} is {value!r}, expected a number") from None
+
+
 def accumulate(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -120,9 +129,12 @@ def accumulate(
     _choose("reduction", reduction, ("mean", "sum"))
     if max_norm is not None and not low_memory:
         raise ValueError("max_norm is given without low_memory=True; use torch.nn.utils.clip_grad_norm_ before step()")
-    if max_norm is not None and not 0 < max_norm < math.inf:
+    if max_norm is not None and not 0 < _as_number("max_norm", max_norm) < math.inf:
         raise ValueError(f"max_norm is {max_norm}, expected a number above 0")
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise ValueError(f"seed is {seed!r}, expected an integer")
     if low_memory and any(type(module).__name__ == "DistributedDataParallel" for module in model.modules()):
         raise ValueError("low_memory=True hides gradients from DistributedDataParallel, which must average them")
+    _as_number("tolerance", tolerance)
     options = _Options(every, policy, tolerance, rounding, reduction, bool(low_memory), max_norm, int(seed))
     return Session(model, optimizer, options)

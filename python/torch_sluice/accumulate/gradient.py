@@ -313,7 +313,9 @@ class Gradient:
         """Raises ValueError, KeyError or TypeError for a state that load_state_dict() can't take."""
         self.sum.check_state_dict(state)
         self.record.check_state_dict(state["record"])
-        int(state["draws"]), float(state["factor"]), bool(state["fresh"])
+        int(state["draws"]), bool(state["fresh"])
+        if not 0 < float(state["factor"]) < math.inf:
+            raise ValueError(f"factor is {state['factor']}, expected a finite number above 0")
         if state["kept_as"] not in FORMATS:
             raise ValueError(f"format is {state['kept_as']!r}, expected one of {', '.join(FORMATS)}")
         shape = self.sum.parameter.shape
