@@ -394,6 +394,12 @@ def test_resume_from_a_checkpoint_with_a_part_of_another_type(refused, tmp_path,
     _resume_with(refused, tmp_path, whole_checkpoint, key, lambda place, name: place.update({name: ["a list"]}))
 
 
+@pytest.mark.parametrize("step", [-1, SMALL.steps + 1])
+def test_resume_from_a_step_that_there_is_not(refused, tmp_path, whole_checkpoint, step):
+    save_checkpoint(tmp_path, {**whole_checkpoint, "step": step})
+    assert "does not fit its own settings" in refused("train", "--resume", tmp_path)
+
+
 def test_resume_refuses_other_settings(refused, tmp_path):
     message = refused("train", "--resume", tmp_path, "--steps=5", "--preset=long")
     assert "leave out --preset, --steps" in message
