@@ -5,6 +5,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 # Options of train that change a preset: (option, type, help).
 _OVERRIDES = (
@@ -36,6 +37,8 @@ _WITH_RESUME_ON_MESH = ("resume", "json", "threads", "mesh", "schedule", "data_p
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0, 2 for a mistake of the user, 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
+    if hasattr(sys.stdout, "reconfigure"):  # names of files may be no text of the terminal's encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     options.arguments = sys.argv[1:] if arguments is None else arguments  # for the ranks of a mesh
     try:
         return options.run(options)
@@ -48,8 +51,15 @@ def _fail(message: object) -> int:
     return 2
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as the commands do: the usage, which argparse prints before, is longer."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} ('{self.prog} --help' lists all options)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="torch-sluice",
         description="Gated sparse attention and mixed-precision gradient accumulation for PyTorch.",
     )

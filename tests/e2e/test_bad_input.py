@@ -54,6 +54,14 @@ def test_data_that_is_not_text(refused, tmp_path, content, position):
     assert f"not UTF-8 text (byte {position} " in message
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_data_that_has_no_end(refused, tmp_path, kind):
+    path = tmp_path / "data"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    message = refused("train", "--data", path, "--out", tmp_path / "out")
+    assert f"--data is '{path}', which is neither a file nor a folder" in message
+
+
 def test_folder_without_text(refused, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "picture").write_bytes(b"\x89PNG\xff\0")
@@ -243,7 +251,17 @@ def test_option_that_is_no_number(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_of:
         main(["train", "--steps", "many"])
     assert exit_of.value.code == 2
-    assert "argument --steps: invalid int value: 'many'" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "argument --steps: invalid int value: 'many'" in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("options", [["--preset", "none"], ["--stepz", "3"], ["--steps"], ["text"]])
+def test_options_that_there_are_not(options, capsys):
+    with pytest.raises(SystemExit) as exit_of:
+        main(["train", *options])
+    assert exit_of.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_resume_without_checkpoint(refused, tmp_path):
@@ -374,6 +392,12 @@ _NO_LISTS = [key for key in _KEYS if key[2:3] != ("history",) or len(key) == 3]
 @pytest.mark.parametrize("key", _NO_LISTS, ids=".".join)
 def test_resume_from_a_checkpoint_with_a_part_of_another_type(refused, tmp_path, whole_checkpoint, key):
     _resume_with(refused, tmp_path, whole_checkpoint, key, lambda place, name: place.update({name: ["a list"]}))
+
+
+@pytest.mark.parametrize("step", [-1, SMALL.steps + 1])
+def test_resume_from_a_step_that_there_is_not(refused, tmp_path, whole_checkpoint, step):
+    save_checkpoint(tmp_path, {**whole_checkpoint, "step": step})
+    assert "does not fit its own settings" in refused("train", "--resume", tmp_path)
 
 
 def test_resume_refuses_other_settings(refused, tmp_path):

@@ -74,6 +74,16 @@ def test_file_that_may_not_be_read(mixed_folder, monkeypatch):
         load_corpus(str(mixed_folder / "2.txt"), 32)
 
 
+def test_names_that_are_no_utf8(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/n\xff"
+    os.mkdir(folder)
+    for number in range(3):
+        Path(os.fsdecode(folder + b"/%d\xff.txt" % number)).write_text(f"text {number} " * 40)
+    corpus = load_corpus(os.fsdecode(folder), 32)
+    assert (corpus.train_files, corpus.heldout_files) == (2, 1)
+    assert corpus.name.encode() == os.fsencode(tmp_path) + "/n\ufffd".encode()
+
+
 def test_single_file_is_cut_at_its_last_eighth(tmp_path):
     text = bytes(range(1, 128)) * 8
     (tmp_path / "text").write_bytes(text)

@@ -213,9 +213,13 @@ def test_low_memory_steps_one_parameter_at_a_time():
     data = batches(2 * N)
     model, optimizer = make()
     seen = []
-    optimizer.register_step_pre_hook(
-        lambda *_: seen.append(sum(parameter.grad is not None for parameter in model.parameters()))
-    )
+    step = optimizer.step
+
+    def watched(*args):
+        seen.append(sum(parameter.grad is not None for parameter in model.parameters()))
+        return step(*args)
+
+    optimizer.step = watched
     options = dict(policy="fp32", low_memory=True, max_norm=1e-2)
     with torch_sluice.accumulate(model, optimizer, every=N, **options) as accumulation:
         for batch in data:

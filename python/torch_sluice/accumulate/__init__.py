@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -29,6 +30,15 @@ class _Options:
 def _choose(name: str, value, allowed) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, allowed))}")
+
+
+def _as_number(name: str, value) -> float:
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise ValueError(f"{name} is {value!r}, expected a number") from None
 
 
 def accumulate(
@@ -75,7 +85,8 @@ def accumulate(
     pass and its ``step()`` drops the whole window, with a warning.
 
     A step whose gradients are not finite is left out: a warning says so, the session counts it, parameters and the
-    optimizer's state stay as they are. Ranks that share gradients do so together.
+    optimizer's state stay as they are. Ranks that share gradients do so together. Not looked at are the gradients that
+    a closure makes for an optimizer that is not torch's own, which may have changed parameters before.
 
     Args:
         model: gives the names of parameters.
@@ -104,8 +115,9 @@ def accumulate(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
-    if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+    if every is not None and (isinstance(every, bool) or not isinstance(every, Integral) or every < 1):
         raise ValueError(f"every is {every!r}, expected an integer of at least 1, or None: the loop says when to step")
+    every = None if every is None else int(every)
     optimizer = inner_optimizer(optimizer, every)
     refuse_model(model)
     if isinstance(optimizer, torch.optim.LBFGS) and every is not None and every > 1:
@@ -117,9 +129,12 @@ def accumulate(
     _choose("reduction", reduction, ("mean", "sum"))
     if max_norm is not None and not low_memory:
         raise ValueError("max_norm is given without low_memory=True; use torch.nn.utils.clip_grad_norm_ before step()")
-    if max_norm is not None and not 0 < max_norm < math.inf:
+    if max_norm is not None and not 0 < _as_number("max_norm", max_norm) < math.inf:
         raise ValueError(f"max_norm is {max_norm}, expected a number above 0")
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise ValueError(f"seed is {seed!r}, expected an integer")
     if low_memory and any(type(module).__name__ == "DistributedDataParallel" for module in model.modules()):
         raise ValueError("low_memory=True hides gradients from DistributedDataParallel, which must average them")
+    _as_number("tolerance", tolerance)
     options = _Options(every, policy, tolerance, rounding, reduction, bool(low_memory), max_norm, int(seed))
     return Session(model, optimizer, options)

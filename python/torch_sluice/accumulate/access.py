@@ -50,8 +50,11 @@ def attach(gradient) -> None:
     if not _patches:
         _patch_functions()
     kind = type(gradient.parameter)
-    if not any(patched is kind and name == "grad" for patched, name, _ in _patches):
+    if not _is_patched(kind, "grad"):
         _patch(kind, "grad", property(_get, _set, _delete))
+    for owner in (*type(gradient.session.optimizer).__mro__, *type(gradient.session.model).__mro__):
+        if "zero_grad" in vars(owner) and not _is_patched(owner, "zero_grad"):
+            _patch(owner, "zero_grad", _around_own_zero_grad(owner.zero_grad))
     _gradients[id(gradient.parameter)] = gradient
 
 
@@ -69,19 +72,19 @@ def detach(gradient) -> None:
         clipping.restore()
 
 
+def _is_patched(owner, name: str) -> bool:
+    return any(patched is owner and known == name for patched, known, _ in _patches)
+
+
 def _patch(owner, name: str, replacement) -> None:
     _patches.append((owner, name, vars(owner).get(name, _inherited)))
     setattr(owner, name, replacement)
 
 
-@torch._disable_dynamo
-def _look(gradient):
-    return gradient.look()
-
-
+@torch._disable_dynamo  # a compiler would make one program of it for each parameter
 def _get(self):
     gradient = _gradients.get(id(self))
-    if gradient is not None and not _look(gradient):
+    if gradient is not None and not gradient.look():
         return None
     return _real.__get__(self)
 
@@ -105,25 +108,59 @@ def _patch_functions() -> None:
 
 
 def _around_zero_grad(original):
+    """For torch's own."""
+
     @torch._disable_dynamo
     @functools.wraps(original)
     def zero_grad(self, set_to_none: bool = True):
-        if isinstance(self, nn.Module):
-            parameters = list(self.parameters())
-        else:
-            parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        touched = {}  # by session
-        for parameter in parameters:
-            gradient = _gradients.get(id(parameter))
-            if gradient is not None:
-                touched.setdefault(gradient.session, []).append(gradient)
+        touched = _touched_by(self)
         try:
             for session, gradients in touched.items():
                 session.zero_gradients(gradients, set_to_none)
             return original(self, set_to_none)
         finally:
-            for gradients in touched.values():
-                for gradient in gradients:
-                    gradient.blind = False
+            _see_again(touched)
 
     return zero_grad
+
+
+def _around_own_zero_grad(original):
+    """For a class that has one of its own, which may do it in another way, or to some gradients only: what it does to
+    ``.grad`` counts, but for gradients that it must leave alone."""
+
+    @functools.wraps(original)
+    def zero_grad(self, *args, **kwargs):
+        touched = _touched_by(self)
+        try:
+            for session, gradients in touched.items():
+                if session.window.is_open:
+                    session.zero_gradients(gradients, True)
+            result = original(self, *args, **kwargs)
+            for session in touched:
+                session.note_zero_grad()
+            return result
+        finally:
+            _see_again(touched)
+
+    return zero_grad
+
+
+def _touched_by(owner) -> dict:
+    """Session -> those of its gradients that ``owner.zero_grad()`` is about. Within another zero_grad, those that it
+    may touch."""
+    if isinstance(owner, nn.Module):
+        parameters = list(owner.parameters())
+    else:
+        parameters = [parameter for group in owner.param_groups for parameter in group["params"]]
+    touched = {}
+    for parameter in parameters:
+        gradient = _gradients.get(id(parameter))
+        if gradient is not None and not gradient.blind:
+            touched.setdefault(gradient.session, []).append(gradient)
+    return touched
+
+
+def _see_again(touched: dict) -> None:
+    for gradients in touched.values():
+        for gradient in gradients:
+            gradient.blind = False

@@ -1,5 +1,7 @@
 """The sum of one parameter's gradients over a window, in one of three formats."""
 
+import math
+
 import torch
 
 from torch_sluice.accumulate import operators
@@ -129,7 +131,8 @@ class Accumulator:
         if state["format"] not in FORMATS:
             raise ValueError(f"format is {state['format']!r}, expected one of {', '.join(FORMATS)}")
         buffer, exponents = state["buffer"], state["exponents"]
-        float(state["scale"])
+        if not math.isfinite(float(state["scale"])):
+            raise ValueError(f"its scale is {state['scale']}, expected a finite number")
         if buffer is None:
             return
         if buffer.shape != self.parameter.shape:
@@ -141,6 +144,8 @@ class Accumulator:
             raise ValueError(f"its {state['format']} sum is {buffer.dtype}, expected {dtype}")
         blocks = count_blocks(buffer.numel()) if state["format"] == "fp16" else None
         found = None if exponents is None else exponents.numel()
+        if exponents is not None and exponents.dtype != torch.int8:
+            raise ValueError(f"its exponents are {exponents.dtype}, expected torch.int8")
         if found != blocks:
             raise ValueError(f"its {state['format']} sum has {found} exponents, expected {blocks}")
 

@@ -5,6 +5,7 @@ wrapper. Float16 sums are not brought to light for their norm, which the kernels
 multiplies one number. In a window of ``every=N`` that is not in its last micro-batch, both leave the sums as they are.
 """
 
+import functools
 import math
 
 import torch
@@ -60,20 +61,29 @@ def _clip_norm(original, gradients):
                     measured[key] = norm
         if not held and not measured:
             return original(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+        with_gradient = [one for one in parameters if id(one) in measured or one.grad is not None]
         others = [parameter for parameter in parameters if id(parameter) not in measured]
         grads = [parameter.grad for parameter in others if parameter.grad is not None]
         total = utils.get_total_norm(grads, norm_type, False, foreach)
         if measured:
-            total = (total.double().square() + math.fsum(norm**2 for norm in measured.values())).sqrt().float()
+            total = (total.double().square() + math.fsum(norm**2 for norm in measured.values())).sqrt()
         if error_if_nonfinite and not held and not torch.isfinite(total):
             return original(parameters, max_norm, norm_type, error_if_nonfinite, foreach)  # which raises
         utils.clip_grads_with_norm_([one for one in others if id(one) not in held], max_norm, total, foreach)
         factor = min(1.0, float(max_norm) / (float(total) + 1e-6))
         for key in measured.keys() - held:
             known[key].multiply(factor)
-        return total
+        return _as_that_of(with_gradient, total)
 
     return clip_grad_norm_
+
+
+def _as_that_of(parameters: list[torch.Tensor], total: torch.Tensor) -> torch.Tensor:
+    """The norm in the dtype and on the device that torch gives it for gradients of these parameters."""
+    if not parameters:
+        return total
+    dtype = functools.reduce(torch.promote_types, {parameter.dtype for parameter in parameters})
+    return total.to(parameters[0].device, torch.zeros((), dtype=dtype).abs().dtype)  # of complex numbers a real one
 
 
 def _clip_value(original, gradients):

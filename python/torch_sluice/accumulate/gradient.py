@@ -17,7 +17,12 @@ import torch
 from torch_sluice.accumulate.access import read_grad, write_grad
 from torch_sluice.accumulate.accumulator import FORMATS, Accumulator, is_supported
 from torch_sluice.accumulate.holding import is_held
-from torch_sluice.accumulate.modes import compiled_autograd_runs, in_backward, outside_inference_mode
+from torch_sluice.accumulate.modes import (
+    compiled_autograd_runs,
+    in_backward,
+    is_for_autograd_grad,
+    outside_inference_mode,
+)
 from torch_sluice.accumulate.policy import Record
 from torch_sluice.accumulate.sharded import is_dtensor, like_parameter, local_gradient, local_part
 
@@ -50,6 +55,7 @@ class Gradient:
         self.fresh = self.blind = False
         self.reduction = None
         self.arriving: set[int] = set()
+        self._aside: torch.Tensor | None = None  # what was in sight before the gradient that autograd adds now
 
     # ---- what somebody does to .grad
 
@@ -57,7 +63,7 @@ class Gradient:
         """Brings the gradient to sight for whoever reads ``.grad``; False if it must not be seen."""
         if self.blind:
             return False
-        if self.in_sight and self.factor == 1.0 and self.session.weights.is_trivial:
+        if self._aside is None and self.in_sight and self.factor == 1.0 and self.session.weights.is_trivial:
             return True
         with self.session.lock:
             weights = self.session.weights
@@ -125,15 +131,38 @@ class Gradient:
     def arrive(self, grad: torch.Tensor) -> torch.Tensor | None:
         """Called before autograd adds a gradient to ``.grad``. Returns what it shall add, or None: the same.
 
-        Autograd adds at once, without weights, to what is in sight; and several threads may do so at a time.
+        Autograd adds at once, without weights, to what is in sight: so that goes aside until ``take``, which weighs
+        both. Where it must stay, since somebody holds it, the gradient is weighed before, and later hooks of the user
+        see it so. Several threads may come here at a time.
         """
+        if is_for_autograd_grad():
+            return None  # nothing will be added
+        others = bool(self.arriving)
         self.arriving.add(threading.get_ident())
         weights = self.session.weights
         weights.unused = False
-        if not self.in_sight or weights.is_trivial:
+        if not self.in_sight or weights.is_trivial or self._aside is not None:
             return None
         ratio = weights.weight / self.factor
-        return None if ratio == 1.0 else grad * ratio
+        if ratio == 1.0:
+            return None
+        keeps_graph = read_grad(self.parameter).requires_grad
+        if others or keeps_graph or is_dtensor(self.parameter) or is_held(self.parameter):
+            return grad * ratio
+        self._aside = read_grad(self.parameter)
+        write_grad(self.parameter, None)
+        return None
+
+    def _unite(self) -> None:
+        """Adds what has come meanwhile to what is aside, and has that in sight again."""
+        shown, self._aside = self._aside, None
+        if shown is None:
+            return
+        come = read_grad(self.parameter)
+        if come is not None:
+            weight = self.session.weights.weight / self.factor
+            shown = shown + come * weight if come.requires_grad else shown.add_(come, alpha=weight)
+        write_grad(self.parameter, shown)
 
     def take(self, postponed: bool = False) -> None:
         """Adds the gradient that has just come to ``.grad`` to the sum, and hides it."""
@@ -142,6 +171,7 @@ class Gradient:
         if self.arriving or read_grad(self.parameter) is None:
             return  # another thread is adding to it: the last one hides all
         self.fresh = True
+        self._unite()
         weights, reduction = self.session.weights, self.reduction
         if reduction is not None and reduction.expected:
             reduction.ran = True
@@ -194,7 +224,7 @@ class Gradient:
     @property
     def is_empty(self) -> bool:
         """Whether there is no gradient at all."""
-        return self.sum.empty and read_grad(self.parameter) is None
+        return self.sum.empty and self._aside is None and read_grad(self.parameter) is None
 
     def show(self) -> None:
         """Puts the gradient into ``.grad``, if there is one."""
@@ -207,6 +237,7 @@ class Gradient:
             self._bring_to_sight(divisor)
 
     def _bring_to_sight(self, divisor: float) -> None:
+        self._unite()
         grad = read_grad(self.parameter)
         if grad is not None and not self.in_sight:  # a gradient that take() has not seen yet
             if self.sum.empty:
@@ -246,6 +277,7 @@ class Gradient:
 
     def _forget(self) -> None:
         self._stop_sight()
+        self._aside = None
         self.arriving.clear()
         self.sum.clear()
         self.end_window()
@@ -273,6 +305,7 @@ class Gradient:
         return math.sqrt(self.record.sum_sumsq) * abs(self.sum.scale) / self.session.weights.divisor
 
     def state_dict(self) -> dict:
+        self._unite()
         shown = local_part(read_grad(self.parameter)).detach() if self.in_sight and not self.is_empty else None
         state = {"draws": self.draws, "record": self.record.state_dict(), "fresh": self.fresh, "kept_as": self.format}
         return {**state, **self.sum.state_dict(), "shown": shown, "factor": self.factor}
@@ -281,7 +314,9 @@ class Gradient:
         """Raises ValueError, KeyError or TypeError for a state that load_state_dict() can't take."""
         self.sum.check_state_dict(state)
         self.record.check_state_dict(state["record"])
-        int(state["draws"]), float(state["factor"]), bool(state["fresh"])
+        int(state["draws"]), bool(state["fresh"])
+        if not 0 < float(state["factor"]) < math.inf:
+            raise ValueError(f"factor is {state['factor']}, expected a finite number above 0")
         if state["kept_as"] not in FORMATS:
             raise ValueError(f"format is {state['kept_as']!r}, expected one of {', '.join(FORMATS)}")
         shape = self.sum.parameter.shape

@@ -11,6 +11,18 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def is_for_autograd_grad() -> bool:
+    """Whether the gradient that a hook of a leaf is called with goes to ``torch.autograd.grad``, not into ``.grad``."""
+    node = torch._C._current_autograd_node()
+    if node is None:
+        return False
+    try:
+        torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # which it raises for a leaf in such a call, and only there
+        return True
+    return False
+
+
 def outside_inference_mode() -> contextlib.AbstractContextManager:
     """For making a gradient: what is made in inference mode can't be added to by a backward pass."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()

@@ -1,5 +1,6 @@
 """What a call of ``optimizer.step()`` does while a session is open: it is held back, left out, or made."""
 
+import contextlib
 import functools
 import math
 import types
@@ -9,6 +10,8 @@ import torch
 
 from torch_sluice.accumulate.access import read_grad
 from torch_sluice.accumulate.sharded import local_part
+
+_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")  # where torch keeps them
 
 
 class _LeftOut(Exception):
@@ -27,7 +30,7 @@ class OptimizerStep:
         original = self._original = self._optimizer.step
         alive = self._alive = [True]
 
-        @torch._disable_dynamo
+        @torch._disable_dynamo  # which would take what it saw of the gradients in one step for what they always are
         @functools.wraps(original)
         def step(optimizer, *args, **kwargs):
             return self._call(args, kwargs) if alive else original(*args, **kwargs)
@@ -38,10 +41,10 @@ class OptimizerStep:
         adopting = _adopting(self._optimizer.add_param_group, self._session)
         self._optimizer.add_param_group = types.MethodType(adopting, self._optimizer)
         self._running = False
-        self._hooks = [
-            self._optimizer.register_step_pre_hook(self._before_step),
-            self._optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._hooks = []
+        if hasattr(self._optimizer, _HOOKS[0]):  # lookalikes that never called torch's __init__ have none
+            self._hooks.append(self._optimizer.register_step_pre_hook(self._before_step))
+            self._hooks.append(self._optimizer.register_step_post_hook(self._after_step))
 
     def unwrap(self) -> None:
         """``step`` is what it was. Where somebody wrapped ours in between, ours hands calls on."""
@@ -216,6 +219,8 @@ class OptimizerStep:
         if session.options.max_norm is not None:
             norm = math.sqrt(sum(gradient.record.step_norm**2 for gradient in gradients))
             scale = min(1.0, session.options.max_norm / (norm + 1e-6))
+        if not gradients:
+            return self._original(*args, **kwargs)
         for gradient in gradients:
             gradient.blind = True
         try:
@@ -224,13 +229,27 @@ class OptimizerStep:
                 if scale != 1.0:
                     gradient.multiply(scale)
                 gradient.show()
-                result = self._original(*args, **kwargs)
+                with self._without_hooks(before=gradient is not gradients[0], after=gradient is not gradients[-1]):
+                    result = self._original(*args, **kwargs)
                 gradient.drop()
                 gradient.blind = True
         finally:
             for gradient in gradients:
                 gradient.blind = False
         return result
+
+    @contextlib.contextmanager
+    def _without_hooks(self, before: bool, after: bool):
+        """One step is one for the user's hooks, however often the optimizer is called for it."""
+        names = [name for name, is_out in zip(_HOOKS, (before, after), strict=True) if is_out]
+        kept = {name: hooks for name in names if (hooks := vars(self._optimizer).get(name))}
+        for name in kept:
+            setattr(self._optimizer, name, type(kept[name])())
+        try:
+            yield
+        finally:
+            for name, hooks in kept.items():
+                setattr(self._optimizer, name, hooks)
 
 
 def _adopting(original, session):

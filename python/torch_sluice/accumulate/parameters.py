@@ -1,6 +1,7 @@
 """Which parameters a session has, and the hooks on them."""
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from torch_sluice.accumulate import access
 from torch_sluice.accumulate.gradient import Gradient
@@ -53,6 +54,10 @@ class Parameters:
                     continue
                 names = names_of_parameters(session.model) if names is None else names
                 name = names.get(parameter, f"optimizer.{number}.{place}")
+                if is_lazy(parameter):
+                    raise ValueError(
+                        f"parameter {name} has no shape yet, expected a model whose lazy modules have run once"
+                    )
                 if is_dtensor(parameter) and session.options.low_memory:
                     raise ValueError(
                         f"low_memory=True and parameter {name} is a DTensor, expected plain tensors: a step that goes "

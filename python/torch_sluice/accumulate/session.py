@@ -3,6 +3,7 @@
 import threading
 import warnings
 import weakref
+from collections.abc import Set
 
 import torch
 from torch import nn
@@ -76,6 +77,9 @@ class Session:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        """Does nothing if the session is not open."""
+        if not self._open:
+            return
         problem = None
         with self.lock:
             self.take_postponed()
@@ -197,8 +201,14 @@ class Session:
                 )
             for gradient in gradients:
                 gradient.zero(set_to_none)
+            self.note_zero_grad(set(gradients))
+
+    def note_zero_grad(self, zeroed: Set[Gradient] = frozenset()) -> None:
+        """``zero_grad`` has ended, and has set these gradients to zero; where nothing is left a window begins."""
+        with self.lock:
             self._zeroed = True
-            zeroed = set(gradients)
+            if self.window.is_open and not zeroed:
+                return
             if all(gradient in zeroed or gradient.is_empty for gradient in self.gradients.values()):
                 self.window.start()
                 self.weights.restart()

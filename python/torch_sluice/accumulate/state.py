@@ -23,6 +23,9 @@ def check(session, saved: dict) -> None:
     lacking = _PARTS - saved.keys()
     if lacking:
         raise ValueError(f"the state lacks {', '.join(map(repr, sorted(lacking)))}")
+    for part in ("window", "weights", "parameters"):
+        if not isinstance(saved[part], dict):
+            raise ValueError(f"{part} in the state is a {type(saved[part]).__name__}, expected a dict")
     by_name = {gradient.name: gradient for gradient in session.gradients.values()}
     differing = sorted(by_name.keys() ^ saved["parameters"].keys())
     if differing:
@@ -39,7 +42,11 @@ def check(session, saved: dict) -> None:
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{what}: {error}") from error
     counters = saved["counters"]
-    if len(counters) != 3 or not all(isinstance(number, int) and number >= 0 for number in counters):
+    if (
+        not isinstance(counters, (list, tuple))
+        or len(counters) != 3
+        or not all(isinstance(number, int) and number >= 0 for number in counters)
+    ):
         raise ValueError(f"counters are {counters}, expected three integers of at least 0")
 
 

@@ -37,7 +37,10 @@ class Weights:
 
     def count(self, tokens: float, began: bool) -> None:
         """Tokens of the coming micro-batch; ``began``: the window has gradients already."""
-        tokens = float(tokens)
+        try:
+            tokens = float(tokens)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            raise ValueError(f"tokens is {tokens!r}, expected a finite number of at least 0") from None
         if not (math.isfinite(tokens) and tokens >= 0):
             raise ValueError(f"tokens is {tokens}, expected a finite number of at least 0")
         if self.total is None and began:
@@ -68,8 +71,8 @@ class Weights:
     def check_state_dict(self, state: dict) -> None:
         """Raises ValueError, KeyError or TypeError for a state that load_state_dict() can't take."""
         for name in ("tokens", "total"):
-            if state[name] is not None and not math.isfinite(float(state[name])):
-                raise ValueError(f"the saved {name} is {state[name]}, expected a finite number")
+            if state[name] is not None and not 0 <= float(state[name]) < math.inf:
+                raise ValueError(f"the saved {name} is {state[name]}, expected a finite number of at least 0")
         bool(state["unused"])
 
     def load_state_dict(self, state: dict) -> None:

@@ -9,6 +9,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from torch_sluice.monitor.flops import FlopCount
 from torch_sluice.monitor.memory import MemoryMeter
+from torch_sluice.monitor.numbers import as_text, short
 from torch_sluice.monitor.peak import is_peak_known, peak_flops_of
 from torch_sluice.monitor.records import Curve, MovingAverage, Occupation, StepTimes
 from torch_sluice.monitor.samples import ModelSampler
@@ -21,10 +22,10 @@ class Figures:
     """Steps, times, operations, memory and communication of a model's run; :class:`Monitor` feeds it."""
 
     def __init__(self, model: nn.Module, name: str | None, peak_flops: float | None, target_loss: float | None):
-        self.name = default_name(model) if name is None else str(name)
-        self.model, self.target_loss = model, target_loss
+        self.name = default_name(model) if name is None else as_text(name)
+        self.model, self.target_loss = model, None if target_loss is None else float(target_loss)
         self._parameter_bytes = 0
-        self._peak_flops = peak_flops
+        self._peak_flops = None if peak_flops is None else float(peak_flops)
         self.steps = self.tokens = self.odd_losses = 0
         self.total_seconds = 0.0
         self.times = StepTimes()
@@ -229,10 +230,30 @@ class Figures:
         return {**{name: getattr(self, name) for name in names}, "loss": self.loss.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on where the monitor that gave the state was."""
-        self.loss.load_state_dict(state["loss"])
-        for name in ("steps", "tokens", "total_seconds", "steps_to_target", "seconds_to_target"):
-            setattr(self, name, state[name])
+        """Goes on where the monitor that gave the state was.
+
+        Raises:
+            ValueError: it is no such state; nothing was changed.
+        """
+        try:
+            values = {name: state[name] for name in ("steps", "tokens", "total_seconds")}
+            values |= {name: state[name] for name in ("steps_to_target", "seconds_to_target")}
+            odd = [name for name, value in values.items() if not _is_count(value, optional="target" in name)]
+            if odd:
+                raise ValueError(f"{odd[0]} is {short(values[odd[0]])}, expected a number of at least 0")
+            self.loss.load_state_dict(state["loss"])
+        except KeyError as error:
+            raise ValueError(f"the state of the monitor lacks {error}") from error
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the state is none of a monitor: {error}") from error
+        for name, value in values.items():
+            setattr(self, name, value)
+
+
+def _is_count(value: object, optional: bool) -> bool:
+    if value is None:
+        return optional
+    return isinstance(value, (int, float)) and 0 <= value < math.inf
 
 
 def _as_dtype(name: str | torch.dtype) -> torch.dtype:

@@ -3,9 +3,12 @@
 import contextlib
 import importlib.util
 import math
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -23,11 +26,23 @@ from torch_sluice.monitor.limits import (
     warn,
 )
 from torch_sluice.monitor.names import RESERVED, MetricNames
+from torch_sluice.monitor.numbers import as_number, as_text, short
 from torch_sluice.monitor.outputs import Output
 from torch_sluice.monitor.records import Step, own_work
 from torch_sluice.parallel.statistics import communication_statistics
 
 _TENSORBOARD_SHARE = 0.001  # of the time of the steps
+
+_monitors: "weakref.WeakSet[Monitor]" = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    """In a forked process: what held a lock there is not in it."""
+    for monitor in _monitors:
+        monitor._lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_locks)
 
 
 class Monitor(Figures):
@@ -91,14 +106,20 @@ class Monitor(Figures):
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
-        if peak_flops is not None and not 0 < peak_flops < math.inf:
-            raise ValueError(f"peak_flops is {peak_flops}, expected a positive number of FLOP/s")
+        if peak_flops is not None and not 0 < _number_or_nan(peak_flops) < math.inf:
+            raise ValueError(f"peak_flops is {peak_flops!r}, expected a positive number of FLOP/s")
         check_limit("mfu_limit", mfu_limit)
         check_limit("memory_ratio_limit", memory_ratio_limit)
-        if target_loss is not None and not math.isfinite(target_loss):
-            raise ValueError(f"target_loss is {target_loss}, expected a finite number")
-        if metrics_port is not None and not (isinstance(metrics_port, int) and 0 <= metrics_port < 65536):
+        if target_loss is not None and not math.isfinite(_number_or_nan(target_loss)):
+            raise ValueError(f"target_loss is {target_loss!r}, expected a finite number")
+        if metrics_port is not None and not (_is_integer(metrics_port) and 0 <= metrics_port < 65536):
             raise ValueError(f"metrics_port is {metrics_port!r}, expected an integer from 0 to 65535")
+        metrics_port = None if metrics_port is None else int(metrics_port)
+        if not isinstance(metrics_host, str):
+            raise ValueError(f"metrics_host is {metrics_host!r}, expected an address or a name, as '127.0.0.1'")
+        for option, path in (("log_dir", log_dir), ("jsonl", jsonl), ("report", report)):
+            if path is not None and (not isinstance(path, (str, os.PathLike)) or "\0" in os.fspath(path)):
+                raise ValueError(f"{option} is {path!r}, expected a path")
         super().__init__(model, name, peak_flops, target_loss)
         self.limits = (mfu_limit, memory_ratio_limit)
         self._wants_count = count_first_step
@@ -106,6 +127,7 @@ class Monitor(Figures):
         self._check_at = 10
 
         self._lock = threading.RLock()  # of all that steps in several threads share
+        _monitors.add(self)
         self._has_begun = False
         self._running: list[Step] = []
         self._step_of_thread: dict[int, Step | None] = {}  # of those that ``begin_step()`` began
@@ -269,6 +291,10 @@ class Monitor(Figures):
             self._begin_metering()
 
     def _record(self, seconds: float, tokens: int, given: dict[str, float], timed: bool) -> None:
+        tokens = self._count_or_nothing("tokens", tokens) or 0
+        seconds = self._count_or_nothing("seconds", seconds)
+        if seconds is None:
+            return
         self.add_step(seconds, tokens, timed)
         figures = {"seconds": seconds, "tokens": tokens}
         if tokens and seconds > 0:
@@ -292,14 +318,26 @@ class Monitor(Figures):
             self._check_at = 2 * self.steps
             self.check()
 
+    def _count_or_nothing(self, name: str, value) -> float | None:
+        """A number that counts something; None, and a warning, for what is none."""
+        try:
+            number = as_number(value)
+            if not 0 <= number < math.inf:
+                raise ValueError("expected a finite number of at least 0")
+            return number
+        except Exception as error:
+            self._warn_once(f"odd {name}", f"{name} is {short(value)} for a step, which does not count: {error}")
+            return None
+
     def _as_numbers(self, given: dict) -> dict[str, float]:
         numbers = {}
         for name, value in given.items():
             try:
-                if str(name) in RESERVED:
+                text = as_text(name)
+                if text in RESERVED:
                     raise ValueError("that name is the monitor's own")
-                numbers[str(name)] = value if isinstance(value, (int, float)) else float(value)
-            except (TypeError, ValueError, RuntimeError) as error:
+                numbers[text] = as_number(value)
+            except Exception as error:  # of whatever kind: the value may be an object of another library
                 self._warn_once(f"figure {name}", f"the figure {name!r} is left out of the monitor: {error}")
         return numbers
 
@@ -391,6 +429,17 @@ class Monitor(Figures):
                 return
             self._warned.add(kind)
         warn(message)
+
+
+def _number_or_nan(value: object) -> float:
+    try:
+        return math.nan if isinstance(value, str) else as_number(value)
+    except Exception:  # whatever it is, it is no number
+        return math.nan
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _check_report(path: str | Path | None) -> Path | None:

@@ -4,6 +4,7 @@ A batch is a pure function of (seed, step, micro-batch), so that a resumed run s
 """
 
 import hashlib
+import os
 import platform
 import sysconfig
 from dataclasses import dataclass
@@ -86,6 +87,8 @@ def load_corpus(path: str | None, context: int, out: Path | None = None) -> Corp
     root = Path(path) if path is not None else Path(sysconfig.get_paths()["stdlib"])
     if not root.exists():
         raise TrainError(f"--data is '{root}', and there is no such file or folder")
+    if not root.is_dir() and not root.is_file():  # a pipe or a device may never end
+        raise TrainError(f"--data is '{root}', which is neither a file nor a folder")
     if root.is_dir():
         texts, skipped = _read_folder(root, RunFiles(root, out), only_source=path is None)
     else:
@@ -100,7 +103,7 @@ def load_corpus(path: str | None, context: int, out: Path | None = None) -> Corp
     digest = hashlib.sha256(train)
     digest.update(heldout)
     return Corpus(
-        name=str(root) if path is not None else f"the standard library of Python {platform.python_version()}",
+        name=f"the standard library of Python {platform.python_version()}" if path is None else _readable(root),
         train=np.frombuffer(train, np.uint8),
         heldout=np.frombuffer(heldout, np.uint8),
         train_files=counts[0],
@@ -108,6 +111,10 @@ def load_corpus(path: str | None, context: int, out: Path | None = None) -> Corp
         skipped_files=skipped,
         fingerprint=digest.hexdigest(),
     )
+
+
+def _readable(path: Path) -> str:
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def _read_file(path: Path) -> bytes:
@@ -162,7 +169,7 @@ def _split(texts: dict[str, bytes]) -> tuple[bytes, bytes, tuple[int, int]]:
         cut = len(text) - len(text) // 8
         return text[:cut], text[cut:], (1, 1)
     # By hash and not by order, so that no topic is held out whole; one file at least on each side.
-    order = sorted(texts, key=lambda name: hashlib.sha256(name.encode()).digest())
+    order = sorted(texts, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
     count = max(1, len(order) // 8)
     heldout, train = order[:count], order[count:]
     return (

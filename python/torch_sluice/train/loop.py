@@ -104,7 +104,10 @@ class Run:
             self.corpus.check_fingerprint(state["fingerprint"])
             for name, side in self.sides.items():
                 side.load_state_dict(state["sides"][name])
-            self.step = int(state["step"])
+            step = int(state["step"])
+            if not 0 <= step <= self.settings.steps:
+                raise ValueError(f"step is {step} of {self.settings.steps}")
+            self.step = step
             self.saved = True
         except KeyError as error:
             raise TrainError(f"the checkpoint in '{self.folder}' lacks {error}; train anew") from error

@@ -1,6 +1,7 @@
 """Prometheus text on a port. Values are read when they are scraped, so a step costs nothing."""
 
 import gc
+import os
 import re
 import threading
 import weakref
@@ -58,7 +59,7 @@ class _Server:
                 f"metrics_port is {port} on metrics_host {host!r}, where nothing can listen: "
                 f"{getattr(error, 'strerror', None) or error}; choose another port, or 0 for any free one"
             ) from error
-        self.host, self.port = host, self._http.server_address[1]
+        self.host, self.port, self._process = host, self._http.server_address[1], os.getpid()
 
     def describe(self) -> list:
         """Names are not known before the first step, and a registry that asks should not wait for one."""
@@ -85,7 +86,8 @@ class _Server:
         yield from families.values()
 
     def close(self) -> None:
-        self._http.shutdown()
+        if self._process == os.getpid():  # the thread that answers is not in a forked process, and can't be waited for
+            self._http.shutdown()
         self._http.server_close()
         self._thread.join(timeout=5)
 
