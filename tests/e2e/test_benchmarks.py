@@ -6,7 +6,15 @@ import pytest
 import torch
 
 import torch_sluice.info
-from benchmarks import accumulate, channel_norms, gated_attention, import_time, monitor_overhead, recall
+from benchmarks import (
+    accumulate,
+    accumulate_overhead,
+    channel_norms,
+    gated_attention,
+    import_time,
+    monitor_overhead,
+    recall,
+)
 
 WHERE = {"threads", "isa", "processor", "torch"}
 
@@ -83,6 +91,14 @@ def test_import_time(rows_of, capsys):
     assert row["spread"]["registered"] == [row["seconds"]] * 2
     assert import_time.middle_half([5.0, 1.0, 3.0, 2.0, 4.0]) == [2.0, 4.0]
     assert "registering adds" in capsys.readouterr().out
+
+
+def test_accumulate_overhead(rows_of, capsys):
+    pytest.importorskip("transformers")
+    (row,) = rows_of(accumulate_overhead, "--quick", "--case", "gated", "--session", "every=1")
+    assert row["overhead"] == pytest.approx(1 / row["ratio"] - 1)
+    assert row["middle_half"][0] <= row["overhead"] <= row["middle_half"][1]
+    assert "every=1" in capsys.readouterr().out
 
 
 def test_monitor_overhead(rows_of, capsys):
