@@ -55,6 +55,8 @@ class Gradient:
         self.fresh = self.blind = False
         self.reduction = None
         self.arriving: set[int] = set()
+        self._kind, self._supported = (local.dtype, local.device), is_supported(local)
+        self._sharded = is_dtensor(parameter)
         self._aside: torch.Tensor | None = None  # what was in sight before the gradient that autograd adds now
 
     # ---- what somebody does to .grad
@@ -63,11 +65,15 @@ class Gradient:
         """Brings the gradient to sight for whoever reads ``.grad``; False if it must not be seen."""
         if self.blind:
             return False
-        if self._aside is None and self.in_sight and self.factor == 1.0 and self.session.weights.is_trivial:
-            return True
+        if self._aside is None:
+            if self.in_sight:
+                if self.factor == 1.0 and self.session.weights.is_trivial:
+                    return True
+            elif self.sum.empty and read_grad(self.parameter) is None:
+                return True
         with self.session.lock:
             weights = self.session.weights
-            if not weights.is_trivial and is_dtensor(self.parameter) and in_backward():
+            if not weights.is_trivial and self._sharded and in_backward():
                 self._show(weights.weight)  # FSDP2 reads it to add the next gradient, which does not know its weight
             else:
                 self._show(weights.divisor)
@@ -81,7 +87,7 @@ class Gradient:
             window = self.session.window
             if value is None and window.is_open and not self.fresh:
                 return  # a zero_grad by hand after a call of step() that was held
-            by_fsdp = is_dtensor(self.parameter) and in_backward() and self.is_empty
+            by_fsdp = self._sharded and in_backward() and self.is_empty
             if value is not None and not self.in_sight and compiled_autograd_runs():
                 write_grad(
                     self.parameter, value
@@ -121,7 +127,7 @@ class Gradient:
 
     def hidden_norm(self) -> float | None:
         """The Euclidean norm of a hidden float16 sum as a look would show it; None for any other gradient."""
-        if self.in_sight or self.sum.empty or self.sum.format != "fp16" or is_dtensor(self.parameter):
+        if self.in_sight or self.sum.empty or self.sum.format != "fp16" or self._sharded:
             return None
         self.session.statistics.read()
         return self.norm_of_sum()
@@ -135,7 +141,7 @@ class Gradient:
         both. Where it must stay, since somebody holds it, the gradient is weighed before, and later hooks of the user
         see it so. Several threads may come here at a time.
         """
-        if is_for_autograd_grad():
+        if self._may_be_misled and is_for_autograd_grad():
             return None  # nothing will be added
         others = bool(self.arriving)
         self.arriving.add(threading.get_ident())
@@ -147,11 +153,16 @@ class Gradient:
         if ratio == 1.0:
             return None
         keeps_graph = read_grad(self.parameter).requires_grad
-        if others or keeps_graph or is_dtensor(self.parameter) or is_held(self.parameter):
+        if others or keeps_graph or self._sharded or is_held(self.parameter):
             return grad * ratio
         self._aside = read_grad(self.parameter)
         write_grad(self.parameter, None)
         return None
+
+    @property
+    def _may_be_misled(self) -> bool:
+        """Whether it matters here that a gradient goes elsewhere; asking autograd takes its time."""
+        return not self.session.weights.is_trivial or threading.active_count() > 1
 
     def _unite(self) -> None:
         """Adds what has come meanwhile to what is aside, and has that in sight again."""
@@ -186,7 +197,8 @@ class Gradient:
             self._hide(self.factor if self.in_sight else weights.weight)
 
     def _hide(self, weight: float) -> None:
-        grad = local_gradient(read_grad(self.parameter), self.parameter).detach()
+        grad = read_grad(self.parameter)
+        grad = (local_gradient(grad, self.parameter) if self._sharded else grad).detach()
         write_grad(self.parameter, None)
         if self.in_sight:
             self._stop_sight()
@@ -196,7 +208,10 @@ class Gradient:
         session, record, total = self.session, self.record, self.sum
         if total.empty:
             local = local_part(self.parameter)
-            if not is_supported(local):
+            kind = local.dtype, local.device
+            if kind != self._kind:
+                self._kind, self._supported = kind, is_supported(local)
+            if not self._supported:
                 self.format = "torch"
             elif record.folds == 0 or self.format == "torch":
                 self.format = session.policy.choose(record)
@@ -298,7 +313,8 @@ class Gradient:
 
     def end_window(self) -> None:
         """The statistics of the next window begin."""
-        self.record.start_window()
+        if self.record.folds:
+            self.record.start_window()
 
     def norm_of_sum(self) -> float:
         """The Euclidean norm of a hidden sum as a look would show it, by the kernels' statistics."""
