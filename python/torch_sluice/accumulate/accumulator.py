@@ -33,7 +33,7 @@ class Accumulator:
         self.exponents: torch.Tensor | None = None
         self.scale = 1.0
         self.empty = True
-        self.is_gradient = False  # whether the buffer is the memory of the only gradient so far
+        self.is_measured = True  # else the buffer is the only gradient so far, of which nothing is known
 
     def start(self, format: str, parameter: torch.Tensor) -> None:
         """Forgets the sum and chooses the format of the next one, of gradients of this parameter."""
@@ -47,12 +47,11 @@ class Accumulator:
         if self.format == "torch":
             self.buffer = None
         self.scale = 1.0
-        self.empty = True
+        self.empty = self.is_measured = True
 
-    def add(self, grad: torch.Tensor, weight: float, seed: int | None) -> torch.Tensor:
-        """Adds weight * grad. Returns the six statistics of ops/sluice/accumulate.h as a tensor; those of the sum are
-        of what the buffer holds, and 0 where that is the gradient itself."""
-        self.is_gradient = False
+    def add(self, grad: torch.Tensor, weight: float, seed: int | None) -> torch.Tensor | None:
+        """Adds weight * grad. Returns the six statistics of ops/sluice/accumulate.h as a tensor, those of the sum being
+        of what the buffer holds; None where the gradient's memory was taken over, and nothing was measured."""
         if self.empty:
             self.scale, weight = (weight, 1.0) if weight != 0.0 else (1.0, 0.0)
         else:
@@ -60,8 +59,8 @@ class Accumulator:
         if grad.layout != torch.strided or self.format == "torch" or grad.dtype not in _KERNEL_DTYPES:
             return self._add_by_torch(grad, weight)
         if self.empty and weight == 1 and self.format == "fp32" and _owns_its_memory(grad, self.parameter):
-            self.buffer, self.empty, self.is_gradient = grad, False, True
-            return operators.measure_gradient(grad)
+            self.buffer, self.empty, self.is_measured = grad, False, False
+            return None
         if self.empty and self.buffer is None:
             self._allocate()
         overwrite, self.empty = self.empty, False
@@ -153,6 +152,7 @@ class Accumulator:
         """Takes the sum over from a state that check_state_dict() has passed."""
         buffer, exponents = state["buffer"], state["exponents"]
         device = self.parameter.device
+        self.clear()
         self.format, self.scale, self.empty = state["format"], float(state["scale"]), buffer is None
         self.buffer = None if buffer is None else buffer.to(device, copy=True)
         self.exponents = None if exponents is None else exponents.to(device, copy=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from torch_sluice.accumulate import operators
 from torch_sluice.accumulate.access import read_grad, write_grad
 from torch_sluice.accumulate.accumulator import FORMATS, Accumulator, is_supported
 from torch_sluice.accumulate.holding import is_held
@@ -224,10 +225,19 @@ class Gradient:
         elif total.format == "fp16" and session.sums_exactly and not total.empty:
             total.promote()  # what comes last needs no rounding: the step reads float32
         seed = self._draw(session.options.seed) if session.options.rounding == "stochastic" else None
+        self.measure()
         statistics = total.add(grad, weight, seed)
-        session.statistics.note(record, statistics, total.is_gradient)
+        if statistics is not None:
+            session.statistics.note(record, statistics, is_sum=False)
         if total.format == "torch":  # a sparse gradient, or of another dtype
             self.format = "torch"
+
+    def measure(self) -> None:
+        """Measures a gradient that has become its sum by handing its memory over, if that was not done yet: it is not
+        done before somebody asks, since a step looks at all of them in one call."""
+        if not self.sum.is_measured:
+            self.sum.is_measured = True
+            self.session.statistics.note(self.record, operators.measure_gradient(self.sum.buffer), is_sum=True)
 
     def _draw(self, seed: int) -> int:
         """A number for the random rounding of the next gradient."""
@@ -262,6 +272,7 @@ class Gradient:
             else:
                 self._hide(self.session.weights.weight)
         if not self.sum.empty:
+            self.measure()
             shown = like_parameter(self.sum.take(1 / divisor), self.parameter)
             self.sum.clear()
             write_grad(self.parameter, shown)
@@ -316,9 +327,14 @@ class Gradient:
         if self.record.folds:
             self.record.start_window()
 
+    @property
+    def factor_of_sum(self) -> float:
+        """By what a look multiplies what a hidden sum's memory holds."""
+        return self.sum.scale / self.session.weights.divisor
+
     def norm_of_sum(self) -> float:
         """The Euclidean norm of a hidden sum as a look would show it, by the kernels' statistics."""
-        return math.sqrt(self.record.sum_sumsq) * abs(self.sum.scale) / self.session.weights.divisor
+        return math.sqrt(self.record.sum_sumsq) * abs(self.factor_of_sum)
 
     def state_dict(self) -> dict:
         self._unite()

@@ -9,7 +9,7 @@ import warnings
 import torch
 
 from torch_sluice.accumulate.access import read_grad
-from torch_sluice.accumulate.sharded import local_part
+from torch_sluice.accumulate.statistics import measure_all, real_values
 
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")  # where torch keeps them
 
@@ -190,26 +190,29 @@ class OptimizerStep:
         self.skip()
 
     def _measure(self, gradients) -> list:
-        """Notes the norm of each gradient, and returns those that are not finite: of hidden sums by what the kernels
-        have measured, of the others by looking at them."""
-        spoiled, in_sight = [], {}
+        """Notes the norm of each gradient, and returns those that are not finite: of sums by what the kernels have
+        measured, of the others by looking at all of them together."""
+        spoiled, to_look_at = [], []
         for gradient in gradients:
-            record = gradient.record
+            record, total = gradient.record, gradient.sum
             record.step_norm = 0.0
-            hidden = not gradient.sum.empty
-            if hidden:
+            if total.empty or (gradient.parameter.dtype == torch.float16 and not self._session.options.low_memory):
+                gradient.show()
+                to_look_at.append((gradient, real_values(read_grad(gradient.parameter)), 1.0))
+            elif not total.is_measured:
+                to_look_at.append((gradient, total.buffer, gradient.factor_of_sum))
+            else:
                 record.step_norm = gradient.norm_of_sum()
                 spoiled += [gradient] if record.sum_sumsq == math.inf else []
-            if not hidden or (gradient.parameter.dtype == torch.float16 and not self._session.options.low_memory):
-                gradient.show()
-                values = _values(read_grad(gradient.parameter))
-                if values is not None and gradient not in spoiled:
-                    in_sight.setdefault(values.device, []).append((gradient, values))
-        for pairs in in_sight.values():
-            norms = torch.stack([torch.linalg.vector_norm(values, dtype=torch.float64) for _, values in pairs])
-            for (gradient, _), norm in zip(pairs, norms.tolist(), strict=True):
-                gradient.record.step_norm = norm
-                spoiled += [] if math.isfinite(norm) else [gradient]
+        looked_at = [one for one in to_look_at if one[1] is not None and one[1].numel() > 0]
+        for (gradient, _, factor), (norm, largest) in zip(
+            looked_at, measure_all([values for _, values, _ in looked_at]), strict=True
+        ):
+            gradient.record.step_norm = norm * abs(factor)
+            if not gradient.sum.is_measured:
+                gradient.sum.is_measured = True
+                gradient.record.grad_norm, gradient.record.grad_amax = norm, largest
+            spoiled += [] if math.isfinite(largest) else [gradient]
         return spoiled
 
     def _step_one_by_one(self, *args, **kwargs):
@@ -265,12 +268,3 @@ def _adopting(original, session):
 def _with_closure(args: tuple, kwargs: dict, closure) -> tuple[tuple, dict]:
     """The same arguments with another closure."""
     return ((closure, *args[1:]), kwargs) if args else (args, {**kwargs, "closure": closure})
-
-
-def _values(grad: torch.Tensor | None) -> torch.Tensor | None:
-    """This rank's elements of a gradient as real numbers; None where there are none."""
-    if grad is None:
-        return None
-    grad = local_part(grad).detach()
-    grad = grad.coalesce().values() if grad.is_sparse else grad
-    return None if grad.numel() == 0 else torch.view_as_real(grad) if grad.is_complex() else grad

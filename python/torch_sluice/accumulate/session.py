@@ -276,8 +276,13 @@ class Session:
     def stats(self) -> SessionStats:
         """Formats, bytes, norms and errors, in all and by parameter."""
         with self.lock:
-            self.statistics.read()
+            self._measure()
             return make_stats(self)
+
+    def _measure(self) -> None:
+        for gradient in self.gradients.values():
+            gradient.measure()
+        self.statistics.read()
 
     def state_dict(self) -> dict:
         """Everything that a later session needs to go on exactly from here, in the middle of a window too.
@@ -287,7 +292,7 @@ class Session:
         with self.lock:
             self.adopt_parameters()
             self.take_postponed()
-            self.statistics.read()
+            self._measure()
             return state.make(self)
 
     def load_state_dict(self, saved: dict) -> None:

@@ -1,6 +1,10 @@
 """What the kernels have measured of gradients, kept on their device until somebody needs it."""
 
+import math
+
 import torch
+
+from torch_sluice.accumulate.sharded import local_part
 
 
 class Statistics:
@@ -30,3 +34,33 @@ class Statistics:
     def clear(self) -> None:
         """Forgets them."""
         self._waiting.clear()
+
+
+def real_values(grad: torch.Tensor | None) -> torch.Tensor | None:
+    """This rank's elements of a gradient as real numbers; None where there are none."""
+    if grad is None:
+        return None
+    grad = local_part(grad).detach()
+    grad = grad.coalesce().values() if grad.is_sparse else grad
+    return torch.view_as_real(grad) if grad.is_complex() else grad
+
+
+def measure_all(tensors: list[torch.Tensor]) -> list[tuple[float, float]]:
+    """(Euclidean norm, largest magnitude) of each tensor, with a few calls for all; the latter is not finite where an
+    element is not."""
+    results: list = [None] * len(tensors)
+    kinds = {}
+    for place, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(place)
+    for (_, dtype), places in kinds.items():
+        group = [tensors[place] for place in places]
+        largest = torch.stack(torch._foreach_norm(group, math.inf)).tolist()
+        if dtype in (torch.float32, torch.float64):
+            norms = torch.stack(torch._foreach_norm(group, 2)).tolist()
+        else:  # the norm may be beyond the type
+            norms = torch.stack([torch.linalg.vector_norm(one, dtype=torch.float32) for one in group]).tolist()
+        for place, norm, most in zip(places, norms, largest, strict=True):
+            if math.isfinite(most) and not most <= norm < math.inf:  # its squares were beyond the type
+                norm = torch.linalg.vector_norm(tensors[place], dtype=torch.float64).item()
+            results[place] = norm, most
+    return results
