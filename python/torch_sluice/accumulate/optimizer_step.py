@@ -9,7 +9,7 @@ import warnings
 import torch
 
 from torch_sluice.accumulate.access import read_grad
-from torch_sluice.accumulate.statistics import measure_all, real_values
+from torch_sluice.accumulate.statistics import norms_of_all, real_values
 
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")  # where torch keeps them
 
@@ -205,14 +205,13 @@ class OptimizerStep:
                 record.step_norm = gradient.norm_of_sum()
                 spoiled += [gradient] if record.sum_sumsq == math.inf else []
         looked_at = [one for one in to_look_at if one[1] is not None and one[1].numel() > 0]
-        for (gradient, _, factor), (norm, largest) in zip(
-            looked_at, measure_all([values for _, values, _ in looked_at]), strict=True
-        ):
+        norms = norms_of_all([values for _, values, _ in looked_at])
+        for (gradient, _, factor), norm in zip(looked_at, norms, strict=True):
             gradient.record.step_norm = norm * abs(factor)
             if not gradient.sum.is_measured:
                 gradient.sum.is_measured = True
-                gradient.record.grad_norm, gradient.record.grad_amax = norm, largest
-            spoiled += [] if math.isfinite(largest) else [gradient]
+                gradient.record.grad_norm = norm
+            spoiled += [] if math.isfinite(norm) else [gradient]
         return spoiled
 
     def _step_one_by_one(self, *args, **kwargs):

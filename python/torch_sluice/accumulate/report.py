@@ -11,7 +11,7 @@ class ParameterStats:
     elements: int
     bytes: int  # that the sum takes
     grad_norm: float  # of the last gradient, as autograd gave it
-    grad_amax: float  # its largest magnitude
+    grad_amax: float  # the largest magnitude of the last one that was added to others, or asked for by stats()
     step_norm: float  # of the averaged gradient at the last step
     error: float  # relative error of the sum that rounding to float16 has made
     underflow: int  # elements of the sum below float16's normal range

@@ -45,22 +45,20 @@ def real_values(grad: torch.Tensor | None) -> torch.Tensor | None:
     return torch.view_as_real(grad) if grad.is_complex() else grad
 
 
-def measure_all(tensors: list[torch.Tensor]) -> list[tuple[float, float]]:
-    """(Euclidean norm, largest magnitude) of each tensor, with a few calls for all; the latter is not finite where an
-    element is not."""
-    results: list = [None] * len(tensors)
+def norms_of_all(tensors: list[torch.Tensor]) -> list[float]:
+    """The Euclidean norm of each tensor, with a few calls for all; infinity or NaN where an element is."""
+    norms: list = [None] * len(tensors)
     kinds = {}
     for place, tensor in enumerate(tensors):
         kinds.setdefault((tensor.device, tensor.dtype), []).append(place)
     for (_, dtype), places in kinds.items():
         group = [tensors[place] for place in places]
-        largest = torch.stack(torch._foreach_norm(group, math.inf)).tolist()
         if dtype in (torch.float32, torch.float64):
-            norms = torch.stack(torch._foreach_norm(group, 2)).tolist()
+            measured = torch._foreach_norm(group, 2)
         else:  # the norm may be beyond the type
-            norms = torch.stack([torch.linalg.vector_norm(one, dtype=torch.float32) for one in group]).tolist()
-        for place, norm, most in zip(places, norms, largest, strict=True):
-            if math.isfinite(most) and not most <= norm < math.inf:  # its squares were beyond the type
+            measured = [torch.linalg.vector_norm(one, dtype=torch.float32) for one in group]
+        for place, norm in zip(places, torch.stack(measured).tolist(), strict=True):
+            if not 0 < norm < math.inf:  # its squares may be beyond the type
                 norm = torch.linalg.vector_norm(tensors[place], dtype=torch.float64).item()
-            results[place] = norm, most
-    return results
+            norms[place] = norm
+    return norms
