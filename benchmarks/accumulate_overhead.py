@@ -6,6 +6,7 @@ same model. ``overhead`` is the median over rounds of with / without within a ro
 rounds stands beside it, as ``middle_half``.
 """
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable
@@ -20,8 +21,8 @@ CASES = ("dense", "gated")
 SESSIONS = {"every=1": dict(every=1, policy="fp32"), "the loop steps": dict(policy="fp32"), "auto": dict()}
 
 
-def make_step(case: str, session: dict | None) -> Callable[[], object]:
-    """A step of the main job's model with or without a session around it."""
+def make_step(case: str, session: dict | None, context: contextlib.ExitStack) -> Callable[[], object]:
+    """A step of the main job's model with or without a session, which ends with ``context``."""
     from torch_sluice.swap import swap_attention
     from torch_sluice.train.settings import PRESETS
     from torch_sluice.train.side import Side
@@ -35,22 +36,23 @@ def make_step(case: str, session: dict | None) -> Callable[[], object]:
         )
         side.optimizer = torch.optim.AdamW(side.model.parameters(), settings.learning_rate)
     if session is not None:
-        torch_sluice.accumulate(side.model, side.optimizer, **session).__enter__()
+        context.enter_context(torch_sluice.accumulate(side.model, side.optimizer, **session))
     batch = torch.randint(0, 256, (settings.micro_size, settings.context + 1))
     return lambda: side.run_micro_batches([batch])
 
 
 def measure(case: str, name: str, repeats: int, machine: dict) -> dict:
     """The row of a case: rounds of one step each way, in turn."""
-    steps = {"with": make_step(case, SESSIONS[name]), "without": make_step(case, None)}
-    for step in steps.values():
-        step()
     seconds = {"with": [], "without": []}
-    for turn in range(repeats):
-        for which in ("with", "without") if turn % 2 else ("without", "with"):
-            start = time.perf_counter()
-            steps[which]()
-            seconds[which].append(time.perf_counter() - start)
+    with contextlib.ExitStack() as context:
+        steps = {"with": make_step(case, SESSIONS[name], context), "without": make_step(case, None, context)}
+        for step in steps.values():
+            step()
+        for turn in range(repeats):
+            for which in ("with", "without") if turn % 2 else ("without", "with"):
+                start = time.perf_counter()
+                steps[which]()
+                seconds[which].append(time.perf_counter() - start)
     ratios = [x / y - 1 for x, y in zip(seconds["with"], seconds["without"], strict=True)]
     quartiles = statistics.quantiles(ratios, method="inclusive") if len(ratios) > 1 else ratios * 3
     return {

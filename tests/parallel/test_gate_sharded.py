@@ -146,7 +146,7 @@ def train_a_few_steps():
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-3))
     controller = DensityController(model, steps=3)
     before = [gate.query_weight.full_tensor().clone() for gate in gates_of(model)]
-    with torch_sluice.accumulate(model, optimizer, every=2, step_calls="last") as session:
+    with torch_sluice.accumulate(model, optimizer) as session:
         for number in range(6):
             controller.loss(model(inputs_of(dist.get_rank())).float().square().mean()).backward()
             if number % 2:

@@ -21,7 +21,6 @@ class Agreement:
 
     def __init__(self):
         self._asked = []  # (work, values on the device, the gradients that they are about)
-        self._heard = set()  # gradients of which an answer has come
 
     def skips(self, spoiled: bool, gradients) -> bool:
         """Whether any rank that holds a part of these gradients has found one that is not finite."""
@@ -44,7 +43,7 @@ class Agreement:
                 continue
             about = [one for one in gradients if name in _group_names(one)]
             for gradient in about:
-                if gradient not in self._heard:
+                if not gradient.record.heard:
                     gradient.record.others_want_fp32 = True  # until they have said otherwise
             wishes = torch.tensor([one.record.prefers_fp32 for one in about], dtype=torch.uint8, device=device)
             work = distributed.all_reduce(wishes, distributed.ReduceOp.MAX, group, async_op=True)
@@ -53,17 +52,24 @@ class Agreement:
     def close(self, in_peace: bool) -> None:
         """Ends what is under way; after an exception nobody waits, since other ranks may be gone."""
         if in_peace:
-            self.hear_formats()
+            self.collect()
         self._asked.clear()
 
-    def hear_formats(self) -> None:
-        """Waits for the answers to ask_formats() and follows them."""
+    def collect(self) -> None:
+        """Waits for the answers to ask_formats(), and keeps them with the records: they are part of a saved state."""
         asked, self._asked = self._asked, []
         for work, wishes, about in asked:
             work.wait()
-            self._heard.update(about)
             for gradient, wanted in zip(about, wishes.tolist(), strict=True):
-                gradient.record.others_want_fp32 = bool(wanted) and not gradient.record.prefers_fp32
+                gradient.record.answer = max(gradient.record.answer, int(wanted))
+
+    def hear_formats(self, gradients) -> None:
+        """Follows the answers to ask_formats()."""
+        self.collect()
+        for record in (gradient.record for gradient in gradients):
+            if record.answer >= 0:
+                record.others_want_fp32 = record.answer > 0 and not record.prefers_fp32
+                record.answer, record.heard = -1, True
 
 
 def _group_names(gradient) -> set[str]:

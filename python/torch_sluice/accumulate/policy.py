@@ -34,6 +34,8 @@ class Record:
     promotions: int = 0  # times that a float16 sum went on in float32
     prefers_fp32: bool = True  # where "auto" starts the next window
     others_want_fp32: bool = False  # whether another rank does
+    answer: int = -1  # what the ranks have said since: 0 none does, 1 one does; -1 nothing
+    heard: bool = False  # whether they ever have
     calm_windows: int = 0  # windows in a row in which float16 would have done
     patience: int = 1  # calm windows that it takes to go to float16
 

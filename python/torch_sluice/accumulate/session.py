@@ -237,8 +237,9 @@ class Session:
             self.policy.end_window(gradient.record)
             gradient.end_window()
         self.end_micro_batch()
-        self.agreement.hear_formats()
-        self.agreement.ask_formats(list(self.gradients.values()))
+        gradients = list(self.gradients.values())
+        self.agreement.hear_formats(gradients)
+        self.agreement.ask_formats(gradients)
         self.start_window()
 
     def start_window(self) -> None:
@@ -293,6 +294,7 @@ class Session:
             self.adopt_parameters()
             self.take_postponed()
             self._measure()
+            self.agreement.collect()
             return state.make(self)
 
     def load_state_dict(self, saved: dict) -> None:
