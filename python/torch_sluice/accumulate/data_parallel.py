@@ -69,8 +69,9 @@ def attach(session) -> None:
     for module in session.model.modules():
         if isinstance(module, DistributedDataParallel):
             reduction = _reduction_of(module)
-            if reduction is not None and module.require_forward_param_sync:
-                reduction.prepare()  # its forward pass may have come before the session
+            had_forward = getattr(module, "_lazy_init_ran", True)
+            if reduction is not None and had_forward and module.require_forward_param_sync:
+                reduction.prepare()  # the backward pass of that may still come
 
 
 def detach(session) -> None:
