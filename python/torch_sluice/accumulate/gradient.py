@@ -142,7 +142,7 @@ class Gradient:
         both. Where it must stay, since somebody holds it, the gradient is weighed before, and later hooks of the user
         see it so. Several threads may come here at a time.
         """
-        if self._may_be_misled and is_for_autograd_grad():
+        if is_for_autograd_grad():
             return None  # nothing will be added
         others = bool(self.arriving)
         self.arriving.add(threading.get_ident())
@@ -159,11 +159,6 @@ class Gradient:
         self._aside = read_grad(self.parameter)
         write_grad(self.parameter, None)
         return None
-
-    @property
-    def _may_be_misled(self) -> bool:
-        """Whether it matters here that a gradient goes elsewhere; asking autograd takes its time."""
-        return not self.session.weights.is_trivial or threading.active_count() > 1
 
     def _unite(self) -> None:
         """Adds what has come meanwhile to what is aside, and has that in sight again."""
