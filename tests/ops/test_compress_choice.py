@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("torch_pruning")
 
 import torch_sluice
 from torch_sluice.compress import quantization

@@ -12,7 +12,6 @@ import torch
 from support.compress_models import MODELS, call_all_faster, make, mlp
 from torch import nn
 
-pytest.importorskip("torch_pruning")
 pytest.importorskip("transformers")
 
 import torch_sluice

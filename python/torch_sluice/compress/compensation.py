@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torch_sluice.compress.calling import call_model, evaluating
 from torch_sluice.compress.graph import ChannelGroup
-from torch_sluice.compress.slicing import is_depthwise
+from torch_sluice.compress.slicing import Lost, is_depthwise
 
 _MOST_CHANNELS = 4096  # whose moments, a square matrix, are kept
 _MOST_ROWS = 16384  # samples of x taken from one batch
@@ -42,8 +42,12 @@ class Moments:
 
 def reading_layers(model: nn.Module, groups: Iterable[ChannelGroup]) -> list[str]:
     """The layers that read a group's channels and can be compensated."""
-    paths = {member.path for group in groups for member in group.members if member.side == "in"}
+    paths = {member.path for group in groups for member in group.members if _is_input(member.name, member.dim)}
     return sorted(path for path in paths if _is_compensable(model.get_submodule(path)))
+
+
+def _is_input(name: str, dim: int) -> bool:
+    return dim == 1 and name.rpartition(".")[2] == "weight"
 
 
 def _is_compensable(module: nn.Module) -> bool:
@@ -82,10 +86,11 @@ def measure_moments(
 
 
 @torch.no_grad()
-def compensate(pruned: nn.Module, original: nn.Module, lost: dict[tuple[str, str], set[int]], moments: Moments) -> None:
+def compensate(pruned: nn.Module, original: nn.Module, lost: Lost, moments: Moments) -> None:
     """Changes the weights of layers of ``pruned`` that lost inputs. ``lost`` counts in channels of ``original``."""
-    for (path, side), indices in lost.items():
-        if side != "in" or not indices or moments.count.get(path, 0) < 2:
+    for (name, dim), indices in lost.items():
+        path = name.rpartition(".")[0]
+        if not _is_input(name, dim) or not indices or moments.count.get(path, 0) < 2:
             continue
         module, source = pruned.get_submodule(path), original.get_submodule(path)
         if not _is_compensable(source):
@@ -102,7 +107,7 @@ def compensate(pruned: nn.Module, original: nn.Module, lost: dict[tuple[str, str
         inner.diagonal().add_(ridge)
         estimate = torch.linalg.solve(inner, moment[kept][:, gone]).T  # A
         # Rows of the output side that are gone from `module` are gone from the source's, too.
-        rows = _kept_rows(source, lost.get((path, "out"), set()))
+        rows = _kept_rows(source, lost.get((name, 0), set()))
         weight = source.weight.detach().cpu().double()[rows]
         change = torch.einsum("or...,rk->ok...", weight[:, gone], estimate)
         module.weight.add_(change.to(module.weight))

@@ -3,18 +3,18 @@
 import torch
 from torch import Tensor, nn
 
-from torch_sluice.attention import Gate
 from torch_sluice.compress.graph import ChannelGroup
 from torch_sluice.compress.norms import channel_norms
-from torch_sluice.compress.slicing import Member, is_depthwise
+from torch_sluice.compress.slicing import Member
 
 
 def raw_norms(model: nn.Module, group: ChannelGroup) -> Tensor:
     """[width] The seed's score: the L1 norm of the weights that make the unit, summed over the layers that make it."""
     total = torch.zeros(group.width, dtype=torch.float64)
+    tensors = _tensors(model)
     for member in group.members:
-        norms = _norms(model, member)
-        if norms is not None and member.side != "in":
+        norms = _norms(tensors, member)
+        if norms is not None and member.role == "out":
             total += _per_unit(norms, member)
     return total
 
@@ -26,13 +26,14 @@ def relative_norms(model: nn.Module, group: ChannelGroup) -> Tensor:
     A batch norm of the same channels scales the norm of what it normalises, as folding it would.
     """
     total, count = torch.zeros(group.width, dtype=torch.float64), 0
+    tensors = _tensors(model)
     scale = _normalisation_scale(model, group)
     for member in group.members:
-        norms = _norms(model, member)
+        norms = _norms(tensors, member)
         if norms is None:
             continue
         of_unit = _per_unit(norms, member)
-        if member.side == "out" and scale is not None:
+        if member.role == "out" and scale is not None:
             of_unit = of_unit * scale
         mean = of_unit.mean()
         total += of_unit / mean if mean > 0 else of_unit
@@ -42,36 +43,32 @@ def relative_norms(model: nn.Module, group: ChannelGroup) -> Tensor:
 
 def _normalisation_scale(model: nn.Module, group: ChannelGroup) -> Tensor | None:
     """|gamma| / sigma of the only batch norm of a group, per unit."""
-    norms = [m for m in group.members if isinstance(_module(model, m), nn.modules.batchnorm._BatchNorm)]
-    if len(norms) != 1 or any(len(places) != group.channels for places in norms[0].indices):
+    norms = {}
+    for member in group.members:
+        module = model.get_submodule(member.path)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and member.name.endswith("weight"):
+            norms[member.path] = (module, member)
+    if len(norms) != 1:
         return None
-    norm = _module(model, norms[0])
-    if norm.weight is None or norm.running_var is None:
+    ((norm, member),) = norms.values()
+    if norm.running_var is None or any(len(places) != group.channels for places in member.indices):
         return None
     scale = norm.weight.detach().double().abs() / (norm.running_var.double() + norm.eps).sqrt()
-    return _per_unit(scale.cpu(), norms[0]) / group.channels
+    return _per_unit(scale.cpu(), member) / group.channels
 
 
-def _module(model: nn.Module, member: Member) -> nn.Module | None:
-    return None if member.side.startswith(("dim ", "count ")) else model.get_submodule(member.path)
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict((*model.named_parameters(), *model.named_buffers()))
 
 
-def _norms(model: nn.Module, member: Member) -> Tensor | None:
-    """L1 norms of the channels on that side of a module's weight; None for what carries no weights between channels."""
-    module = _module(model, member)
-    if isinstance(module, nn.modules.conv._ConvNd):
-        if is_depthwise(module):
-            return None
-        dim = 0 if (member.side == "out") != module.transposed else 1
-        norms = channel_norms(module.weight, dim)
-        return norms.repeat(module.groups) if member.side == "in" and module.groups > 1 else norms
-    if isinstance(module, nn.Linear):
-        return channel_norms(module.weight, 0 if member.side == "out" else 1)
-    if isinstance(module, nn.Embedding):
-        return channel_norms(module.weight, 1)
-    if isinstance(module, nn.MultiheadAttention) and not isinstance(module, Gate):
-        return channel_norms(module.in_proj_weight, 1) + channel_norms(module.out_proj.weight, 0)
-    return None
+def _norms(tensors: dict[str, Tensor], member: Member) -> Tensor | None:
+    """L1 norms along that dimension of a weight; None for what is no weight between channels."""
+    weight = tensors[member.name]
+    if weight.dim() < 2 or not weight.is_floating_point() or weight.numel() == max(weight.shape):
+        return None
+    if weight.dim() > 2 and member.dim == 0 and weight.shape[1] == 1:
+        return None  # depth-wise
+    return channel_norms(weight, member.dim)
 
 
 def _per_unit(norms: Tensor, member: Member) -> Tensor:

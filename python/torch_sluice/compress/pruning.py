@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from torch_sluice.compress.compensation import Moments, compensate
-from torch_sluice.compress.graph import ChannelGroup, lowest, prune
+from torch_sluice.compress.graph import ChannelGroup, lowest
 from torch_sluice.compress.importance import raw_norms, relative_norms
 from torch_sluice.compress.latency import measure_layers
 from torch_sluice.compress.measure import Measure
 from torch_sluice.compress.progress import Progress
-from torch_sluice.compress.slicing import gather, size_of, take_out
+from torch_sluice.compress.slicing import Lost, cut, gather, prune, size_of
 
 _FRACTIONS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)  # shares of a group that are tried
 _RATIOS = tuple(i / 20 for i in range(19, 0, -1))  # of the quantile policy
@@ -42,18 +42,18 @@ class Pruner:
         """kept: group number -> units that stay."""
         return [(self.groups[g], lowest(self.scores[g], self.groups[g].width - k)) for g, k in sorted(kept.items())]
 
-    def lost(self, kept: dict[int, int]) -> dict[tuple[str, str], set[int]]:
-        lost: dict[tuple[str, str], set[int]] = {}
+    def lost(self, kept: dict[int, int]) -> Lost:
+        lost: Lost = {}
         for group, units in self.removals(kept):
             gather(group.members, units, lost)
         return lost
 
     def build(self, kept: dict[int, int]) -> nn.Module:
         """A pruned copy, compensated where moments are known."""
-        cut = prune(self.model, self.removals(kept))
+        pruned = prune(self.model, self.removals(kept))
         if self.moments is not None:
-            compensate(cut, self.model, self.lost(kept), self.moments)
-        return cut
+            compensate(pruned, self.model, self.lost(kept), self.moments)
+        return pruned
 
     def build_further(self, module: nn.Module, before: dict[int, int], kept: dict[int, int]) -> nn.Module:
         """A copy of ``module``, which is this model pruned to ``before`` and trained since, pruned to ``kept``."""
@@ -62,9 +62,14 @@ class Pruner:
             side: {i - bisect.bisect(gone.get(side, []), i) for i in indices.difference(gone.get(side, []))}
             for side, indices in self.lost(kept).items()
         }
-        cut = copy.deepcopy(module)
-        take_out(cut, lost)
-        return cut
+        further = copy.deepcopy(module)
+        sizes = [
+            (member, self.groups[g].width - k - (self.groups[g].width - before.get(g, self.groups[g].width)))
+            for g, k in kept.items()
+            for member in self.groups[g].sizes
+        ]
+        cut(further, lost, sizes)
+        return further
 
     def time_layers(self, example_inputs: Any) -> None:
         self.seconds = measure_layers(self.model, example_inputs, _LAYERS)
@@ -73,10 +78,10 @@ class Pruner:
         """Seconds of all layers: a layer takes the share of its measured time that the product of the shares of inputs
         and outputs tells which it keeps."""
         shares: dict[str, float] = {}
-        for (path, side), indices in self.lost(kept).items():
-            if path in self.seconds:
-                module = self.model.get_submodule(path)
-                share = 1 - len(indices) / size_of(module, side)
+        for (name, dim), indices in self.lost(kept).items():
+            path, _, leaf = name.rpartition(".")
+            if path in self.seconds and leaf == "weight":
+                share = 1 - len(indices) / size_of(self.model, (name, dim))
                 shares[path] = shares.get(path, 1.0) * share
         return sum(seconds * shares.get(path, 1.0) for path, seconds in self.seconds.items())
 

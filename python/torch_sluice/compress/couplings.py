@@ -1,0 +1,161 @@
+"""What is known of a model's channels: each index of each dimension of each parameter has a number, and some of these
+numbers can only leave the model together.
+
+Two relations are kept. Numbers are *equal* where one element carries both: output channel 3 of a convolution and weight
+3 of the batch norm behind it. And a number may stand for a *set*: a head leaves exactly when all of its channels do.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+class Source(NamedTuple):
+    """One dimension of a parameter or buffer; its indices have the numbers first .. first + size - 1."""
+
+    name: str  # of model.named_parameters() or named_buffers()
+    dim: int
+    first: int
+    size: int
+
+
+class Couplings:
+    """The numbers of all dimensions of a model's tensors, and which of them hang together. 0 is no number.
+
+    ``gone``: indices of (name, dim) that a run is to act as if they had left (tracer.py).
+    """
+
+    def __init__(self, model: nn.Module, gone: dict[tuple[str, int], set[int]] | None = None):
+        self.sources: list[Source] = []
+        self.names: dict[int, list[str]] = defaultdict(list)  # id of a tensor -> all names that it has
+        self.tensors: dict[str, Tensor] = {}  # first name -> tensor
+        self._count = 1
+        for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
+            if id(tensor) not in self.names:
+                self.tensors[name] = tensor
+                for dim, size in enumerate(tensor.shape):
+                    if size > 1:
+                        self.sources.append(Source(name, dim, self._count, size))
+                        self._count += size
+            self.names[id(tensor)].append(name)
+        self._parent = np.arange(self._count)
+        self._sets: list[tuple[int, np.ndarray]] = []
+        self._known_sets: dict[bytes, int] = {}
+        self.contracted = np.zeros(self._count, bool)  # summed over in a product, as the inputs of a linear layer are
+        self.survived = np.zeros(self._count, bool)  # left by a product as its output
+        self.attended = np.zeros(self._count, bool)  # in a product of activations with activations
+        self.splits: list[Tensor] = []  # numbers where one dimension became several, as channels become heads
+        self._frozen: dict[int, str] = {}  # number -> why it cannot leave
+        self.gone: np.ndarray | None = None  # a flag for each number
+        if gone is not None:
+            self.gone = np.zeros(self._count, bool)
+            for source in self.sources:
+                for index in gone.get((source.name, source.dim), ()):
+                    self.gone[source.first + index] = True
+
+    def find(self, numbers: np.ndarray) -> np.ndarray:
+        """What stands for each number and all that are equal to it."""
+        while True:
+            parents = self._parent[numbers]
+            if np.array_equal(parents, numbers):
+                return numbers
+            numbers = self._parent[parents]
+
+    def join(self, first: np.ndarray, second: np.ndarray) -> None:
+        """Makes numbers equal, in pairs; pairs with 0 are left out."""
+        both = (first != 0) & (second != 0)
+        pairs = np.stack([self.find(first[both]), self.find(second[both])])
+        pairs = np.unique(np.sort(pairs, axis=0), axis=1)
+        for one, other in pairs[:, pairs[0] != pairs[1]].T.tolist():
+            one, other = self._root(one), self._root(other)
+            if one != other:
+                self._parent[max(one, other)] = min(one, other)
+
+    def _root(self, number: int) -> int:
+        while self._parent[number] != number:
+            self._parent[number] = self._parent[self._parent[number]]
+            number = int(self._parent[number])
+        return number
+
+    def number_for(self, members: np.ndarray) -> int:
+        """A number that leaves exactly when all of these do; 0 for none."""
+        roots = np.unique(self.find(members[members != 0]))
+        if len(roots) < 2:
+            return int(roots[0]) if len(roots) else 0
+        key = roots.tobytes()
+        if key not in self._known_sets:
+            self._make_room(1)
+            if self.gone is not None:
+                self.gone[self._count] = self.gone[roots].all()
+            self._known_sets[key] = self._count
+            self._sets.append((self._count, roots))
+            self._count += 1
+        return self._known_sets[key]
+
+    def fresh_numbers(self, count: int, first: Tensor, second: Tensor) -> Tensor:
+        """New numbers for elements that carry one of each: they are gone where either is."""
+        self._make_room(count)
+        numbers = np.arange(self._count, self._count + count)
+        self._count += count
+        if self.gone is not None:
+            self.gone[numbers] = (self.gone[first.numpy()] | self.gone[second.numpy()]).ravel()
+        return torch.from_numpy(numbers)
+
+    def _make_room(self, count: int) -> None:
+        size = len(self._parent)
+        if self._count + count > size:
+            more = max(count, size)
+            self._parent = np.concatenate([self._parent, np.arange(size, size + more)])
+            if self.gone is not None:
+                self.gone = np.concatenate([self.gone, np.zeros(more, bool)])
+
+    def freeze(self, numbers: np.ndarray, reason: str) -> None:
+        """These cannot leave."""
+        for number in np.unique(numbers[numbers != 0]).tolist():
+            self._frozen.setdefault(number, reason)
+
+    def mark(self, flags: np.ndarray, numbers: np.ndarray) -> None:
+        """Sets flags[number] for the numbers of parameters."""
+        flags[numbers[numbers < len(flags)]] = True
+
+    def closing(self) -> "Closing":
+        """The couplings, complete, in a form that answers what leaves with what."""
+        return Closing(self._parent, self._sets, self._frozen, self.find)
+
+
+class Closing:
+    """Answers which numbers leave with others, once nothing more is coupled. Works on what ``find`` returns."""
+
+    def __init__(self, parent, sets, frozen, find):
+        self._sets = [(int(find(np.array([head]))[0]), frozenset(find(members).tolist())) for head, members in sets]
+        self._with_head, self._with_member = defaultdict(list), defaultdict(list)
+        for number, (head, members) in enumerate(self._sets):
+            self._with_head[head].append(number)
+            for member in members:
+                self._with_member[member].append(number)
+        self.frozen: dict[int, str] = {}
+        for number, reason in frozen.items():
+            self.frozen.setdefault(int(find(np.array([number]))[0]), reason)
+
+    def close(self, roots: Iterable[int]) -> frozenset[int]:
+        """These and all that leave with them."""
+        gone, work = set(), list(roots)
+        while work:
+            root = work.pop()
+            if root in gone:
+                continue
+            gone.add(root)
+            for number in self._with_head[root]:
+                work.extend(self._sets[number][1] - gone)
+            for number in self._with_member[root]:
+                head, members = self._sets[number]
+                if head not in gone and members <= gone:
+                    work.append(head)
+        return frozenset(gone)
+
+    def why_frozen(self, roots: Iterable[int]) -> str | None:
+        return next((self.frozen[root] for root in roots if root in self.frozen), None)

@@ -1,0 +1,216 @@
+"""Proves that a group can be cut: the model without its units gives what the model gives that acts as if they had left.
+
+The first is run with parameters cut in place, the second by the tracer with the elements zeroed that these units make
+(tracer.py). Where outputs differ, channels reach something that the group does not hold, or in another order; then the
+group is refused, with a sentence. Many groups are proved in one pair of runs, and only a pair that differs is divided.
+"""
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_sluice.compress.attributes import ways_to_count
+from torch_sluice.compress.calling import call_model, evaluating, float_outputs
+from torch_sluice.compress.graph import ChannelGroup
+from torch_sluice.compress.slicing import Lost, cut, gather
+from torch_sluice.compress.tracer import trace
+
+_TOLERANCE = 5e-4  # of the largest output, for float32
+_NO_EFFECT = 0.05  # of the largest output: below it, differences are compared with what the cut itself changes
+
+
+def prove(
+    model: nn.Module, candidates: list[list[ChannelGroup]], inputs: list[Any], report: Callable[[str], None]
+) -> tuple[list[ChannelGroup], list[str]]:
+    """Of each layer's candidates the first that holds, without those that share channels with one before; and sentences
+    about layers of which none does."""
+    groups, notes = [], []
+    likely = [replace(ways[0], sizes=ways_to_count(model, ways[0])[0]) for ways in candidates]
+    with varied_constants(model, {m.name for ways in candidates for g in ways for m in g.members}):
+        proved = _prove_together(model, likely, inputs, report)
+        groups = [first for first in likely if id(first) in proved]
+        for ways, first in zip(candidates, likely, strict=True):
+            if id(first) in proved:
+                continue
+            report(first.name)
+            good, reason = _first_that_holds(model, [way for way in ways if _is_free(way, groups)], inputs)
+            if good is not None:
+                groups.append(good)
+            elif reason is not None:  # else its channels leave with units of another group
+                notes.append(f"{first.name}: stays, because {reason}")
+        groups = _without_overlaps(groups)
+        if len(groups) > 1 and len(groups) > len(proved):
+            groups, more = _all_together(model, groups, inputs)
+            notes += more
+    return groups, notes
+
+
+def _first_that_holds(model, ways: list[ChannelGroup], inputs) -> tuple[ChannelGroup | None, str | None]:
+    """The first way to form units that holds, with what counts them; or why the first does not."""
+    reason = None
+    for way in ways:
+        for sizes in ways_to_count(model, way):
+            trial = replace(way, sizes=sizes)
+            wrong = _difference(model, [trial], inputs)
+            if wrong is None:
+                return trial, None
+            reason = reason or wrong
+    return None, reason
+
+
+def _is_free(group: ChannelGroup, groups: list[ChannelGroup]) -> bool:
+    return len(_without_overlaps([*groups, group])) > len(groups)
+
+
+def _without_overlaps(groups: list[ChannelGroup]) -> list[ChannelGroup]:
+    """Groups that share an index of a parameter's dimension with one before them go."""
+    taken: dict[tuple[str, int], set[int]] = {}
+    result = []
+    for group in groups:
+        own: Lost = {}
+        gather(group.members, range(group.width), own)
+        if any(taken.get(side, set()) & indices for side, indices in own.items()):
+            continue
+        for side, indices in own.items():
+            taken.setdefault(side, set()).update(indices)
+        result.append(group)
+    return result
+
+
+def _prove_together(model, groups: list[ChannelGroup], inputs, report) -> set[int]:
+    """ids of the groups that hold, found by halving."""
+    proved: set[int] = set()
+    work = [groups] if groups else []
+    while work:
+        part = work.pop()
+        report(part[0].name)
+        whole = _without_overlaps(part)
+        rest = [group for group in part if not any(group is other for other in whole)]
+        if rest:
+            work.append(rest)
+        if _difference(model, whole, inputs) is None:
+            proved.update(id(group) for group in whole)
+        elif len(whole) > 1:
+            work += [whole[len(whole) // 2 :], whole[: len(whole) // 2]]
+    return proved
+
+
+def _all_together(model, groups, inputs) -> tuple[list[ChannelGroup], list[str]]:
+    """Groups that hold one by one, without those that do not beside the others."""
+    if _difference(model, groups, inputs) is None:
+        return groups, []
+    good, notes = [], []
+    for group in groups:
+        reason = _difference(model, [*good, group], inputs[:1])
+        if reason is None:
+            good.append(group)
+        else:
+            notes.append(f"{group.name}: stays, because beside the cuts before it {reason}")
+    return good, notes
+
+
+def _difference(model: nn.Module, groups: list[ChannelGroup], inputs: list[Any]) -> str | None:
+    """What is wrong when random units of all of these groups are cut, or None."""
+    for number, example in enumerate(inputs):
+        lost, sizes = {}, []
+        for group in groups:
+            chosen = random.Random(number * 7919 + group.width)
+            remove = max(1, group.width // 2 if number == 0 else group.width // 4)
+            units = chosen.sample(range(group.width), min(remove, group.width - 1))
+            gather(group.members, units, lost)
+            sizes += [(member, len(units)) for member in group.sizes]
+        reason = difference_of_cut(model, lost, sizes, example)
+        if reason is not None:
+            return reason
+    return None
+
+
+def difference_of_cut(model: nn.Module, lost: Lost, sizes, inputs: Any) -> str | None:
+    """What is wrong with this cut on these inputs, as part of a sentence, or None."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            _, expected, _ = trace(model, inputs, lost)
+        except Exception as error:
+            return f"the model does not run while its channels are followed ({_first_line(error)})"
+        torch.manual_seed(0)
+        try:
+            undo = cut(model, lost, sizes)
+        except Exception as error:
+            return f"it cannot be cut ({_first_line(error)})"
+        try:
+            with evaluating(model), torch.no_grad():
+                outputs = float_outputs(call_model(model, inputs))
+        except Exception as error:
+            return f"the model does not run without some of it ({_first_line(error)})"
+        finally:
+            undo()
+        if [out.shape for out in outputs] != [out.shape for out in expected]:
+            return "its channels are the model's output"
+        difference = _relative(outputs, expected)
+        if difference is None:
+            return None
+        if difference > _NO_EFFECT:
+            return f"without some of it the outputs differ by {difference:.0%} from what they are with these silent"
+        with evaluating(model), torch.no_grad():
+            torch.manual_seed(0)
+            whole = float_outputs(call_model(model, inputs))
+    return f"without some of it the outputs differ by {difference:.2%} from what they are with these silent" if (
+        difference > _tolerance(whole)
+    ) else None
+
+
+def _tolerance(outputs: list[Tensor]) -> float:
+    coarsest = max((torch.finfo(out.dtype).eps for out in outputs), default=0.0)
+    return max(_TOLERANCE, 8 * coarsest)
+
+
+def _relative(outputs: list[Tensor], expected: list[Tensor]) -> float | None:
+    """The largest difference relative to the largest value of its tensor; None: none that matters."""
+    worst = 0.0
+    for out, wanted in zip(outputs, expected, strict=True):
+        if not out.numel():
+            continue
+        out, wanted = out.double(), wanted.double()
+        both = wanted.isfinite() & out.isfinite()
+        if bool((wanted.isfinite() != out.isfinite()).any()):
+            return float("inf")
+        scale = float(wanted[both].abs().max()) if bool(both.any()) else 0.0
+        error = float((out - wanted)[both].abs().max()) if bool(both.any()) else 0.0
+        worst = max(worst, error / scale if scale else (0.0 if error == 0 else 1.0))
+    return worst if worst > 1e-6 else None
+
+
+@contextlib.contextmanager
+def varied_constants(model: nn.Module, names: set[str]) -> Iterator[None]:
+    """Gives parameters that are constant, as norms are before training, and those that are next to nothing, other
+    values for a while: what is the same everywhere, or 0, would prove nothing."""
+    tensors = {name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers()) if name in names}
+    generator, before = torch.Generator().manual_seed(0), []
+    try:
+        for name, tensor in tensors.items():
+            if not tensor.is_floating_point() or tensor.numel() < 2 or tensor.device.type != "cpu":
+                continue
+            low, high = (float(x) for x in tensor.detach().aminmax())
+            if high - low > 1e-4 * max(abs(high), abs(low)) and max(abs(high), abs(low)) > 1e-4:
+                continue
+            noise = torch.rand(tensor.shape, generator=generator).to(tensor.dtype)
+            before.append((tensor, tensor.data))
+            if low > 0:
+                tensor.data = low * (0.5 + noise) if low > 1e-4 else 0.5 + noise
+            else:
+                fan = tensor[0].numel() if tensor.dim() > 1 else 1
+                tensor.data = (low + (noise - 0.5) * (2 / max(1, fan) ** 0.5 if fan > 1 else 0.2)).to(tensor.dtype)
+        yield
+    finally:
+        for tensor, data in before:
+            tensor.data = data
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:160]}"
