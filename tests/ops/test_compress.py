@@ -8,7 +8,6 @@ import torch
 from support.compress_models import Branches, Convolutions, call_all_faster, gated_llama, mlp, tokens
 from torch import nn
 
-
 import torch_sluice
 from torch_sluice.compress import QuantizedLinear, pipeline, quantization
 from torch_sluice.compress.latency import Latency

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-
 import torch_sluice
 from torch_sluice.compress import quantization
 from torch_sluice.compress.latency import Latency

@@ -1,6 +1,8 @@
 """How a model is called on what the user gave: one tensor, a tuple, or a dict; and what is checked about it."""
 
-from collections.abc import Mapping
+import contextlib
+import random
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +17,29 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, (tuple, list)):
         return model(*inputs)
     return model(inputs)
+
+
+@contextlib.contextmanager
+def seeded(seed: int = 0) -> Iterator[None]:
+    """Random numbers on the CPU, of torch and of ``random``, are the same each time; what follows goes on as before.
+
+    So a forward that draws some is compared with itself, and not with another draw.
+    """
+    generator = torch.default_generator  # torch.manual_seed would queue calls for devices that are not in use
+    states = generator.get_state(), random.getstate()
+    try:
+        generator.manual_seed(seed)
+        random.seed(seed)
+        yield
+    finally:
+        generator.set_state(states[0])
+        random.setstate(states[1])
+
+
+def describe_error(error: BaseException) -> str:
+    """An exception in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
 def float_outputs(output: Any) -> list[Tensor]:
@@ -37,8 +62,8 @@ def check_example(model: nn.Module, example_inputs: Any) -> list[Tensor]:
             outputs = float_outputs(call_model(model, example_inputs))
     except Exception as error:
         raise ValueError(
-            f"example_inputs does not match the model, whose forward raised {type(error).__name__}: {error}; expected "
-            f"inputs that it takes: {advice}"
+            f"example_inputs does not match the model, whose forward raised {describe_error(error)}; expected inputs "
+            f"that it takes: {advice}"
         ) from error
     if not outputs:
         raise ValueError(

@@ -100,7 +100,7 @@ def print_report(report: CompressionReport, console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=f"kept {report.kept:.1%} of the metric, {report.keep:.1%} asked for", title_justify="left")
+    table = Table(title=f"{report.kept_text}, {report.keep:.1%} asked for", title_justify="left")
     for title in ("", "before", "after", ""):
         table.add_column(title, justify="left" if title == "" else "right")
     for row in report.rows():

@@ -5,21 +5,29 @@ For a layer y = W x + c with inputs of which the set r is removed and k is kept,
 x over the data, x_r is close to m_r + A (x_k - m_k), A = C_rk (C_kk + lambda I)^-1, so that W_k becomes W_k + W_r A and
 c becomes c + W_r (m_r - A m_k). A layer without c uses second moments instead of the covariance, and no mean.
 A convolution does so at every tap; the channels at one position stand for x.
+
+lambda is the mean variance times the unknowns, |k|, for each independent row that C was taken from: what it should be
+where half of x_r can be told. Positions of a sample are not independent rows: how many the rows are worth is measured,
+by how much C differs between two halves of the data. With fewer than one row for four unknowns A is 0.
 """
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_sluice.compress.calling import call_model, evaluating
+from torch_sluice.compress.calling import call_model, evaluating, seeded
 from torch_sluice.compress.graph import ChannelGroup
 from torch_sluice.compress.slicing import Lost, is_depthwise
 
 _MOST_CHANNELS = 4096  # whose moments, a square matrix, are kept
 _MOST_ROWS = 16384  # samples of x taken from one batch
-_RIDGE = 1e-3  # lambda, relative to the mean variance
+_RIDGE = 1e-3  # lambda is at least this, relative to the mean variance
+_FEWEST = 8  # independent rows for a mean
+_ROWS_FOR_UNKNOWN = 0.25
 
 
 class Moments:
@@ -29,6 +37,8 @@ class Moments:
         self.count: dict[str, int] = {}
         self.total: dict[str, Tensor] = {}
         self.product: dict[str, Tensor] = {}
+        self.rows: dict[str, float] = {}  # independent ones that the counted rows are worth, where that is known
+        self.refused: set[str] = set()  # layers for which part of the data has too few rows
 
     def add(self, path: str, rows: Tensor) -> None:
         """rows [samples, channels]"""
@@ -37,20 +47,86 @@ class Moments:
             return
         self.count[path] = self.count.get(path, 0) + len(rows)
         self.total[path] = self.total.get(path, 0) + rows.sum(0, dtype=torch.float64)
-        self.product[path] = self.product.get(path, 0) + (rows.T @ rows).double()
+        self.product[path] = self.product.get(path, 0) + rows.T @ rows
+
+    def rows_for_unknown(self) -> float:
+        """Independent rows for each channel of the layer that has fewest."""
+        return min((rows / len(self.total[path]) for path, rows in self.rows.items()), default=math.inf)
+
+
+def join(folds: Sequence[Moments]) -> Moments:
+    """The moments of all of them, which are of different samples, with ``rows`` and ``refused``."""
+    joint = Moments()
+    for path in set.intersection(*(set(fold.count) for fold in folds)):
+        joint.count[path] = sum(fold.count[path] for fold in folds)
+        joint.total[path] = sum(fold.total[path] for fold in folds)
+        joint.product[path] = sum(fold.product[path] for fold in folds)
+        if len(folds) == 1:
+            continue
+        share = _independent_share(*(Part(list(folds[half::2]), path) for half in (0, 1)))
+        joint.rows[path] = share * joint.count[path]
+        # Refused on any of the parts that candidates are fitted to, or what is measured on them would tell nothing
+        # about what is fitted to all.
+        least = joint.count[path] - max(fold.count[path] for fold in folds)
+        if share * least < _ROWS_FOR_UNKNOWN * len(joint.total[path]):
+            joint.refused.add(path)
+    return joint
+
+
+class Part:
+    """The moments of one layer's inputs over some folds, or over all folds but one."""
+
+    def __init__(self, folds: "list[Moments]", path: str, left_out: "Moments | None" = None):
+        self.count = sum(fold.count[path] for fold in folds)
+        self.total = sum(fold.total[path] for fold in folds)
+        self.product = sum(fold.product[path] for fold in folds)
+        if left_out is not None:
+            self.count = self.count - left_out.count[path]
+            self.total = self.total - left_out.total[path]
+            self.product = self.product - left_out.product[path]
+
+    @property
+    def mean(self) -> Tensor:
+        return self.total / self.count
+
+    def covariance(self, centred: bool = True) -> Tensor:
+        """float64 [channels, channels]; not centred: second moments."""
+        product = self.product.double() / self.count
+        return product - self.mean[:, None] * self.mean if centred else product
+
+
+def _independent_share(first: Part, second: Part) -> float:
+    """Of the rows: of n independent rows, |C1 - C2|^2 of two halves is close to 4 / n of (tr C)^2 + tr C^2."""
+    one, other = first.covariance(), second.covariance()
+    mean = (one + other) / 2
+    spread = float(mean.diagonal().sum()) ** 2 + float(mean.square().sum())
+    difference = float((one - other).square().sum())
+    return min(1.0, (1 / first.count + 1 / second.count) * spread / difference) if difference > 0 else 1.0
 
 
 def reading_layers(model: nn.Module, groups: Iterable[ChannelGroup]) -> list[str]:
-    """The layers that read a group's channels and can be compensated."""
-    paths = {member.path for group in groups for member in group.members if _is_input(member.name, member.dim)}
-    return sorted(path for path in paths if _is_compensable(model.get_submodule(path)))
+    """The layers that read a group's channels and can be compensated: not those whose weight others use, too."""
+    shared = _shared_weights(model)
+    paths = {reading_layer((member.name, member.dim)) for group in groups for member in group.members} - {None}
+    return sorted(path for path in paths - shared if _is_compensable(model.get_submodule(path)))
 
 
-def _is_input(name: str, dim: int) -> bool:
-    return dim == 1 and name.rpartition(".")[2] == "weight"
+def reading_layer(side: tuple[str, int]) -> str | None:
+    """The layer whose inputs a dimension of a parameter counts, if it is a linear layer or a convolution."""
+    path, _, leaf = side[0].rpartition(".")
+    return path if leaf == "weight" and side[1] == 1 else None
+
+
+def _shared_weights(model: nn.Module) -> set[str]:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    return {name for owners in names.values() if len(owners) > 1 for name in owners}
 
 
 def _is_compensable(module: nn.Module) -> bool:
+    if "weight" not in module._parameters:  # it is computed from others
+        return False
     if isinstance(module, nn.Linear):
         return module.in_features <= _MOST_CHANNELS
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
@@ -58,62 +134,120 @@ def _is_compensable(module: nn.Module) -> bool:
     return False
 
 
+def _rows_of(module: nn.Module, x: Tensor) -> Tensor:
+    """[positions, channels] of an input with a batch dimension or without."""
+    if not isinstance(module, nn.Linear):
+        x = x.movedim(1 - module.weight.dim(), -1)  # the channels, in front of as many dimensions as the kernel has
+    return x.reshape(-1, x.shape[-1])
+
+
+def count_moment_bytes(model: nn.Module, paths: list[str]) -> int:
+    """What the moments of these layers take."""
+    return sum(4 * model.get_submodule(path).weight.shape[1] ** 2 for path in paths)
+
+
 def measure_moments(
-    model: nn.Module, batches: list[Any], paths: list[str], report: Callable[[str], None] = lambda text: None
+    model: nn.Module, batches: Iterable[Any], paths: list[str], report: Callable[[str], None] = lambda text: None
 ) -> Moments:
     """Runs the model over the inputs of the batches and takes the moments of what these layers read."""
     moments, hooks = Moments(), []
 
     def record(path: str):
-        def hook(module, args):
-            x = args[0].detach()
-            rows = x.flatten(0, -2) if isinstance(module, nn.Linear) else x.movedim(1, -1).flatten(0, -2)
-            moments.add(path, rows)
+        def hook(module, args, kwargs):
+            x = args[0] if args else kwargs.get("input")
+            if isinstance(x, Tensor):
+                moments.add(path, _rows_of(module, x.detach()))
 
         return hook
 
     try:
         for path in paths:
-            hooks.append(model.get_submodule(path).register_forward_pre_hook(record(path)))
+            hooks.append(model.get_submodule(path).register_forward_pre_hook(record(path), with_kwargs=True))
         with evaluating(model), torch.no_grad():
             for inputs in batches:
                 report("activations")
-                call_model(model, inputs)
+                with seeded():
+                    call_model(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()
     return moments
 
 
+@dataclass
+class Update:
+    """What is added to the weight and the bias of a layer that has lost inputs."""
+
+    path: str
+    weight: Tensor | None
+    bias: Tensor | None
+
+    @torch.no_grad()
+    def add_to(self, pruned: nn.Module) -> Callable[[], None]:
+        """Puts new parameters in place of the layer's. Returns what puts the old ones back."""
+        module, before = pruned.get_submodule(self.path), {}
+        for name, change in (("weight", self.weight), ("bias", self.bias)):
+            if change is not None:
+                before[name] = old = getattr(module, name)
+                setattr(module, name, nn.Parameter(old + change.to(old), requires_grad=old.requires_grad))
+
+        def undo() -> None:
+            for name, old in before.items():
+                setattr(module, name, old)
+
+        return undo
+
+
 @torch.no_grad()
-def compensate(pruned: nn.Module, original: nn.Module, lost: Lost, moments: Moments) -> None:
-    """Changes the weights of layers of ``pruned`` that lost inputs. ``lost`` counts in channels of ``original``."""
+def find_updates(
+    original: nn.Module,
+    lost: Lost,
+    moments: Moments,
+    left_out: Moments | None = None,
+) -> list[Update]:
+    """What makes up for inputs that layers lose. ``lost`` counts in channels of ``original``, which stays as it is.
+    ``left_out``: the part of the moments that must not be used."""
+    updates = []
     for (name, dim), indices in lost.items():
-        path = name.rpartition(".")[0]
-        if not _is_input(name, dim) or not indices or moments.count.get(path, 0) < 2:
+        path = reading_layer((name, dim))
+        if path is None or not indices or path not in moments.count:
             continue
-        module, source = pruned.get_submodule(path), original.get_submodule(path)
-        if not _is_compensable(source):
+        part = Part([moments], path, left_out)
+        rows = moments.rows.get(path, moments.count[path]) * part.count / moments.count[path]
+        if rows < _FEWEST:
             continue
+        source = original.get_submodule(path)
         channels = source.weight.shape[1]
         kept = torch.tensor([i for i in range(channels) if i not in indices])
         gone = torch.tensor(sorted(indices))
-        mean = moments.total[path] / moments.count[path]
-        moment = moments.product[path] / moments.count[path]
-        if module.bias is not None:
-            moment = moment - mean[:, None] * mean
-        inner = moment[kept][:, kept]
-        ridge = _RIDGE * inner.diagonal().mean().clamp_min(1e-30)
-        inner.diagonal().add_(ridge)
-        estimate = torch.linalg.solve(inner, moment[kept][:, gone]).T  # A
-        # Rows of the output side that are gone from `module` are gone from the source's, too.
-        rows = _kept_rows(source, lost.get((name, 0), set()))
-        weight = source.weight.detach().cpu().double()[rows]
-        change = torch.einsum("or...,rk->ok...", weight[:, gone], estimate)
-        module.weight.add_(change.to(module.weight))
-        if module.bias is not None:
-            taps = weight[:, gone].flatten(2).sum(2) if weight.dim() > 2 else weight[:, gone]
-            module.bias.add_((taps @ (mean[gone] - estimate @ mean[kept])).to(module.bias))
+        centred = source.bias is not None
+        weight = source.weight.detach().cpu().double()[_kept_rows(source, lost.get((name, 0), set()))][:, gone]
+        estimate = change = shift = None
+        # All channels count, so that a group is treated alike at all its sizes.
+        if path not in moments.refused and rows >= _ROWS_FOR_UNKNOWN * channels:
+            estimate = _estimate(part, rows, kept, gone, centred)
+            change = torch.einsum("or...,rk->ok...", weight, estimate)
+        if centred:
+            mean = part.mean
+            known = mean[gone] if estimate is None else mean[gone] - estimate @ mean[kept]
+            shift = (weight.flatten(2).sum(2) if weight.dim() > 2 else weight) @ known
+        updates.append(Update(path, change, shift))
+    return updates
+
+
+def _estimate(part: Part, rows: float, kept: Tensor, gone: Tensor, centred: bool) -> Tensor:
+    """A, float64 [gone, kept]."""
+    moment = part.covariance(centred)
+    inner = moment[kept][:, kept]
+    ridge = max(_RIDGE, len(kept) / rows) * inner.diagonal().mean().clamp_min(1e-30)
+    inner.diagonal().add_(ridge)
+    return torch.cholesky_solve(moment[kept][:, gone], torch.linalg.cholesky(inner)).T
+
+
+def compensate(pruned: nn.Module, original: nn.Module, lost: dict[tuple[str, str], set[int]], moments: Moments) -> None:
+    """Changes the weights of layers of ``pruned`` that lost inputs. ``lost`` counts in channels of ``original``."""
+    for update in find_updates(original, lost, moments):
+        update.add_to(pruned)
 
 
 def _kept_rows(source: nn.Module, lost: set[int]) -> Tensor:

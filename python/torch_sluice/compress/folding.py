@@ -1,49 +1,81 @@
 """Folds batch norms into the convolutions and linear layers before them, for inference."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from torch_sluice.compress.calling import call_model, evaluating, float_outputs
+from torch_sluice.compress.calling import call_model, evaluating, float_outputs, seeded
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+Pair = tuple[str, str]  # a layer and the norm that reads it
 
 
 def fold_batch_norms(model: nn.Module, example_inputs: Any) -> list[str]:
     """Folds in place what the model, run on the example, feeds from a layer straight into a batch norm.
 
-    The norm becomes ``nn.Identity``. A pair that changes the output (because something else reads the layer, too) is
-    put back. Returns the names of the norms that are folded.
+    The norm becomes ``nn.Identity``. A pair that changes the output (because something else reads the layer, too), or
+    that cannot be folded, stays. Returns the names of the norms that are folded.
     """
-    pairs = _find_pairs(model, example_inputs)
+    pairs = find_pairs(model, example_inputs)
+    fold_pairs(model, pairs)
+    return [norm for _, norm in pairs]
+
+
+def fold_pairs(model: nn.Module, pairs: list[Pair]) -> Callable[[], None]:
+    """Folds these in place. Returns what undoes it."""
+    before = [_fold(model, *pair) for pair in pairs]
+
+    def undo() -> None:
+        for modules in reversed(before):
+            _set(model, modules)
+
+    return undo
+
+
+def find_pairs(model: nn.Module, example_inputs: Any) -> list[Pair]:
+    """The pairs that may be folded without a change of the outputs on the example. The model is as before after it."""
+    pairs = _find_candidates(model, example_inputs)
+    if not pairs:
+        return []
     with evaluating(model), torch.no_grad():
-        expected = float_outputs(call_model(model, example_inputs))
-        folded = [_fold(model, *pair) for pair in pairs]
-        if not _same(model, example_inputs, expected):
-            for undo in reversed(folded):
-                _set(model, undo)
-            folded = []
-            for pair in pairs:
-                undo = _fold(model, *pair)
-                if _same(model, example_inputs, expected):
-                    folded.append(undo)
-                else:
-                    _set(model, undo)
-    return [norm for undo in folded for norm, module in undo.items() if not isinstance(module, _LAYERS)]
+        expected = _run(model, example_inputs)
+        if _fits(model, pairs, example_inputs, expected):
+            return pairs
+        good: list[Pair] = []
+        for pair in pairs:
+            if _fits(model, [*good, pair], example_inputs, expected):
+                good.append(pair)
+    return good
 
 
-def _find_pairs(model: nn.Module, example_inputs: Any) -> list[tuple[str, str]]:
-    """(layer, norm) where the norm's input is the layer's output, each called once."""
+def _fits(model: nn.Module, pairs: list[Pair], example_inputs: Any, expected: list[torch.Tensor]) -> bool:
+    undo: list[dict[str, nn.Module]] = []
+    try:
+        for pair in pairs:
+            undo.append(_fold(model, *pair))
+        return _same(_run(model, example_inputs), expected)
+    except Exception:  # sizes that do not fit, or a model that asks its norm for what an identity lacks
+        return False
+    finally:
+        for modules in reversed(undo):
+            _set(model, modules)
+
+
+def _find_candidates(model: nn.Module, example_inputs: Any) -> list[Pair]:
+    """(layer, norm) where the norm's input is the layer's output with channels in its dimension, each called once."""
     made: dict[int, str] = {}
     keep_alive, calls, pairs, hooks = [], {}, [], []
 
     def after(name):
         def hook(module, args, output):
             calls[name] = calls.get(name, 0) + 1
-            made[id(output)] = name
-            keep_alive.append(output)
+            # A norm's channels are in dimension 1: behind a linear layer over tokens, these are the tokens.
+            if output.dim() == (2 if isinstance(module, nn.Linear) else module.weight.dim()):
+                made[id(output)] = name
+                keep_alive.append(output)
 
         return hook
 
@@ -75,9 +107,11 @@ def _fold(model: nn.Module, layer: str, norm: str) -> dict[str, nn.Module]:
     module = before[layer]
     fuse = fuse_linear_bn_eval if isinstance(module, nn.Linear) else fuse_conv_bn_eval
     modes = module.training, before[norm].training
-    module.eval(), before[norm].eval()
-    fused = fuse(module, before[norm])
-    module.train(modes[0]), before[norm].train(modes[1])
+    try:
+        module.eval(), before[norm].eval()
+        fused = fuse(module, before[norm])
+    finally:
+        module.train(modes[0]), before[norm].train(modes[1])
     _set(model, {layer: fused, norm: nn.Identity()})
     return before
 
@@ -87,8 +121,12 @@ def _set(model: nn.Module, modules: dict[str, nn.Module]) -> None:
         model.set_submodule(name, module)
 
 
-def _same(model: nn.Module, example_inputs: Any, expected: list[torch.Tensor]) -> bool:
-    outputs = float_outputs(call_model(model, example_inputs))
+def _run(model: nn.Module, example_inputs: Any) -> list[torch.Tensor]:
+    with seeded():
+        return float_outputs(call_model(model, example_inputs))
+
+
+def _same(outputs: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
     pairs = zip(outputs, expected, strict=True)
     return all(
         a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max())) for a, b in pairs

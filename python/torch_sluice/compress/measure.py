@@ -1,138 +1,337 @@
-"""What compression must keep: the user's metric, or how close the outputs stay to the original's."""
+"""What compression must keep: the user's metric, or how close the outputs stay to the original's.
+
+A candidate of which a part is fitted to data is several models, each fitted to all folds of the data but one, and
+measured on that one.
+"""
 
 import math
+import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from torch_sluice.compress.calling import call_model, evaluating, float_outputs
+from torch_sluice.compress.blocks import Blocks, Metric, as_batches, noised, run_metric
+from torch_sluice.compress.calling import call_model, describe_error, evaluating, float_outputs, seeded
+from torch_sluice.compress.estimate import Score, failed, score_losses
+from torch_sluice.compress.outputs import Agreement, Fidelity, run_original
+from torch_sluice.compress.samples import (
+    Piece,
+    count_rows,
+    cut_pieces,
+    fold_numbers,
+    has_independent_rows,
+    merge_folds,
+    read_batches,
+    tensors_of,
+    without_empty,
+)
 
-Metric = Callable[[nn.Module, list], float]
-_COMPARED = 8  # batches on which outputs are compared
-_FAILURES = (RuntimeError, ValueError, IndexError, TypeError)  # of shapes that only other data leads to
+_COMPARED = 8  # pieces on which outputs are compared
+_MOST_ELEMENTS = 1 << 26  # of outputs that are compared
+_PIECES = {True: 8, False: 20}  # that few batches are cut into: to divide them; to see a metric's spread
+_EARLY = 4  # values after which a candidate may be given up
+_PATIENCE = 3  # times the distance to its lower bound, above which it would have to rise
+_LOSS = 1.5  # a metric that rises by this factor under noise is a loss
 
-
-def read_batches(data: Iterable) -> list[tuple[Any, Any]]:
-    """All batches of data, read once.
-
-    Raises:
-        TypeError: data is not iterable.
-        ValueError: it yields nothing, or something else than (inputs, target).
-    """
-    if not isinstance(data, Iterable) or isinstance(data, (Tensor, str, dict)):
-        raise TypeError(f"data is a {type(data).__name__}, expected an iterable of (inputs, target) batches")
-    batches = list(data)
-    if not batches:
-        raise ValueError("data yields no batch, expected at least one (inputs, target): an iterator that was used up?")
-    for number, batch in enumerate(batches):
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise ValueError(
-                f"batch {number} of data is a {type(batch).__name__}"
-                + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
-                + ", expected a pair (inputs, target); target may be None without a metric"
-            )
-    return [tuple(batch) for batch in batches]
-
-
-class Fidelity:
-    """The metric where the user has none: 1 for the original's outputs, less by their relative squared error.
-
-    1 - sum |y' - y|^2 / sum |y - mean(y)|^2 over all elements of all floating-point outputs y of the original and y' of
-    the candidate, with the mean over the samples of a batch; where outputs do not vary, the mean is left out.
-    """
-
-    def __init__(self, original: nn.Module, batches: list[tuple[Any, Any]]):
-        self._expected: list[list[Tensor]] = []
-        spread = magnitude = 0.0
-        with evaluating(original), torch.no_grad():
-            for inputs, _ in batches:
-                outputs = [out.detach().clone() for out in float_outputs(call_model(original, inputs))]
-                self._expected.append(outputs)
-                for out in outputs:
-                    out = out.double()
-                    magnitude += float(out.square().sum())
-                    if out.dim() > 0 and out.shape[0] > 1:
-                        spread += float((out - out.mean(0)).square().sum())
-        self._scale = spread if spread > 1e-12 * magnitude else magnitude
-        if not math.isfinite(self._scale):
-            raise ValueError(
-                "the model's outputs on data are not finite, expected finite numbers to compare with: look for inf or "
-                "NaN in data and in the model's weights"
-            )
-
-    def __call__(self, model: nn.Module, batches: list[tuple[Any, Any]]) -> float:
-        error = 0.0
-        with evaluating(model), torch.no_grad():
-            for (inputs, _), expected in zip(batches, self._expected, strict=True):
-                for out, wanted in zip(float_outputs(call_model(model, inputs)), expected, strict=True):
-                    error += float((out.double() - wanted.double()).square().sum())
-        if self._scale == 0:
-            return 1.0 if error == 0 else 0.0
-        return 1.0 - error / self._scale
+METRICS = {"fidelity": Fidelity, "agreement": Agreement}
+Maker = Callable[[int], AbstractContextManager[nn.Module]]  # fold -> the model to be measured on it, fitted to others
 
 
 class Measure:
-    """The metric of the original and of candidates, on batches that stay the same.
+    """The metric of the original and of candidates, on data that stays the same.
 
-    ``loss()`` is smoother: a metric such as an accuracy moves by whole samples, which drown what one small cut costs.
+    Attributes:
+        original: the metric of the original model.
+        samples: how many different ones there are.
+        folds: numbers of the folds that data could be divided into; one: not at all.
+        notes: sentences about the data and the metric.
+        seconds: that measuring the original on all data took.
     """
 
-    def __init__(self, original: nn.Module, data: Iterable, metric: Metric | None):
-        self.batches = read_batches(data)
+    def __init__(self, original: nn.Module, data: Iterable, metric: Metric | Agreement | None):
+        """The model stays as it is.
+
+        Raises:
+            TypeError, ValueError: of data, of the model on some batch of it, or of the metric, of the original model.
+        """
+        self.notes: list[str] = []
+        batches = read_batches(data)
+        self._batches, numbers = without_empty(batches)
+        if metric is None or isinstance(metric, Agreement):  # which read no target
+            self._batches = [(inputs, None) for inputs, _ in self._batches]
+        if len(numbers) < len(batches):
+            self.notes.append(f"{len(batches) - len(numbers)} of {len(batches)} batches hold no sample: left out")
         self.fidelity = metric is None
-        self._metric = metric or Fidelity(original, self.batches)
-        self._compared = self.batches[:_COMPARED]
-        self._closeness = self._compare_outputs(original)
-        self.original = self._run(original)
-        if not math.isfinite(self.original):
-            raise ValueError(
-                f"metric returned {self.original} for the original model, expected a finite number: check it on "
-                "the uncompressed model first"
-            )
-        if self.original <= 0:
-            raise ValueError(
-                f"metric returned {self.original} for the original model, expected a number above 0 of which a share "
-                "can be kept: return an accuracy or a correlation, not a loss (exp(-loss) does)"
-            )
+        self._comparison = Fidelity() if metric is None else None
+        if isinstance(metric, Agreement):
+            self._comparison = Agreement(metric.dim)
+        self.name = "metric" if self._comparison is None else self._comparison.name
+        begin = time.monotonic()
+        with evaluating(original):
+            ready = self._comparison is not None
+            apart = self._look_at_rows(original, numbers, only_tell=not ready)
+            self.pieces = cut_pieces(self._batches, numbers, apart, _PIECES[ready])
+            self.samples = sum(piece.samples for piece in self.pieces)
+            self._blocks = None
+            if ready:
+                self._comparison.begin(self.pieces, [self._output(original, piece) for piece in self.pieces])
+                self.original = 1.0
+            else:
+                self._blocks = self._read_metric(metric, original, numbers)
+                self.original = self._blocks.before
+                if not self._blocks.parts:
+                    for piece in self.pieces:
+                        piece.fold = 0
+        self.seconds = time.monotonic() - begin
+        with evaluating(original):
+            self._closeness = self._compare_outputs(original)
+            if self._blocks is not None:
+                self._check_direction(original)
+
+    @property
+    def folds(self) -> list[int]:
+        return fold_numbers(self.pieces)
+
+    def merge_folds(self) -> None:
+        """Makes two folds of all. What a candidate is measured on stays the same."""
+        merge_folds(self.pieces)
+        if self._blocks is not None:
+            self._blocks.merge_folds()
+        if self._closeness is not None:  # of the last fold's pieces, which are among those of the last of two
+            comparison, chosen = self._closeness
+            self._closeness = comparison, [n for n in chosen if self.pieces[n].fold == 1]
+
+    @property
+    def known(self) -> bool:
+        """Whether the uncertainty of what is kept is known."""
+        return self.samples > 1 if self._blocks is None else self._blocks.known
+
+    @property
+    def compared_share(self) -> float:
+        """Of the samples, those on which outputs are compared."""
+        if self._closeness is None:
+            return 1.0
+        return sum(self.pieces[n].samples for n in self._closeness[1]) / self.samples
 
     @property
     def inputs(self) -> list[Any]:
-        return [inputs for inputs, _ in self.batches]
+        return [piece.inputs for piece in self.pieces]
 
-    def _run(self, model: nn.Module) -> float:
-        with evaluating(model), torch.no_grad():
-            value = self._metric(model, self.batches)
+    def _output(self, original: nn.Module, piece: Piece) -> Any:
+        return self._run(original, piece.inputs, piece.batch)
+
+    def _run(self, original: nn.Module, inputs: Any, number: int) -> Any:
         try:
-            return float(value)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"metric returned a {type(value).__name__}, expected one number: {error}") from None
+            return run_original(original, inputs)
+        except Exception as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"the original model fails on batch {number} of data: {describe_error(error)}") from error
+
+    def _look_at_rows(self, original: nn.Module, numbers: list[int], only_tell: bool) -> bool:
+        """Whether the rows of batches are samples. Notes it if the forward is not the same each time."""
+        rows = [count_rows(inputs) or 0 for inputs, _ in self._batches]
+        largest = rows.index(max(rows))
+        inputs = self._batches[largest][0]
+        try:
+            outputs = float_outputs(self._run(original, inputs, numbers[largest]))
+        except (TypeError, ValueError):
+            if only_tell:  # the metric may call the model in its own way
+                return False
+            raise
+        self._look_for_chance(original, inputs, outputs)
+        apart = bool(outputs) and has_independent_rows(original, inputs, outputs)
+        return apart and all(_share_rows(inputs, target) for inputs, target in self._batches)
+
+    def _look_for_chance(self, original: nn.Module, inputs: Any, outputs: list) -> None:
+        with torch.no_grad(), seeded(1):
+            again = float_outputs(call_model(original, inputs))
+        pairs = list(zip(outputs, again, strict=True))
+        if not all(a.shape == b.shape and torch.allclose(a, b, 1e-3, 1e-5, equal_nan=True) for a, b in pairs):
+            self.notes.append(
+                "the model's outputs differ from run to run in eval mode: all candidates are measured with the same "
+                "seed, and figures hold for that"
+            )
+
+    def _read_metric(self, metric: Metric, original: nn.Module, numbers: list[int]) -> Blocks:
+        try:
+            blocks = Blocks(metric, original, self._batches, self.pieces)
+        except ValueError as error:
+            if str(error).startswith("metric returned"):
+                raise
+            self._blame(original, numbers, error)
+        except Exception as error:
+            self._blame(original, numbers, error)
+        if blocks.before <= 0:
+            raise ValueError(
+                f"metric returned {blocks.before} for the original model, expected a number above 0 of which a share "
+                "can be kept: return an accuracy or a correlation, not a loss (exp(-loss) does)"
+            )
+        if not blocks.known:
+            self.notes.append(
+                "the metric's uncertainty is not known, since it cannot be had on parts of the data: what is kept is "
+                "taken as measured"
+            )
+        return blocks
+
+    def _blame(self, original: nn.Module, numbers: list[int], error: Exception) -> None:
+        """Raises what says whether the model or the metric failed."""
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        text = f"metric fails for the original model: {describe_error(error)}"
+        for (inputs, _), number in zip(self._batches, numbers, strict=True):
+            try:
+                run_original(original, inputs)
+            except Exception as other:
+                if describe_error(other) == describe_error(error):
+                    text = f"the original model fails on batch {number} of data: {describe_error(error)}"
+                    break
+        raise kind(text) from error
+
+    def _check_direction(self, original: nn.Module) -> None:
+        """A copy full of noise must not be better than the model."""
+        metric, parts = self._blocks.metric, self._blocks.parts[:2]
+        batches = as_batches([piece for _, part in parts for piece in part]) or self._batches
+        try:
+            before = run_metric(metric, original, batches)
+            with noised(original):
+                after = run_metric(metric, original, batches)
+            with noised(original, 0.3):
+                slightly = run_metric(metric, original, batches)
+        except Exception:
+            return
+        counts = [value * sum(count_rows(inputs) or 1 for inputs, _ in batches) for value in (before, after, slightly)]
+        if all(abs(count - round(count)) < 1e-6 for count in counts):
+            return  # a share of samples, which is no loss, and by chance may be more
+        if 0 < _LOSS * before < min(after, slightly):
+            raise ValueError(
+                f"metric returned {before:.4g} for the original model and {after:.4g} for one with noise on its "
+                "weights, expected higher for the better: return an accuracy or a correlation, not a loss (exp(-loss) "
+                "does)"
+            )
+
+    def score(self, candidate: nn.Module, floor: float | None = None) -> Score:
+        """Of a candidate of which nothing is fitted to the data. Given up early if ``floor`` is out of reach."""
+        taken = self._begin()
+        try:
+            self._measure(candidate, None, taken, floor)
+            return self._end(taken)
+        except Exception as error:
+            return failed(describe_error(error))
+
+    def score_folds(self, make: Maker, floor: float | None = None) -> Score:
+        """Of a candidate that ``make`` gives for each fold, fitted to the others."""
+        taken = self._begin()
+        try:
+            for fold in self.folds:
+                with make(fold) as candidate:
+                    if self._measure(candidate, fold, taken, floor):
+                        break
+            return self._end(taken)
+        except Exception as error:
+            return failed(describe_error(error))
 
     def share(self, candidate: nn.Module) -> float:
-        """The candidate's metric as a share of the original's; -inf for NaN and for a candidate that does not run."""
-        try:
-            value = self._run(candidate)
-        except _FAILURES:
-            return -math.inf
-        return value / self.original if math.isfinite(value) else -math.inf
+        """What the candidate keeps at least; -inf for one that fails."""
+        return self.score(candidate).low
 
-    def _compare_outputs(self, original: nn.Module) -> Fidelity | None:
-        """None where the metric calls the model otherwise than ``model(inputs)``, or outputs are infinite."""
-        if self.fidelity and len(self._compared) == len(self.batches):
-            return self._metric
+    def _begin(self) -> dict:
+        return {"numbers": [], "values": [], "whole": {}}
+
+    def _measure(self, model: nn.Module, fold: int | None, taken: dict, floor: float | None) -> bool:
+        """Adds what the model gives on a fold, or on all data. Returns whether the floor is out of reach."""
+        with evaluating(model), torch.no_grad():
+            if self._blocks is not None and not self._blocks.additive:
+                taken["whole"][fold] = self._blocks.measure_whole(model, fold)
+                return False
+            for number in self._numbers(fold):
+                if self._blocks is None:
+                    piece = self.pieces[number]
+                    with seeded():
+                        losses, scales = self._comparison.losses(model, number, piece)
+                    value = losses * piece.copies, scales * piece.copies
+                    if not torch.isfinite(losses).all():
+                        raise ValueError("its outputs are not finite")
+                else:
+                    value = self._blocks.value(model, number)
+                    if not math.isfinite(value):
+                        raise ValueError(f"its metric is {value}")
+                taken["numbers"].append(number)
+                taken["values"].append(value)
+                if floor is not None and self._is_hopeless(taken, floor):
+                    return True
+        return False
+
+    def _numbers(self, fold: int | None) -> list[int]:
+        if self._blocks is not None:
+            return self._blocks.numbers(fold)
+        return [n for n, piece in enumerate(self.pieces) if fold is None or piece.fold == fold]
+
+    def _is_hopeless(self, taken: dict, floor: float) -> bool:
+        if len(taken["values"]) < _EARLY or not self.known:
+            return False
+        score = self._end(taken)
+        return score.kept + _PATIENCE * (score.kept - score.low) < floor
+
+    def _end(self, taken: dict) -> Score:
+        if taken["whole"]:
+            score = self._blocks.score_whole(taken["whole"])
+            return score if math.isfinite(score.kept) else failed(f"its metric is {score.kept}")
+        if self._blocks is not None:
+            return self._blocks.score(taken["numbers"], taken["values"])
+        losses, scales = (torch.cat(parts) for parts in zip(*taken["values"], strict=True))
+        if float(scales.sum()) == 0:
+            return Score(1.0, 1.0, self.samples) if float(losses.sum()) == 0 else failed("its outputs are not 0")
+        return score_losses(losses, scales, self._comparison.unit, self.samples)
+
+    def _compare_outputs(self, original: nn.Module) -> "tuple[Fidelity, list[int]] | None":
+        """How the outputs of a few pieces are compared: of the last fold, so that what is compared may be fitted to
+        others. None where the metric calls the model otherwise than ``model(inputs)``, or outputs are infinite."""
+        left_out = self.folds[-1]
+        chosen = [n for n, piece in enumerate(self.pieces) if piece.fold == left_out][:_COMPARED]
+        if isinstance(self._comparison, Fidelity):
+            return self._comparison, chosen
+        outputs, elements = [], 0
         try:
-            return Fidelity(original, self._compared)
-        except _FAILURES:
+            for number in chosen:
+                outputs.append(run_original(original, self.pieces[number].inputs))
+                elements += sum(out.numel() for out in float_outputs(outputs[-1]))
+                if elements > _MOST_ELEMENTS:
+                    break
+            fidelity = Fidelity()
+            fidelity.begin([self.pieces[n] for n in chosen[: len(outputs)]], outputs)
+        except Exception:
             return None
+        return fidelity, chosen[: len(outputs)]
 
-    def loss(self, candidate: nn.Module) -> float:
-        """What the candidate costs, for comparing candidates: 1 - fidelity on the first batches; where outputs cannot
-        be compared, 1 - ``share()``. Infinity for a candidate that does not run."""
+    def loss(self, candidate: nn.Module) -> tuple[float, str | None]:
+        """What the candidate, fitted to nothing or to all folds but the last, costs in comparison; and why it fails.
+
+        1 - fidelity on a few pieces: smoother than a metric such as an accuracy, which moves by whole samples that
+        drown what one small cut costs. Where outputs cannot be compared, 1 - ``share()``. Infinity for one that fails.
+        """
         if self._closeness is None:
-            return 1 - self.share(candidate)
+            score = self.score(candidate)
+            return 1 - score.kept, score.reason
+        comparison, chosen = self._closeness
         try:
-            value = 1 - self._closeness(candidate, self._compared)
-        except _FAILURES:
-            return math.inf
-        return value if math.isfinite(value) else math.inf
+            with evaluating(candidate), torch.no_grad():
+                taken = []
+                for place, number in enumerate(chosen):
+                    place = number if comparison is self._comparison else place
+                    with seeded():
+                        taken.append(comparison.losses(candidate, place, self.pieces[number]))
+            losses, scales = (float(sum(part.sum() for part in parts)) for parts in zip(*taken, strict=True))
+        except Exception as error:
+            return math.inf, describe_error(error)
+        value = losses / scales if scales else (0.0 if losses == 0 else math.inf)
+        return (value, None) if math.isfinite(value) else (math.inf, "its outputs are not finite")
+
+
+def _share_rows(inputs: Any, target: Any) -> bool:
+    """Whether the target is divided as the inputs are."""
+    rows = count_rows(inputs)
+    if rows is None:
+        return False
+    return target is None or (bool(tensors_of(target)) and count_rows(target) == rows)

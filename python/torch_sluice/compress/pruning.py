@@ -1,26 +1,45 @@
 """Which channels go: by measured sensitivity against predicted latency (the default), or by the seed's quantile."""
 
 import bisect
+import contextlib
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_sluice.compress.compensation import Moments, compensate
+from torch_sluice.compress.calling import describe_error
+from torch_sluice.compress.compensation import Moments, Update, find_updates, reading_layer
 from torch_sluice.compress.graph import ChannelGroup, lowest
 from torch_sluice.compress.importance import raw_norms, relative_norms
 from torch_sluice.compress.latency import measure_layers
 from torch_sluice.compress.measure import Measure
 from torch_sluice.compress.progress import Progress
-from torch_sluice.compress.slicing import Lost, cut, gather, prune, size_of
+from torch_sluice.compress.slicing import Lost, Sizes, cut, gather, size_of
 
-_FRACTIONS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)  # shares of a group that are tried
+FRACTIONS = (0.9375, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)  # shares of a group that are tried
 _RATIOS = tuple(i / 20 for i in range(19, 0, -1))  # of the quantile policy
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
+
+
+Plan = dict[int, int]  # group number -> units that stay; groups that are not named stay whole
+
+
+@contextlib.contextmanager
+def without(model: nn.Module, lost: Lost, sizes: Sizes, updates: Sequence[Update] = ()) -> Iterator[nn.Module]:
+    """Within it, the model without these channels and with these updates of weights, in place: no copy is made.
+    It is as before after it, whatever happens."""
+    undo = [cut(model, lost, sizes)]
+    try:
+        for update in updates:
+            undo.append(update.add_to(model))
+        yield model
+    finally:
+        for step in reversed(undo):
+            step()
 
 
 @dataclass
@@ -30,32 +49,65 @@ class Pruner:
     model: nn.Module
     groups: list[ChannelGroup]
     scores: list[Tensor]
-    moments: Moments | None = None
+    moments: Moments | None = None  # of all data
+    folds: dict[int, Moments] = field(default_factory=dict)  # of each fold of it
     seconds: dict[str, float] = field(default_factory=dict)  # of each layer in a call
+    _sides: dict[tuple[int, int], Lost] = field(default_factory=dict, repr=False)
 
     @classmethod
     def with_scores(cls, model: nn.Module, groups: list[ChannelGroup], policy: str) -> "Pruner":
         score = raw_norms if policy == "quantile" else relative_norms
         return cls(model, groups, [score(model, group) for group in groups])
 
-    def removals(self, kept: dict[int, int]) -> list[tuple[ChannelGroup, list[int]]]:
-        """kept: group number -> units that stay."""
-        return [(self.groups[g], lowest(self.scores[g], self.groups[g].width - k)) for g, k in sorted(kept.items())]
+    def _lost_alone(self, g: int, kept: int) -> Lost:
+        if (g, kept) not in self._sides:
+            sides: Lost = {}
+            gather(self.groups[g].members, lowest(self.scores[g], self.groups[g].width - kept), sides)
+            self._sides[g, kept] = sides
+        return self._sides[g, kept]
 
-    def lost(self, kept: dict[int, int]) -> Lost:
+    def lost(self, kept: Plan) -> Lost:
         lost: Lost = {}
-        for group, units in self.removals(kept):
-            gather(group.members, units, lost)
+        for g, count in sorted(kept.items()):
+            for side, indices in self._lost_alone(g, count).items():
+                lost.setdefault(side, set()).update(indices)
         return lost
 
-    def build(self, kept: dict[int, int]) -> nn.Module:
-        """A pruned copy, compensated where moments are known."""
-        pruned = prune(self.model, self.removals(kept))
-        if self.moments is not None:
-            compensate(pruned, self.model, self.lost(kept), self.moments)
-        return pruned
+    def sizes(self, kept: Plan, before: Plan | None = None) -> Sizes:
+        """How many units each attribute that counts them loses, of those that ``before`` left."""
+        before = before or {}
+        return [
+            (member, before.get(g, self.groups[g].width) - count)
+            for g, count in kept.items()
+            for member in self.groups[g].sizes
+        ]
 
-    def build_further(self, module: nn.Module, before: dict[int, int], kept: dict[int, int]) -> nn.Module:
+    def is_fitted(self, kept: Plan) -> bool:
+        """Whether pruning so far changes weights by what the data tells."""
+        if not self.folds:
+            return False
+        readers = self.moments.count.keys()
+        return any(indices and reading_layer(side) in readers for side, indices in self.lost(kept).items())
+
+    def _updates(self, lost: Lost, left_out: int | None) -> list[Update]:
+        if self.moments is None:
+            return []
+        return find_updates(self.model, lost, self.moments, self.folds.get(left_out))
+
+    @contextlib.contextmanager
+    def pruned(self, kept: Plan, left_out: int | None = None) -> Iterator[nn.Module]:
+        """Within it, the model pruned so far, and compensated by all data, or all but that of a fold. ``self.model`` is
+        as before after it."""
+        lost = self.lost(kept)
+        with without(self.model, lost, self.sizes(kept), self._updates(lost, left_out)) as model:
+            yield model
+
+    def build(self, kept: Plan) -> nn.Module:
+        """A pruned copy, compensated where moments are known."""
+        with self.pruned(kept) as model:
+            return copy.deepcopy(model)
+
+    def build_further(self, module: nn.Module, before: Plan, kept: Plan) -> nn.Module:
         """A copy of ``module``, which is this model pruned to ``before`` and trained since, pruned to ``kept``."""
         gone = {side: sorted(indices) for side, indices in self.lost(before).items()}
         lost = {
@@ -63,18 +115,13 @@ class Pruner:
             for side, indices in self.lost(kept).items()
         }
         further = copy.deepcopy(module)
-        sizes = [
-            (member, self.groups[g].width - k - (self.groups[g].width - before.get(g, self.groups[g].width)))
-            for g, k in kept.items()
-            for member in self.groups[g].sizes
-        ]
-        cut(further, lost, sizes)
+        cut(further, lost, self.sizes(kept, before))
         return further
 
     def time_layers(self, example_inputs: Any) -> None:
         self.seconds = measure_layers(self.model, example_inputs, _LAYERS)
 
-    def predict_seconds(self, kept: dict[int, int]) -> float:
+    def predict_seconds(self, kept: Plan) -> float:
         """Seconds of all layers: a layer takes the share of its measured time that the product of the shares of inputs
         and outputs tells which it keeps."""
         shares: dict[str, float] = {}
@@ -86,7 +133,7 @@ class Pruner:
         return sum(seconds * shares.get(path, 1.0) for path, seconds in self.seconds.items())
 
 
-def kept_by_quantile(groups: list[ChannelGroup], scores: list[Tensor], ratio: float, round_to: int) -> dict[int, int]:
+def kept_by_quantile(groups: list[ChannelGroup], scores: list[Tensor], ratio: float, round_to: int) -> Plan:
     """The seed's rule: of all units of all groups the share ``ratio`` with the smallest norms goes, ties from the last.
 
     A group keeps a number of units that its step and rounding allow (rounded up), and never loses its last one.
@@ -110,7 +157,7 @@ def kept_by_quantile(groups: list[ChannelGroup], scores: list[Tensor], ratio: fl
     return kept
 
 
-def choose_by_quantile(pruner: Pruner, accept: Callable[[dict[int, int]], bool], round_to: int) -> dict[int, int]:
+def choose_by_quantile(pruner: Pruner, accept: Callable[[Plan], bool], round_to: int) -> Plan:
     """The largest ratio, by bisection of steps of 5 %, that is accepted."""
     plans = [kept_by_quantile(pruner.groups, pruner.scores, ratio, round_to) for ratio in reversed(_RATIOS)]
     good = _bisect(len(plans), lambda count: accept(plans[count - 1]))
@@ -136,20 +183,31 @@ class Sensitivity:
     group: int
     kept: list[int]
     losses: list[float]
+    reason: str | None = None  # why it cannot be cut further, if a cut fails
 
 
 def measure_sensitivity(
     pruner: Pruner, measure: Measure, most: float, round_to: int, progress: Progress
 ) -> list[Sensitivity]:
-    """Prunes each group alone, further and further, until it costs more than ``most``."""
+    """Prunes each group alone, further and further, until it costs more than ``most``.
+
+    Weights are fitted to all folds but the last, and outputs compared on that.
+    """
     curves = []
-    progress.start("sensitivity of", len(pruner.groups))
+    choices = [group.kept_choices(FRACTIONS, round_to) for group in pruner.groups]
+    progress.start("sensitivity of", sum(map(len, choices)))
     for g, group in enumerate(pruner.groups):
-        progress.step(group.name)
         curve = Sensitivity(g, [], [])
-        for kept in group.kept_choices(_FRACTIONS, round_to):
-            loss = measure.loss(pruner.build({g: kept}))
+        for number, kept in enumerate(choices[g]):
+            progress.step(group.name)
+            loss = math.inf
+            try:
+                with pruner.pruned({g: kept}, measure.folds[-1]) as candidate:
+                    loss, curve.reason = measure.loss(candidate)
+            except Exception as error:
+                curve.reason = describe_error(error)
             if loss > most:
+                progress.skip(len(choices[g]) - number - 1)
                 break
             curve.kept.append(kept)
             curve.losses.append(loss)
@@ -157,10 +215,10 @@ def measure_sensitivity(
     return curves
 
 
-def order_moves(pruner: Pruner, curves: list[Sensitivity]) -> list[dict[int, int]]:
+def order_moves(pruner: Pruner, curves: list[Sensitivity]) -> list[Plan]:
     """Plans of growing size: each adds the step of a group that wins most predicted latency for what it costs."""
     place = [0] * len(curves)  # steps taken of each curve
-    kept: dict[int, int] = {}
+    kept: Plan = {}
     plans = []
     now = pruner.predict_seconds(kept)
     while True:
@@ -185,17 +243,17 @@ def order_moves(pruner: Pruner, curves: list[Sensitivity]) -> list[dict[int, int
 def choose_by_sensitivity(
     pruner: Pruner,
     curves: list[Sensitivity],
-    accept: Callable[[dict[int, int]], bool],
-    stop: Callable[[dict[int, int]], bool],
+    accept: Callable[[Plan], bool],
+    stop: Callable[[Plan], bool],
     progress: Progress,
-) -> dict[int, int]:
+) -> Plan:
     """The longest accepted prefix of the greedy order, found by bisection.
 
     ``stop(kept)``: whether the budget is met, so that nothing more need be pruned.
     """
     plans = order_moves(pruner, curves)
     enough = next((i + 1 for i, plan in enumerate(plans) if stop(plan)), len(plans))
-    progress.start("pruning", None)
+    progress.start("pruning", enough.bit_length())
     good = _bisect(enough, lambda count: accept(plans[count - 1]))
     return plans[good - 1] if good else {}
 

@@ -1,5 +1,6 @@
 """What compression did: figures before and after, a decision for each layer, and what it could not do."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -41,6 +42,10 @@ class CompressionReport:
     bytes_before: int
     bytes_after: int
     threads: int
+    kept: float  # share of the metric, measured on data that the weights were not fitted to
+    kept_low: float  # what is kept at least, with 95 % confidence, on other data of the same kind
+    samples: int  # behind both
+    uncertainty_known: bool = True  # False: kept_low is kept
     layers: list[LayerDecision] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -48,9 +53,14 @@ class CompressionReport:
     changes: dict[str, Any] = field(default_factory=dict, repr=False)  # what load() needs; see changes.py
 
     @property
-    def kept(self) -> float:
-        """The share of the metric that was kept."""
-        return self.metric_after / self.metric_before
+    def kept_text(self) -> str:
+        """What is kept, and how well that is known, in words."""
+        count = f"{self.samples} sample{'s' if self.samples != 1 else ''}"
+        if not self.uncertainty_known:
+            return f"{self.kept:.1%} kept ({count}, uncertainty not known)"
+        # Rounded down: what is said to be kept at least must be.
+        low = math.floor(self.kept_low * 1000) / 1000
+        return f"{self.kept:.1%} kept, at least {low:.1%} (95 %, {count})"
 
     @property
     def improved(self) -> bool:
@@ -60,7 +70,7 @@ class CompressionReport:
         """Plain values, for JSON."""
         plain = asdict(self)
         del plain["changes"]
-        return {**plain, "kept": self.kept}
+        return plain
 
     def shares(self) -> list[float]:
         """What is left of each of the rows: after / before."""
@@ -82,7 +92,7 @@ class CompressionReport:
                 self.metric_name,
                 f"{self.metric_before:.4f}",
                 f"{self.metric_after:.4f}",
-                f"{self.kept * 100:.1f} % kept",
+                self.kept_text,
             ),
             (
                 "latency, median",

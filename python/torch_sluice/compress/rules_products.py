@@ -82,7 +82,11 @@ def _convolution(tracer, func, args, kwargs):
     """Dimensions here: image, group, output channel within it, input channel within it."""
     x, weight, bias, *_, transposed, _, groups = args[:9]
     out = func(tracer.without_gone(x), tracer.without_gone(weight), *args[2:], **kwargs)
-    couplings, channels, place = tracer.couplings, weight.shape[1] if not transposed else weight.shape[0] // groups, None
+    couplings, channels, place = (
+        tracer.couplings,
+        weight.shape[1] if not transposed else weight.shape[0] // groups,
+        None,
+    )
     made = out.shape[1] // groups
     inputs, weights = [], []
     for axis in tracer.axes(x):
@@ -125,7 +129,8 @@ def _attend(tracer, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], 
 
     def of_keys(tensor):
         return [
-            axis.repeat_interleave(share, 1) if share > 1 and axis.shape[1] > 1 else axis for axis in tracer.axes(tensor)
+            axis.repeat_interleave(share, 1) if share > 1 and axis.shape[1] > 1 else axis
+            for axis in tracer.axes(tensor)
         ]
 
     rank = q.dim()

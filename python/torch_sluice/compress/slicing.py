@@ -45,6 +45,9 @@ class SizeMember:
     each: int  # by how much it falls with each unit
 
 
+Sizes = Iterable[tuple[SizeMember, int]]  # with the number of units that go
+
+
 def gather(members: Iterable[Member], units: Iterable[int], into: Lost) -> None:
     """Adds what goes with these units to the indices that each dimension loses."""
     units = list(units)
@@ -55,7 +58,7 @@ def gather(members: Iterable[Member], units: Iterable[int], into: Lost) -> None:
 
 
 @torch.no_grad()
-def cut(model: nn.Module, lost: Lost, sizes: Iterable[tuple[SizeMember, int]] = ()) -> Callable[[], None]:
+def cut(model: nn.Module, lost: Lost, sizes: Sizes = ()) -> Callable[[], None]:
     """Cuts a model in place: every parameter under all of its names, the sizes that torch's layers keep of theirs, and
     ``sizes``, for each attribute with the number of units that go. Returns a function that undoes it."""
     undo: list[Callable[[], None]] = []

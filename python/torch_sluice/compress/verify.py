@@ -160,9 +160,11 @@ def difference_of_cut(model: nn.Module, lost: Lost, sizes, inputs: Any) -> str |
         with evaluating(model), torch.no_grad():
             torch.manual_seed(0)
             whole = float_outputs(call_model(model, inputs))
-    return f"without some of it the outputs differ by {difference:.2%} from what they are with these silent" if (
-        difference > _tolerance(whole)
-    ) else None
+    return (
+        f"without some of it the outputs differ by {difference:.2%} from what they are with these silent"
+        if (difference > _tolerance(whole))
+        else None
+    )
 
 
 def _tolerance(outputs: list[Tensor]) -> float:

@@ -1,0 +1,218 @@
+"""A metric of the user's, on blocks of the data: what it is, what a candidate keeps of it, and how well that is known.
+
+Where the metric is a mean over samples, its values on blocks tell all. Else (a correlation, an area under a curve, a
+rank among all) it is asked about everything, and about everything but one block at a time (the jackknife).
+"""
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_sluice.compress.calling import seeded
+from torch_sluice.compress.estimate import Score, lower_bound, score_blocks
+from torch_sluice.compress.remember import remembering
+from torch_sluice.compress.samples import Piece, fold_numbers, tensors_of
+
+Metric = Callable[[nn.Module, list], float]
+_DIVISIONS = ((4, 5), (2, 10), (2, 5), (2, 3), (2, 1), (1, 10), (1, 5))  # folds, and blocks in each
+_SAME = 1e-6  # relative difference below which blocks make up the whole
+
+
+def run_metric(metric: Metric, model: nn.Module, batches: list[tuple[Any, Any]]) -> float:
+    """The metric as a number, with the same random numbers each time; ValueError for something else. The model is in
+    eval mode."""
+    with torch.no_grad(), seeded():
+        value = metric(model, batches)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"metric returned a {type(value).__name__}, expected one number: {error}") from None
+
+
+class Blocks:
+    """The metric on parts of the data, and the original's values there. The original is in eval mode.
+
+    Attributes:
+        parts: (fold, pieces) of each block. Pieces are dealt out to fewer folds where the metric cannot be had on so
+            many.
+        known: whether there are enough of them to tell how well the metric is known.
+    """
+
+    def __init__(self, metric: Metric, original: nn.Module, whole: list[tuple[Any, Any]], pieces: list[Piece]):
+        self.metric, self.samples = metric, sum(piece.samples for piece in pieces)
+        self.parts: list[tuple[int, list[Piece]]] = []
+        self.additive, self.unit = False, 1 / self.samples  # unit: what a sample counts
+        self._values: list[float] = []
+        self._weights: list[float] = []
+        self._whole = whole
+        with remembering(original) as calls:
+            self.before = run_metric(metric, original, whole)
+            if not math.isfinite(self.before):
+                raise ValueError(
+                    f"metric returned {self.before} for the original model, expected a finite number: check it on "
+                    "the uncompressed model first"
+                )
+            for folds, count in _DIVISIONS:
+                if folds > len(fold_numbers(pieces)) or not self._take(original, pieces, folds, count):
+                    continue
+                if self.additive or folds <= 2:  # else a value on a quarter says little about one on all
+                    break
+            self.known = len(self.parts) > 2
+            if not self.additive and self.known:
+                ran = calls.run
+                self._whole_before = {fold: self._leave_out(original, fold) for fold in self._selections()}
+                # Asking about everything but one block is only to be had if the model does not run again for it.
+                self.known = calls.run == ran and all(map(math.isfinite, self._all_before()))
+        if not self.additive and not self.known:
+            self._whole_before = {fold: [self._on(original, fold)] for fold in self._selections()}
+
+    def merge_folds(self) -> None:
+        """Makes two folds of four."""
+        self.parts = [(fold % 2, part) for fold, part in self.parts]
+
+    def _selections(self) -> tuple[int | None, ...]:
+        return (None, *sorted({fold for fold, _ in self.parts}))
+
+    def _all_before(self) -> list[float]:
+        return [value for values in self._whole_before.values() for value in values]
+
+    def _take(self, original: nn.Module, pieces: list[Piece], folds: int, count: int) -> bool:
+        """Sets the blocks, if the metric can be had on each of them."""
+        parts = [(fold, part) for fold in range(folds) for part in _deal(pieces, fold, folds, count)]
+        if len(parts) < 2:
+            return False
+        try:
+            values = [run_metric(self.metric, original, as_batches(part)) for _, part in parts]
+        except Exception:
+            return False
+        if not all(map(math.isfinite, values)):
+            return False
+        for fold, part in parts:
+            for piece in part:
+                piece.fold = fold
+        self.parts, self._values = parts, values
+        for weigh in (_count_samples, _count_answers, _count_batches):
+            weights = [weigh(part) for _, part in parts]
+            mean = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+            if abs(mean - self.before) <= _SAME * abs(self.before):
+                self.additive, self._weights = True, weights
+                # What one sample is worth, or one answer where a sample has several.
+                answers = max(self.samples, sum(_count_answers(part) for _, part in parts))
+                self.unit = 1 / answers
+                return True
+        self._weights = [_count_samples(part) for _, part in parts]
+        self.unit = 1 / self.samples
+        return True
+
+    def value(self, model: nn.Module, number: int) -> float:
+        return run_metric(self.metric, model, as_batches(self.parts[number][1]))
+
+    def numbers(self, fold: int | None) -> list[int]:
+        return [n for n, (of, _) in enumerate(self.parts) if fold is None or of == fold]
+
+    def score(self, numbers: list[int], values: list[float]) -> Score:
+        """Of the metric's values on these blocks: of a mean over samples."""
+        unchanged = sum(v == self._values[n] for n, v in zip(numbers, values, strict=True)) / len(numbers)
+        score = score_blocks(
+            values, [self._values[n] for n in numbers], [self._weights[n] for n in numbers],
+            # Where many blocks show no difference at all, their spread says nothing about rare ones.
+            self.unit * unchanged, self.samples,
+        )  # fmt: skip
+        return score if self.known else Score(score.kept, score.kept, self.samples, score.reason, False)
+
+    def _pieces(self, fold: int | None, without: int | None = None) -> list[Piece]:
+        return [piece for n in self.numbers(fold) if n != without for piece in self.parts[n][1]]
+
+    def _on(self, model: nn.Module, fold: int | None) -> float:
+        if not self.parts:
+            return run_metric(self.metric, model, self._whole)
+        return run_metric(self.metric, model, as_batches(self._pieces(fold)))
+
+    def _leave_out(self, model: nn.Module, fold: int | None) -> list[float]:
+        """On everything of the fold, and without each of its blocks in turn."""
+        values = [self._on(model, fold)]
+        for number in self.numbers(fold):
+            values.append(run_metric(self.metric, model, as_batches(self._pieces(fold, number))))
+        return values
+
+    def measure_whole(self, model: nn.Module, fold: int | None) -> list[float]:
+        """Of a metric that is no mean over samples: on everything, and without each block where that tells its
+        uncertainty."""
+        if not self.known:
+            return [self._on(model, fold)]
+        with remembering(model):
+            return self._leave_out(model, fold)
+
+    def score_whole(self, values: dict[int | None, list[float]]) -> Score:
+        """Of what ``measure_whole`` gave, by fold: None, or all of them."""
+        weights = {fold: float(sum(p.samples for p in self._pieces(fold))) or 1.0 for fold in values}
+        after = {fold: weights[fold] * torch.tensor(v, dtype=torch.float64) for fold, v in values.items()}
+        before = {fold: weights[fold] * torch.tensor(self._whole_before[fold], dtype=torch.float64) for fold in values}
+        total, original = (sum(float(v[0]) for v in of.values()) for of in (after, before))
+        kept, variance, degrees, unchanged = total / original, 0.0, 0, 0
+        if not self.known or not math.isfinite(kept):
+            return Score(kept, kept, self.samples, known=False)
+        for fold, now in after.items():
+            then, count = before[fold], len(now) - 1
+            shares = (total - now[0] + now[1:]) / (original - then[0] + then[1:])
+            variance += (count - 1) / count * float((shares - shares.mean()).square().sum())
+            degrees += count - 1
+            unchanged += int((now[1:] == then[1:]).sum())
+        unit = self.unit * unchanged / (degrees + len(after))
+        return Score(kept, lower_bound(kept, math.sqrt(variance), degrees, unit), self.samples)
+
+
+def as_batches(pieces: list[Piece]) -> list[tuple[Any, Any]]:
+    return [(piece.inputs, piece.target) for piece in pieces for _ in range(piece.copies)]
+
+
+def _deal(pieces: list[Piece], fold: int, folds: int, count: int) -> list[list[Piece]]:
+    """The pieces of a fold, of so many, in up to ``count`` runs of about as many samples."""
+    own = [piece for piece in pieces if piece.fold % folds == fold]
+    total, parts, filled = sum(piece.samples for piece in own), [], 0
+    for piece in own:
+        place = min(count - 1, filled * count // max(1, total))
+        if place >= len(parts):
+            parts.append([])
+        parts[-1].append(piece)
+        filled += piece.samples
+    return parts
+
+
+def _count_samples(pieces: list[Piece]) -> int:
+    return sum(piece.samples * piece.copies for piece in pieces)
+
+
+def _count_batches(pieces: list[Piece]) -> int:
+    return sum(piece.copies for piece in pieces)
+
+
+def _count_answers(pieces: list[Piece]) -> int:
+    """Elements of the targets that are classes."""
+    targets = [(tensors_of(piece.target), piece.copies) for piece in pieces]
+    return sum(_answers(tensors) * copies for tensors, copies in targets) or 1
+
+
+def _answers(tensors: list[Tensor]) -> int:
+    return sum(t.numel() for t in tensors if not t.is_floating_point() and not t.is_complex())
+
+
+@contextlib.contextmanager
+def noised(model: nn.Module, share: float = 1.0):
+    """Within it, the model's weights carry noise of this share of their own spread."""
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    before = [p.detach().clone() for p in parameters]
+    try:
+        with torch.no_grad(), seeded():
+            for parameter in parameters:
+                spread = parameter.float().std(correction=0) if parameter.numel() > 1 else parameter.float().abs()
+                parameter.add_((share * spread * torch.randn(parameter.shape)).to(parameter))
+        yield model
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)

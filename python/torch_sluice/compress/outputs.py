@@ -1,0 +1,174 @@
+"""How far a candidate's outputs are from the original's, sample by sample: what ready-made metrics are made of."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_sluice.compress.calling import call_model, float_outputs, seeded
+from torch_sluice.compress.samples import Piece, count_rows, tensors_of
+
+Losses = tuple[Tensor, Tensor]  # of some samples: what each lost, and what it counts, float64 [n] each
+
+
+class Fidelity:
+    """1 for the original's outputs, less by their relative squared error:
+
+    1 - sum |y' - y|^2 / sum |y - mean(y)|^2 over all elements of all floating-point outputs y of the original and y' of
+    the candidate, with the mean over all samples whose outputs have that shape; where there is one, over its positions.
+    Where outputs do not vary, the mean is left out. How samples are cut into batches makes no difference.
+    """
+
+    name = "fidelity"
+    unit = 0.0  # a sample's error may be as small as it likes
+
+    def __init__(self) -> None:
+        self._expected: list[list[Tensor]] = []
+        self._scales: list[Tensor] = []
+
+    def begin(self, pieces: list[Piece], outputs: list[Any]) -> None:
+        """The original's outputs for the pieces."""
+        self._expected = [[out.detach().clone() for out in float_outputs(output)] for output in outputs]
+        rows = [self._rows(piece, expected) for piece, expected in zip(pieces, self._expected, strict=True)]
+        means = _means(rows, pieces)
+        spread = [_squares(each, means) for each in rows]
+        magnitude = [_squares(each, None) for each in rows]
+        total = float(sum(s.sum() for s in magnitude))
+        if not math.isfinite(total):
+            raise ValueError(
+                "the model's outputs on data are not finite, expected finite numbers to compare with: look for inf or "
+                "NaN in data and in the model's weights"
+            )
+        varied = float(sum(s.sum() for s in spread)) > 1e-12 * total
+        self._scales = spread if varied else magnitude
+        self.constant = total == 0  # all outputs are 0: only the same is as good
+
+    def _rows(self, piece: Piece, outputs: list[Tensor]) -> list[Tensor]:
+        """Outputs whose first dimension counts the piece's samples."""
+        return [out if _counts(piece, out) else out[None] for out in outputs]
+
+    def losses(self, model: nn.Module, number: int, piece: Piece) -> Losses:
+        """Of the piece's samples.
+
+        Raises:
+            ValueError: outputs have other shapes than the original's.
+        """
+        outputs, expected = float_outputs(call_model(model, piece.inputs)), self._expected[number]
+        if [out.shape for out in outputs] != [out.shape for out in expected]:
+            raise ValueError("its outputs have other shapes than the model's")
+        differences = [a.float() - b.float() for a, b in zip(outputs, expected, strict=True)]
+        error = _squares(self._rows(piece, differences), None)
+        if self.constant:
+            return (error > 0).double(), torch.ones_like(error)
+        return error, self._scales[number]
+
+
+def _counts(piece: Piece, out: Tensor) -> bool:
+    return out.dim() > 0 and out.shape[0] == piece.samples == count_rows(piece.inputs)
+
+
+def _means(rows: list[list[Tensor]], pieces: list[Piece]) -> dict[tuple, tuple[Tensor, int]]:
+    """Mean over samples, and how many different ones there are, by place in the output and shape."""
+    sums: dict[tuple, list] = {}
+    for outputs, piece in zip(rows, pieces, strict=True):
+        for place, out in enumerate(outputs):
+            entry = sums.setdefault((place, out.shape[1:]), [0.0, 0, 0])
+            entry[0] = entry[0] + piece.copies * out.sum(0, dtype=torch.float64)
+            entry[1] += piece.copies * len(out)
+            entry[2] += len(out)
+    return {key: (total / weight, count) for key, (total, weight, count) in sums.items()}
+
+
+def _squares(outputs: list[Tensor], means: dict[tuple, tuple[Tensor, int]] | None) -> Tensor:
+    """[samples] Sums of squares, in float64, of all outputs, less means if given."""
+    total = torch.zeros(len(outputs[0]), dtype=torch.float64)
+    for place, out in enumerate(outputs):
+        if means is not None:
+            mean, count = means[place, out.shape[1:]]
+            if count == 1:
+                mean = out.double().flatten(1, -2).mean(1) if out.dim() > 2 else torch.zeros((), dtype=torch.float64)
+            out = out.double() - mean
+        squares = out.square()
+        total = total + (squares.flatten(1).sum(1, dtype=torch.float64) if out.dim() > 1 else squares.double()).cpu()
+    return total
+
+
+class Agreement:
+    """The share of samples, or of positions of them, of which a classifier says the same class as the original did.
+
+    Args:
+        dim: of the output that counts classes; None: the last for outputs [N, C], 1 for [N, C, H, W]; what other
+            outputs mean is not guessed, except where inputs tell it.
+    """
+
+    name = "agreement"
+
+    def __init__(self, dim: int | None = None):
+        if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int)):
+            raise TypeError(f"dim is {dim!r}, expected the dimension of the output that counts classes, or None")
+        self.dim = dim
+        self._expected: list[Tensor] = []
+        self.unit = 0.0  # what one answer counts
+
+    def begin(self, pieces: list[Piece], outputs: list[Any]) -> None:
+        logits = [_logits(output) for output in outputs]
+        dim = _class_dim(self.dim, logits, pieces)
+        if not all(out.isfinite().all() for out in logits):
+            raise ValueError("the model's outputs on data are not finite, expected finite numbers to compare with")
+        self._dim, self._expected = dim, [out.argmax(dim) for out in logits]
+        self.unit = 1 / max(1, sum(answer.numel() for answer in self._expected))
+
+    def losses(self, model: nn.Module, number: int, piece: Piece) -> Losses:
+        out, expected = _logits(call_model(model, piece.inputs)), self._expected[number]
+        answers = out.argmax(self._dim)
+        if answers.shape != expected.shape:
+            raise ValueError("its outputs have other shapes than the model's")
+        wrong = (answers != expected).double().cpu()
+        if not out.isfinite().all():
+            wrong = torch.full_like(wrong, math.nan)
+        wrong = wrong.reshape(piece.samples, -1) if _counts(piece, out) else wrong.reshape(1, -1)
+        # A position counts as much as any other, wherever samples have different numbers of them.
+        return wrong.sum(1), torch.full((len(wrong),), float(wrong.shape[1]), dtype=torch.float64)
+
+
+def _logits(output: Any) -> Tensor:
+    if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
+        return output["logits"]
+    outputs = float_outputs(output)
+    if len(outputs) != 1:
+        raise ValueError(
+            f"metric is 'agreement', and the model returns {len(outputs)} floating-point tensors, expected one, or a "
+            "mapping with 'logits': give a metric of your own"
+        )
+    return outputs[0]
+
+
+def _class_dim(dim: int | None, logits: list[Tensor], pieces: list[Piece]) -> int:
+    shape, rank = list(logits[0].shape), logits[0].dim()
+    if dim is None:
+        first = next(iter(tensors_of(pieces[0].inputs)), None)
+        if rank in (1, 2):
+            dim = -1
+        elif rank == 4 or rank == 5:
+            dim = 1
+        elif rank == 3 and first is not None and first.dim() == 2 and list(first.shape) == shape[:2]:
+            dim = -1  # a class for each token
+    if dim is None or not -rank <= dim < rank:
+        raise ValueError(
+            f"metric is 'agreement', and which dimension of the output {shape} counts classes is not clear: give "
+            f"metric=torch_sluice.compress.Agreement(dim=...)" + (f"; dim is {dim}" if dim is not None else "")
+        )
+    if shape[dim] < 2:
+        raise ValueError(
+            f"metric is 'agreement', and the output {shape} has {shape[dim]} class in dimension {dim}, expected at "
+            "least 2: give a metric of your own, which knows the threshold"
+        )
+    return dim
+
+
+def run_original(model: nn.Module, inputs: Any) -> Any:
+    """The model's output, with the same random numbers each time. The model is in eval mode."""
+    with torch.no_grad(), seeded():
+        return call_model(model, inputs)

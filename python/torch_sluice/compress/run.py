@@ -1,0 +1,422 @@
+"""The stages of a compression: measure, find channels, prune, quantise, report."""
+
+import copy
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_sluice.compress import quantization
+from torch_sluice.compress.calling import check_example, describe_error, evaluating
+from torch_sluice.compress.candidates import Layers, Stage, Workshop
+from torch_sluice.compress.changes import describe_changes
+from torch_sluice.compress.choice import choose_layers
+from torch_sluice.compress.compensation import count_moment_bytes, join, measure_moments, reading_layers
+from torch_sluice.compress.embedding import QuantizedEmbedding
+from torch_sluice.compress.estimate import Score, failed
+from torch_sluice.compress.folding import find_pairs, fold_pairs
+from torch_sluice.compress.graph import ChannelGroup, find_groups
+from torch_sluice.compress.latency import compare_latency, measure_latency
+from torch_sluice.compress.measure import Measure
+from torch_sluice.compress.progress import Progress
+from torch_sluice.compress.pruning import (
+    FRACTIONS,
+    Plan,
+    Pruner,
+    Sensitivity,
+    choose_by_quantile,
+    choose_by_sensitivity,
+    measure_sensitivity,
+    order_moves,
+)
+from torch_sluice.compress.report import CompressionReport, LayerDecision, count_bytes
+
+SLACK = 1e-9  # of shares, for rounding
+_PLENTY = 16  # rows for each unknown, of which half are as good
+_MOST_MOMENTS = 1 << 26  # bytes for which data is divided into more than two folds
+_RISE = 1.2  # a metric that a candidate raises by this is looked at twice
+
+
+@dataclass
+class Settings:
+    """What ``compress`` was asked for, checked."""
+
+    keep: float
+    policy: str
+    budget: float | None
+    prune: bool
+    quantize: bool
+    finetune: Callable[[nn.Module, int], None] | None
+    finetune_steps: int
+    round_to: int
+    compensate: bool
+    quantize_options: dict[str, Any]
+    may_relax: bool  # whether activations may take fewer bits than the options say
+
+
+class Run:
+    """One compression: what was measured so far, and what was found."""
+
+    def __init__(self, model: nn.Module, example_inputs: Any, data, metric, settings: Settings, progress: Progress):
+        self.begin, self.settings, self.progress = time.monotonic(), settings, progress
+        try:
+            self.original = copy.deepcopy(model).eval()
+        except Exception as error:
+            raise ValueError(
+                f"model cannot be copied, expected one that copy.deepcopy takes: {describe_error(error)}"
+            ) from error
+        self.example = example_inputs
+        with evaluating(self.original):
+            check_example(self.original, example_inputs)
+        progress.start("measuring the model")
+        progress.step()
+        self.measure = Measure(self.original, data, metric)
+        self.notes: list[str] = list(self.measure.notes)
+        self.layers: list[LayerDecision] = []
+        self.groups: list[ChannelGroup] = []
+        self.pruner: Pruner | None = None
+        self.evaluations = 0
+        self.failures: Counter[str] = Counter()
+        self.call_seconds = measure_latency(self.original, example_inputs).median
+        self._foresee_all()
+
+    def finish(self) -> nn.Module:
+        """The result, with its report."""
+        settings, score = self.settings, Score(1.0, 1.0, self.measure.samples)
+        stages, curves = [Stage({})], []
+        if settings.prune:
+            self._find_channels()
+        self.workshop = Workshop(self.original, self.pruner)
+        if self.pruner is not None:
+            floor = min(1.0, settings.keep + self._margin_of_quantisation())
+            stages, curves, score = self._prune(floor)
+        stage, result = stages[-1], None
+        if settings.quantize:
+            stage, result, score = self._quantise(stages, score)
+        if self.pruner is not None:
+            self._describe_pruning(stage.kept, {curve.group: curve for curve in curves})
+        return self._report(stage, result, score)
+
+    def _foresee_all(self) -> None:
+        """What phases will take, as far as that can be told from the time of a call and of measuring the original."""
+        settings, measured, call = self.settings, self.measure.seconds, self.call_seconds
+        layers = sum(isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)) for m in self.original.modules())
+        if settings.prune:
+            self.progress.foresee("finding channels", 4 * layers * call)
+            if settings.compensate:
+                self.progress.foresee("measuring", 1.2 * measured)
+            if settings.policy == "sensitivity":
+                self.progress.foresee("sensitivity of", 4 * layers * self._loss_seconds())
+            self.progress.foresee("pruning", 4 * measured)
+        if settings.quantize:
+            self.progress.foresee("timing", 2 * 3 * 6 * call)
+            self.progress.foresee("quantising", 2 * measured)
+        self.progress.foresee("measuring the result", measured + min(2.0, 60 * call))
+
+    def _loss_seconds(self) -> float:
+        return self.measure.seconds * self.measure.compared_share
+
+    def _find_channels(self) -> None:
+        leaves = sum(isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)) for m in self.original.modules())
+        self.progress.start("finding channels", max(1, leaves))
+        self.groups, notes = find_groups(self.original, self.example, self.progress.step)
+        self.notes += notes
+        if not self.groups:
+            return
+        settings = self.settings
+        self.pruner = Pruner.with_scores(self.original, self.groups, settings.policy)
+        if settings.compensate:
+            self._take_moments()
+        self.pruner.time_layers(self.example)
+
+    def _take_moments(self) -> None:
+        measure, paths = self.measure, reading_layers(self.original, self.groups)
+        if len(measure.folds) > 2 and count_moment_bytes(self.original, paths) * len(measure.folds) > max(
+            _MOST_MOMENTS, count_bytes(self.original)
+        ):
+            measure.merge_folds()
+        if len(measure.folds) < 2:
+            self.notes.append(
+                "channels are not compensated: data cannot be divided into parts to fit to and to measure on"
+            )
+            return
+        self.progress.start("measuring", len(measure.pieces))
+        try:
+            folds = [
+                measure_moments(
+                    self.original, [p.inputs for p in measure.pieces if p.fold == fold], paths, self.progress.step
+                )
+                for fold in measure.folds
+            ]
+        except Exception as error:  # a metric that calls the model otherwise than model(inputs)
+            self.notes.append(f"channels are not compensated: the model does not run on data: {describe_error(error)}")
+            return
+        moments = join(folds)
+        if len(folds) > 2 and moments.rows_for_unknown() > _PLENTY:
+            folds = [join(folds[half::2]) for half in (0, 1)]  # half of the data tells as much as most of it
+            measure.merge_folds()
+        self.pruner.moments, self.pruner.folds = moments, dict(zip(measure.folds, folds, strict=True))
+        if moments.refused:
+            few = ", ".join(sorted(moments.refused))
+            self.notes.append(f"compensated by means alone, because data has too few independent rows: {few}")
+
+    def _score(self, stage: Stage, layers: Layers | None = None, floor: float | None = None) -> Score:
+        """What a candidate keeps: where data shaped it, of data that did not."""
+        self.evaluations += 1
+        if self.workshop.is_fitted(stage):
+            score = self.measure.score_folds(lambda fold: self.workshop.made(stage, fold, layers), floor)
+        else:
+            try:
+                with self.workshop.made(stage, None, layers) as candidate:
+                    score = self.measure.score(candidate, floor)
+            except Exception as error:
+                score = failed(describe_error(error))
+        if score.reason is not None:
+            self.failures[score.reason] += 1
+        return score
+
+    def _loss(self, stage: Stage, layers: Layers | None) -> tuple[float, str | None]:
+        self.evaluations += 1
+        left_out = self.measure.folds[-1] if self.workshop.is_fitted(stage) else None
+        try:
+            with self.workshop.made(stage, left_out, layers) as candidate:
+                return self.measure.loss(candidate)
+        except Exception as error:
+            return float("inf"), describe_error(error)
+
+    def _margin_of_quantisation(self) -> float:
+        """What quantising costs by itself, which pruning has to leave over."""
+        if not self.settings.quantize:
+            return 0.0
+        begin = time.monotonic()
+        layers = self._find_layers(Stage({}))[0]
+        self.progress.foresee("timing", time.monotonic() - begin)  # of the pruned model
+        if not layers.chosen:
+            return 0.0
+        kept = self._score(Stage({}), layers).kept
+        return min(max(0.0, 1 - kept), (1 - self.settings.keep) / 2)
+
+    def _find_layers(self, stage: Stage) -> tuple[Layers, list[LayerDecision], nn.Module]:
+        """What could be done to a stage's layers, why others stay, and the folded model that this was looked for in."""
+        folded = self.workshop.build(stage)
+        layers, stay = Layers(), []
+        try:
+            pairs = find_pairs(folded, self.example)
+            fold_pairs(folded, pairs)
+            layers = Layers(pairs)
+            options = self.settings.quantize_options
+            candidates, stay = quantization.find_candidates(folded, self.example, options, self.progress)
+            layers = Layers(pairs, candidates, options)
+        except Exception as error:  # code in the model that looks into its layers
+            self.notes.append(f"not quantised: the model fails with quantised layers: {describe_error(error)}")
+        return layers, stay, folded
+
+    def _prune(self, floor: float) -> tuple[list[Stage], list[Sensitivity], Score]:
+        """The stages of pruning, each within ``floor``, the first being the original; what sensitivity showed; and the
+        last stage's score."""
+        settings, pruner, progress = self.settings, self.pruner, self.progress
+        accepted: list[tuple[Plan, Score]] = []
+
+        def accept(kept: Plan) -> bool:
+            progress.step(f"{len(kept)} groups")
+            score = self._score(Stage(kept), None, floor)
+            if score.low < floor - SLACK:
+                return False
+            accepted.append((kept, score))
+            return True
+
+        now, total = self.call_seconds, pruner.predict_seconds({})
+
+        def enough(kept: Plan) -> bool:
+            return settings.budget is not None and now - total + pruner.predict_seconds(kept) <= settings.budget
+
+        curves: list[Sensitivity] = []
+        if settings.budget is not None and now <= settings.budget:
+            self.notes.append(f"the model meets the budget of {settings.budget * 1e3:.2f} ms unpruned")
+            chosen: Plan = {}
+        elif settings.policy == "quantile":
+            progress.start("pruning", 5)
+            chosen = choose_by_quantile(pruner, accept, settings.round_to)
+        else:
+            # Where closeness is the metric, what is far below the floor is of no use; a metric of the user's may not
+            # mind that outputs move.
+            most = 3 * (1 - floor) + SLACK if self.measure.fidelity and settings.finetune is None else 1.0
+            choices = sum(len(g.kept_choices(FRACTIONS, settings.round_to)) for g in pruner.groups)
+            progress.foresee("sensitivity of", 0.7 * choices * self._loss_seconds())
+            curves = measure_sensitivity(pruner, self.measure, most, settings.round_to, progress)
+            self.evaluations += sum(len(curve.kept) for curve in curves)
+            chosen = choose_by_sensitivity(pruner, curves, accept, enough, progress)
+        plans = [(kept, score) for kept, score in accepted if _within(kept, chosen, pruner.groups)]
+        plans.sort(key=lambda plan: -pruner.predict_seconds(plan[0]))
+        stages, score = [Stage({})], Score(1.0, 1.0, self.measure.samples)
+        if plans:
+            stages, score = stages + [Stage(kept) for kept, _ in plans], plans[-1][1]
+        if settings.finetune is not None and curves:
+            further, last = self._finetune(curves, stages[-1], floor, enough)
+            stages, score = stages + further, last or score
+        return stages, curves, score
+
+    def _finetune(self, curves, start: Stage, floor: float, enough) -> tuple[list[Stage], Score | None]:
+        """Rounds that each prune about a sixth of the predicted time further and train; one that stays below ``floor``
+        is undone and tried at half the size."""
+        pruner, settings = self.pruner, self.settings
+        plans = [plan for plan in order_moves(pruner, curves) if _within(start.kept, plan, pruner.groups)]
+        total, stages, stage, part, last = pruner.predict_seconds({}), [], start, 1 / 6, None
+        self.progress.start("fine-tuning", None)
+        while not enough(stage.kept) and part > 0.05:
+            goal = pruner.predict_seconds(stage.kept) - part * total
+            following = [plan for plan in plans if _within(stage.kept, plan, pruner.groups) and plan != stage.kept]
+            if not following:
+                break
+            plan = next((plan for plan in following if pruner.predict_seconds(plan) <= goal), following[-1])
+            candidate = pruner.build_further(self.workshop.build(stage), stage.kept, plan).train()
+            for step in range(settings.finetune_steps):
+                self.progress.step(f"{len(plan)} groups, step {step + 1}")
+                settings.finetune(candidate, step)
+            further = Stage(plan, candidate.eval())
+            score = self._score(further, None, floor)
+            if score.low >= floor - SLACK:
+                stage, last = further, score
+                stages.append(stage)
+            else:
+                part /= 2
+        return stages, last
+
+    def _describe_pruning(self, chosen: Plan, curves: dict[int, Sensitivity]) -> None:
+        pruner = self.pruner
+        base = pruner.predict_seconds({})
+        for g, group in enumerate(pruner.groups):
+            kept = chosen.get(g)
+            size = group.channels if group.kind == "channels" else 1
+            curve = curves.get(g)
+            if kept is not None:
+                cost = curve.losses[curve.kept.index(kept)] if curve and kept in curve.kept else None
+                saved = base - pruner.predict_seconds({g: kept})
+                reason = f"predicted to save {saved * 1e3:.2f} ms"
+                if cost is not None:
+                    reason += f", alone moves the outputs by {cost:.2%}"
+                decision = LayerDecision(group.name, "pruned", reason, group.width * size, kept * size, saved, cost)
+            else:
+                reason = "not worth what it would cost"
+                if curve is not None and not curve.kept:
+                    reason = "its smallest cut alone moves the outputs too far"
+                    if curve.reason is not None:
+                        reason = f"the model fails with its smallest cut: {curve.reason}"
+                decision = LayerDecision(group.name, "kept", reason, group.width * size)
+            self.layers.append(decision)
+
+    def _quantise(self, stages: list[Stage], score: Score) -> tuple[Stage, nn.Module | None, Score]:
+        """The last stage that keeps enough when quantised; layers stay in floating point where it takes that."""
+        floor = self.settings.keep - SLACK
+        for stage in reversed(stages[-3:]):
+            found, stay, folded = self._find_layers(stage)
+
+            def layers(chosen, found=found):
+                return Layers(found.pairs, chosen, found.options)
+
+            chosen, costly, best = choose_layers(
+                found.chosen,
+                lambda some, stage=stage: self._score(stage, layers(some), floor),
+                lambda some, stage=stage: self._loss(stage, layers(some)),
+                floor,
+                self.progress,
+            )
+            lost = sum(c.before - c.after for c in found.chosen) - sum(c.before - c.after for c in chosen)
+            won = sum(c.before - c.after for c in found.chosen)
+            if stage is not stages[0] and won > 0 and lost > 0.5 * won:
+                continue  # pruning took what quantising needs: try with less of it
+            break
+        self.layers += stay + costly
+        if best is None and found.pairs:  # folded alone
+            best = self._score(stage, Layers(found.pairs), floor)
+        if best is None or best.low < floor:  # folding alone moves the last bits of a metric at its limit
+            if found.chosen:
+                self.notes.append(f"not quantised: {self.settings.keep:.1%} of the metric would not be sure")
+            return (stage, None, score) if stage is stages[-1] else (stages[-1], None, score)
+        self.layers += [LayerDecision(norm, "folded", "into the layer before it") for _, norm in found.pairs]
+        for c in chosen:
+            reason = "for its bytes"
+            if not isinstance(c.quantized, QuantizedEmbedding):
+                reason = f"measured {c.before * 1e6:.0f} -> {c.after * 1e6:.0f} µs"
+            self.layers.append(LayerDecision(c.name, "quantized", reason, None, None, c.before - c.after))
+        result = quantization.apply(folded, chosen) if chosen else folded
+        if self.settings.may_relax and chosen:
+            result, best = self._relax(result, stage, layers(chosen), best, floor)
+        return stage, result, best
+
+    def _relax(self, result: nn.Module, stage: Stage, layers: Layers, score: Score, floor: float):
+        self.progress.start("relaxing")
+        self.progress.step("fewer bits")
+        try:
+            relaxed = quantization.relax(result, self.example)
+        except Exception as error:
+            self.failures[describe_error(error)] += 1
+            return result, score
+        if relaxed is None:
+            return result, score
+        layers.target_sqnr = quantization._RELAXED_SQNR
+        found = self._score(stage, layers, floor)
+        if found.low < floor:
+            return result, score
+        self.notes.append(f"activations take fewer bits than by default: {relaxed[1]:.2f} times as fast")
+        return relaxed[0], found
+
+    def _report(self, stage: Stage, result: nn.Module | None, score: Score) -> nn.Module:
+        self.progress.start("measuring the result")
+        self.progress.step()
+        changed = result is not None or stage.kept or stage.trained is not None
+        reason, before, after = None, None, None
+        if changed:
+            result = self.workshop.build(stage) if result is None else result
+            try:
+                # It was fitted to all data, and its parts to halves: that it runs on all is seen, not inferred.
+                if self.workshop.is_fitted(stage):
+                    reason = self.measure.score(result.eval()).reason
+                before, after = compare_latency(self.original, result.eval(), self.example)
+            except Exception as error:
+                reason = describe_error(error)
+            if reason is not None:
+                self.failures[reason] += 1
+        if not changed or reason is not None:
+            self.notes.append(self._why_nothing())
+            result, score = copy.deepcopy(self.original), Score(1.0, 1.0, self.measure.samples)
+            before = after = measure_latency(self.original, self.example)
+            for layer in self.layers:
+                if layer.action in ("pruned", "quantized", "folded"):
+                    layer.action, layer.after = ("kept" if layer.action == "pruned" else "float"), None
+        elif after.median >= before.median:
+            self.notes.append("the result is smaller, but was not measured to be faster on this machine")
+        if score.kept > _RISE:
+            self.notes.append(
+                f"the metric rose to {score.kept:.0%} of the original's: if lower is better, it is a loss, of which "
+                "exp(-loss) can be kept"
+            )
+        for text, count in self.failures.most_common(5):
+            self.notes.append(f"{count} candidate{'s' if count > 1 else ''} left out, which failed: {text}")
+        result.eval()
+        result.compression_report = CompressionReport(
+            keep=self.settings.keep, policy=self.settings.policy, metric_name=self.measure.name,
+            metric_before=self.measure.original, metric_after=score.kept * self.measure.original,
+            latency_before=before.median, latency_after=after.median, latency_p95_before=before.p95,
+            latency_p95_after=after.p95, bytes_before=count_bytes(self.original), bytes_after=count_bytes(result),
+            threads=torch.get_num_threads(), kept=score.kept, kept_low=score.low, samples=self.measure.samples,
+            uncertainty_known=score.known, layers=self.layers, notes=list(dict.fromkeys(self.notes)),
+            seconds=time.monotonic() - self.begin, evaluations=self.evaluations,
+            changes=describe_changes(self.original, result),
+        )  # fmt: skip
+        return result
+
+    def _why_nothing(self) -> str:
+        text = f"nothing was found that keeps {self.settings.keep:.1%} of the metric"
+        if self.pruner is None and not any(layer.action == "float" for layer in self.layers):
+            text = "the model has no layer that could be pruned or quantised"
+        return f"{text}: this is a copy of the original model"
+
+
+def _within(smaller: Plan, larger: Plan, groups: list[ChannelGroup]) -> bool:
+    """Whether the plan ``larger`` prunes each group at least as far."""
+    return all(larger.get(g, groups[g].width) <= kept for g, kept in smaller.items())
