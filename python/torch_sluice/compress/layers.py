@@ -1,6 +1,7 @@
 """Quantises the weights of layers in place, gives them back, and counts the widths that inputs took."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -100,12 +101,25 @@ def stored_bytes(model: nn.Module) -> int:
     return sum(sizes.values())
 
 
-def forgo_fast_paths(model: nn.Module) -> None:
-    """nn.TransformerEncoder makes nested tensors for fused layers, by a look at the first of its layers only: layers
-    with a quantised weight are never fused, and none may meet a nested tensor."""
+def forgo_fast_paths(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """Has encoder layers of torch with a quantised weight call their parts, instead of one fused function in C++ that
+    would get unpacked weights; their encoder makes nested tensors for that function, by a look at its first layer.
+
+    Returns:
+        (module, attribute, former value) of what it changed.
+    """
+    former = []
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(True for _ in quantized_weights(module)):
-            module.use_nested_tensor = False
+        if isinstance(module, nn.TransformerEncoderLayer):
+            name, slow = "activation_relu_or_gelu", 0
+        elif isinstance(module, nn.TransformerEncoder):
+            name, slow = "use_nested_tensor", False
+        else:
+            continue
+        if getattr(module, name, slow) != slow and any(True for _ in quantized_weights(module)):
+            former.append((module, name, getattr(module, name)))
+            setattr(module, name, slow)
+    return former
 
 
 def count_bits(model: nn.Module, enabled: bool = True) -> dict[int, int]:

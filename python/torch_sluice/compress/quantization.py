@@ -99,7 +99,7 @@ def find_candidates(
     chosen = []
     for candidate in possible:
         before, after = candidate.before, candidate.after
-        small = candidate.weight.options.shape and math.prod(candidate.weight.options.shape) < SMALLEST
+        small = math.prod(candidate.weight.options.shape) < SMALLEST
         if candidate.for_bytes or before > (_GAIN if small else 1.0) * after:
             chosen.append(candidate)
         else:
@@ -160,14 +160,11 @@ def placed(model: nn.Module, candidates: list[Candidate]) -> Iterator[nn.Module]
                 module = model.get_submodule(owner)
                 undo.append((module, leaf, module._parameters[leaf]))
                 setattr(module, leaf, weight)
-        nested = [module for module in model.modules() if getattr(module, "use_nested_tensor", False) is True]
-        forgo_fast_paths(model)
+        undo += forgo_fast_paths(model)
         yield model
     finally:
-        for module, leaf, parameter in reversed(undo):
-            setattr(module, leaf, parameter)
-        for module in nested if undo else []:
-            module.use_nested_tensor = True
+        for module, name, former in reversed(undo):
+            setattr(module, name, former)
 
 
 def _try_all(

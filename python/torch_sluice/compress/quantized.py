@@ -129,7 +129,9 @@ class QuantizedWeight(Tensor):
         if options.kind == "conv2d":
             self.arguments = (options.groups, *numbers)
         else:
-            self.arguments = (options.matrix()[0], *numbers, True, float(options.outlier_ratio))
+            outputs, inputs = options.matrix()
+            self.arguments = (outputs, *numbers, True, float(options.outlier_ratio))
+            self.columns = (inputs,)  # the last dimension of an input
 
     @classmethod
     def from_float(cls, weight: Tensor, kind: str = "linear", *, groups: int = 1, **options) -> "QuantizedWeight":
@@ -161,7 +163,12 @@ class QuantizedWeight(Tensor):
 
     @staticmethod
     def __tensor_unflatten__(parts: dict[str, Tensor], options: Options, outer_size, outer_stride):
+        served.refuse_onnx()
         return QuantizedWeight(parts["packed"], parts["scale"], options)
+
+    def _stable_hash_for_caching(self) -> str:
+        """For the cache of torch.compile: everything that a graph depends on; shapes of the parts follow from it."""
+        return repr(tuple(self.options))
 
     def __repr__(self, *, tensor_contents=None) -> str:
         o = self.options

@@ -14,6 +14,7 @@ from torch_sluice.monitor import bits as widths
 from torch_sluice.quantize.operators import FLOATS
 
 _LINEAR = torch.ops.sluice.linear_dynamic.default
+_LOOKUP = torch.ops.sluice.lookup_linear_weight.default
 _CONV2D = torch.ops.sluice.conv2d_dynamic.default
 _aten = torch.ops.aten
 _ADVICE = (
@@ -44,7 +45,7 @@ def _refuse_gradient(x: Tensor, bias: Tensor | None) -> None:
 
 def _linear(input, weight, bias=None):
     """``F.linear``."""
-    if type(weight) is not QuantizedWeight or weight.kind != "linear" or input.dtype not in FLOATS:
+    if type(weight) is not QuantizedWeight or weight.kind != "linear" or not _fits(input, weight):
         return F.linear(unpacked(input), unpacked(weight), unpacked(bias))
     if torch.is_grad_enabled():
         _refuse_gradient(input, bias)
@@ -56,7 +57,7 @@ def _linear(input, weight, bias=None):
 
 def _matmul(input, other):
     """``input @ other``; also ``torch.mm``."""
-    if type(other) is not QuantizedWeight or other.kind != "transposed" or not _has_columns(input, other):
+    if type(other) is not QuantizedWeight or other.kind != "transposed" or not _fits(input, other):
         return torch.matmul(unpacked(input), unpacked(other))
     if torch.is_grad_enabled():
         _refuse_gradient(input, None)
@@ -66,8 +67,10 @@ def _matmul(input, other):
     return out
 
 
-def _has_columns(x: Tensor, weight: QuantizedWeight) -> bool:
-    return x.dtype in FLOATS and x.dim() > 0 and x.shape[-1] == weight.options.shape[0]
+def _fits(x: Tensor, weight: QuantizedWeight) -> bool:
+    """Whether the kernels take x. They would not notice a few columns too many or too few, weights being padded; torch
+    says what is wrong with them."""
+    return x.dtype in FLOATS and x.shape[-1:] == weight.columns
 
 
 def _mm(input, mat2):
@@ -80,7 +83,7 @@ def _mm(input, mat2):
 def _addmm(input, mat1, mat2, *, beta=1, alpha=1):
     """``torch.addmm``: input + mat1 @ mat2, as transformers' Conv1D calls it."""
     served = type(mat2) is QuantizedWeight and mat2.kind == "transposed" and type(input) is not QuantizedWeight
-    if not served or beta != 1 or alpha != 1 or mat1.dim() != 2 or not _has_columns(mat1, mat2):
+    if not served or beta != 1 or alpha != 1 or mat1.dim() != 2 or not _fits(mat1, mat2):
         return torch.addmm(unpacked(input), unpacked(mat1), unpacked(mat2), beta=beta, alpha=alpha)
     bias = input if input.dim() == 1 and input.shape[0] == mat2.options.shape[1] else None
     if torch.is_grad_enabled():
@@ -109,7 +112,8 @@ def _conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1)
         around = [0, 0] if padding == "valid" else _same_padding(weight, spread) if padding == "same" else None
     else:
         around = _pair(padding)
-    if not served or around is None or input.dtype not in FLOATS or input.dim() not in (3, 4):
+    served = served and around is not None and input.dtype in FLOATS and input.dim() in (3, 4)
+    if not served or input.shape[-3] != weight.options.shape[1] * groups:
         return F.conv2d(unpacked(input), unpacked(weight), unpacked(bias), stride, padding, dilation, groups)
     if torch.is_grad_enabled():
         _refuse_gradient(input, bias)
@@ -132,6 +136,9 @@ def _embedding(
         return F.embedding(unpacked(input), weight)
     if max_norm is not None:
         raise RuntimeError(f"an embedding with max_norm={max_norm} writes to its table, which is quantised: {_ADVICE}")
+    if weight.kind == "linear":
+        shape, bits, group_size = weight.options.shape, weight.options.weight_bits, weight.options.group_size
+        return _LOOKUP(input, weight.packed, weight.scale, *shape, bits, group_size).to(weight.options.dtype)
     if weight.kind == "rows":
         rows = F.embedding(input, weight.packed).to(torch.float32)
         return (rows * weight.scale[input].unsqueeze(-1)).to(weight.options.dtype)
@@ -236,7 +243,14 @@ def dispatch(function, args: tuple, kwargs: dict[str, Any]):
     return function(*_unpack_all(args), **_unpack_all(kwargs))
 
 
+def refuse_onnx() -> None:
+    """ONNX has no operators for this, and says so in many words for each layer."""
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError(f"ONNX has no operator for quantised weights. Export a model in floating point: {_ADVICE}")
+
+
 def _alias(function, weight):
+    refuse_onnx()
     return QuantizedWeight(weight.packed, weight.scale, weight.options)
 
 
@@ -271,6 +285,23 @@ def _copy(function, target, source, non_blocking=False):
     return target
 
 
+def _product(serve: Callable) -> Callable:
+    """Products below ``__torch_function__``, as C++ and functions traced before call them."""
+    return lambda function, *args, **kwargs: serve(*args, **kwargs)
+
+
+def _convolution(function, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
+    if transposed or not isinstance(weight, QuantizedWeight):
+        return function(
+            unpacked(x), unpacked(weight), unpacked(bias), stride, padding, dilation, transposed, output_padding, groups
+        )
+    return _conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+def _lookup(function, weight, indices, padding_idx=-1, scale_grad_by_freq=False, sparse=False):
+    return _embedding(indices, weight)
+
+
 _TURNED = {"linear": "transposed", "transposed": "linear"}
 
 
@@ -297,4 +328,9 @@ _OPERATORS: dict[Any, Callable] = {
     _aten.t.default: _transpose,
     _aten.transpose.int: _transpose,
     _aten.permute.default: _transpose,
+    _aten.linear.default: _product(_linear),
+    _aten.mm.default: _product(_mm),
+    _aten.addmm.default: _product(_addmm),
+    _aten.convolution.default: _convolution,
+    _aten.embedding.default: _lookup,
 }
