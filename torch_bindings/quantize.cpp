@@ -197,6 +197,29 @@ Tensor unpack_linear_weight(Tensor packed, Tensor scale, int64_t out_features, i
   return values;
 }
 
+Tensor lookup_linear_weight(Tensor rows, Tensor packed, Tensor scale, int64_t out_features, int64_t in_features,
+                            int64_t bits, int64_t group_size) {
+  ScalarType dtype = rows.scalar_type();
+  if (dtype != ScalarType::Long && dtype != ScalarType::Int) {
+    fail("rows is " + describe(rows) + ", expected int64 or int32");
+  }
+  sl_lookup_weight_args args{};
+  args.weight = make_weight(out_features, in_features, 1, bits, group_size);
+  attach_weight(args.weight, packed, scale);
+  std::vector<int64_t> shape = shape_of(rows);
+  args.count = rows.numel();
+  Tensor wide = dtype == ScalarType::Long ? as_contiguous(rows) : empty(shape, ScalarType::Long, rows);
+  if (dtype != ScalarType::Long) torch::stable::copy_(wide, rows);
+  shape.push_back(in_features);
+  Tensor values = empty(shape, ScalarType::Float, packed);
+  sl_executor executor = torch_executor();
+  args.executor = &executor;
+  args.rows = static_cast<decltype(args.rows)>(wide.const_data_ptr());
+  args.values = static_cast<decltype(args.values)>(values.mutable_data_ptr());
+  check_status(sl_lookup_weight(&args));
+  return values;
+}
+
 std::tuple<Tensor, Tensor> linear_dynamic(Tensor x, Tensor packed, Tensor weight_scale, OptionalTensor bias,
                                           int64_t out_features, int64_t weight_bits, int64_t group_size,
                                           int64_t activation_bits, double target_sqnr, bool per_token,
@@ -274,6 +297,7 @@ STABLE_TORCH_LIBRARY_IMPL(sluice, CPU, library) {
   SLUICE_IMPLEMENT(SL_QUANTIZE_DYNAMIC_SCHEMA, sluice::quantize_dynamic);
   SLUICE_IMPLEMENT(SL_PACK_LINEAR_WEIGHT_SCHEMA, sluice::pack_linear_weight);
   SLUICE_IMPLEMENT(SL_UNPACK_LINEAR_WEIGHT_SCHEMA, sluice::unpack_linear_weight);
+  SLUICE_IMPLEMENT(SL_LOOKUP_LINEAR_WEIGHT_SCHEMA, sluice::lookup_linear_weight);
   SLUICE_IMPLEMENT(SL_PACK_CONV2D_WEIGHT_SCHEMA, sluice::pack_conv2d_weight);
   SLUICE_IMPLEMENT(SL_LINEAR_DYNAMIC_SCHEMA, sluice::linear_dynamic);
   SLUICE_IMPLEMENT(SL_CONV2D_DYNAMIC_SCHEMA, sluice::conv2d_dynamic);
@@ -283,6 +307,7 @@ SLUICE_ELSEWHERE(library) {
   SLUICE_REFUSE(SL_QUANTIZE_DYNAMIC_SCHEMA, sluice::quantize_dynamic, false);
   SLUICE_REFUSE(SL_PACK_LINEAR_WEIGHT_SCHEMA, sluice::pack_linear_weight, false);
   SLUICE_REFUSE(SL_UNPACK_LINEAR_WEIGHT_SCHEMA, sluice::unpack_linear_weight, false);
+  SLUICE_REFUSE(SL_LOOKUP_LINEAR_WEIGHT_SCHEMA, sluice::lookup_linear_weight, false);
   SLUICE_REFUSE(SL_PACK_CONV2D_WEIGHT_SCHEMA, sluice::pack_conv2d_weight, false);
   SLUICE_REFUSE(SL_LINEAR_DYNAMIC_SCHEMA, sluice::linear_dynamic, false);
   SLUICE_REFUSE(SL_CONV2D_DYNAMIC_SCHEMA, sluice::conv2d_dynamic, false);

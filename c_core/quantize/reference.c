@@ -209,3 +209,15 @@ sl_status sl_conv2d_dynamic_reference(const sl_conv2d_dynamic_args *args) {
   }
   return SL_OK;
 }
+
+sl_status sl_lookup_weight_reference(const sl_lookup_weight_args *args) {
+  SL_CHECK(sl_quantize_validate_lookup(args));
+  const sl_quantized_weight *weight = &args->weight;
+  for (int64_t i = 0; i < args->count; ++i) {
+    for (int64_t k = 0; k < weight->in_features; ++k) {
+      args->values[i * weight->in_features + k] =
+          sl_packed_scale(weight, 0, args->rows[i], k) * (float)sl_packed_weight(weight, 0, args->rows[i], k);
+    }
+  }
+  return SL_OK;
+}

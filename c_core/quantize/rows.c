@@ -134,7 +134,11 @@ static void end_measure_rest(void *context) {
 int sl_list_measure_stages(sl_rows *rows, sl_stage stages[SL_MEASURE_STAGES]) {
   bool find = rows->outlier_ratio > 0;
   rows->outliers = 0;
-  if ((rows->per_token && !find) || rows->columns == 0) return 0;
+  if (rows->columns == 0) { /* nothing to measure: the width is that of zeros */
+    rows->whole_bits = sl_choose_bits(rows->activation_bits, rows->target_sqnr, 0, 0, 0);
+    return 0;
+  }
+  if (rows->per_token && !find) return 0;
   if (find) {
     size_t bytes = (size_t)(sl_executor_workers(rows->executor) * rows->columns) * sizeof(float);
     memset(rows->channel_amax, 0, bytes);

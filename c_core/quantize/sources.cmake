@@ -1,5 +1,5 @@
 target_sources(sluice_objects PRIVATE
-  quantize/conv2d.c quantize/kernels.c quantize/linear.c quantize/pack.c quantize/panel.c quantize/quantize.c
+  quantize/conv2d.c quantize/kernels.c quantize/linear.c quantize/lookup.c quantize/pack.c quantize/panel.c quantize/quantize.c
   quantize/reference.c quantize/rows.c quantize/scalar.c quantize/validate.c)
 
 # Overlays; kernels.def names them.

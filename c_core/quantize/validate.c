@@ -157,3 +157,21 @@ sl_status sl_quantize_validate_conv2d(const sl_conv2d_dynamic_args *args, bool d
   SL_CHECK(check_pointer("out", args->out, args->images == 0 || args->weight.out_features == 0));
   return check_pointer("bits", args->bits, args->images == 0);
 }
+
+sl_status sl_quantize_validate_lookup(const sl_lookup_weight_args *args) {
+  SL_REQUIRE(args, SL_INVALID_ARGUMENT, "args is NULL");
+  SL_CHECK(check_size("count", args->count, 0));
+  SL_CHECK(sl_quantize_validate_weight(&args->weight, true));
+  SL_REQUIRE(args->weight.groups == 1, SL_INVALID_ARGUMENT, "groups is %lld, expected 1 for a linear layer",
+             (long long)args->weight.groups);
+  SL_CHECK(check_count("values", args->count, args->weight.in_features));
+  SL_CHECK(check_executor(args->executor));
+  SL_CHECK(check_pointer("rows", args->rows, args->count == 0));
+  SL_CHECK(check_pointer("values", args->values, args->count == 0 || args->weight.in_features == 0));
+  for (int64_t i = 0; i < args->count; ++i) {
+    SL_REQUIRE(args->rows[i] >= 0 && args->rows[i] < args->weight.out_features, SL_INVALID_ARGUMENT,
+               "rows has %lld at %lld, expected at least 0 and less than out_features, which is %lld",
+               (long long)args->rows[i], (long long)i, (long long)args->weight.out_features);
+  }
+  return SL_OK;
+}

@@ -12,6 +12,9 @@ sl_status sl_quantize_validate_quantize(const sl_quantize_dynamic_args *args, bo
 sl_status sl_quantize_validate_linear(const sl_linear_dynamic_args *args, bool data);
 sl_status sl_quantize_validate_conv2d(const sl_conv2d_dynamic_args *args, bool data);
 
+/* All of the arguments, every row, too. */
+sl_status sl_quantize_validate_lookup(const sl_lookup_weight_args *args);
+
 sl_status sl_quantize_validate_dtype(const char *name, sl_dtype dtype);
 
 #endif

@@ -40,6 +40,9 @@
  * count. (After Dettmers et al., LLM.int8(), arXiv 2208.07339, which compares with the constant 6. What is usual is
  * measured without the largest, since in a single row a few large channels are most of its rms.)
  *
+ * LOOKUP. One packed weight is both the table of an embedding and the linear layer tied to it: lookup_linear_weight
+ * reads rows of it, out_features being the number of embeddings, with the very values that unpack_linear_weight gives.
+ *
  * CONVOLUTION. conv2d_dynamic quantises each image of the batch with one scale and one width. Its weight is packed with
  * the inputs of an output channel in the order [kernel_height, kernel_width, channels / groups]; each group of output
  * channels has panels of its own. No outlier channels. An image with an infinity or NaN comes out NaN.
@@ -51,6 +54,9 @@
  *   sluice::pack_linear_weight(Tensor weight, int bits, int group_size) -> (Tensor packed, Tensor scale)
  *   sluice::unpack_linear_weight(Tensor packed, Tensor scale, int out_features, int in_features, int bits,
  *       int group_size) -> Tensor weight                                                float32, what the product uses
+ *   sluice::lookup_linear_weight(Tensor rows, Tensor packed, Tensor scale, int out_features, int in_features, int bits,
+ *       int group_size) -> Tensor values
+ *     rows int64 or int32 [...], each in [0, out_features); values float32 [..., in_features].
  *   sluice::linear_dynamic(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, int out_features,
  *       int weight_bits, int group_size, int activation_bits, float target_sqnr, bool per_token, float outlier_ratio)
  *       -> (Tensor out, Tensor bits)
@@ -88,6 +94,9 @@
 #define SL_UNPACK_LINEAR_WEIGHT_SCHEMA                                                                              \
   "unpack_linear_weight(Tensor packed, Tensor scale, int out_features, int in_features, int bits, int group_size) " \
   "-> Tensor weight"
+#define SL_LOOKUP_LINEAR_WEIGHT_SCHEMA                                                                          \
+  "lookup_linear_weight(Tensor rows, Tensor packed, Tensor scale, int out_features, int in_features, int bits, " \
+  "int group_size) -> Tensor"
 #define SL_LINEAR_DYNAMIC_SCHEMA                                                                                   \
   "linear_dynamic(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, int out_features, int weight_bits, " \
   "int group_size, int activation_bits, float target_sqnr, bool per_token, float outlier_ratio) -> (Tensor out, "  \
@@ -133,6 +142,17 @@ SL_API sl_status sl_pack_weight(const sl_quantized_weight *weight, sl_dtype dtyp
 
 /* Writes the float32 weights [out_features, in_features] that the integers stand for. */
 SL_API sl_status sl_unpack_weight(const sl_quantized_weight *weight, float *values);
+
+typedef struct sl_lookup_weight_args {
+  sl_quantized_weight weight; /* groups = 1 */
+  int64_t count;
+  const int64_t *rows;         /* [count], each in [0, out_features) */
+  float *values;               /* written, [count, in_features]; untouched where a row is out of range */
+  const sl_executor *executor; /* NULL: serial */
+} sl_lookup_weight_args;
+
+/* lookup_linear_weight: the rows of what sl_unpack_weight() writes, the same bits. */
+SL_API sl_status sl_lookup_weight(const sl_lookup_weight_args *args);
 
 typedef struct sl_quantize_dynamic_args {
   int64_t rows, columns;
@@ -198,11 +218,12 @@ SL_API sl_status sl_conv2d_dynamic_out_size(const sl_conv2d_dynamic_args *args, 
 SL_API sl_status sl_conv2d_dynamic_workspace_size(const sl_conv2d_dynamic_args *args, size_t *bytes);
 SL_API sl_status sl_conv2d_dynamic(const sl_conv2d_dynamic_args *args);
 
-/* The same three in plain scalar C, sums in int64 and double: the specification that every kernel is tested against.
- * They need the same workspace and run on the calling thread. */
+/* The same operators in plain scalar C, sums in int64 and double: the specification that every kernel is tested
+ * against. They need the same workspace and run on the calling thread. */
 SL_API sl_status sl_quantize_dynamic_reference(const sl_quantize_dynamic_args *args);
 SL_API sl_status sl_linear_dynamic_reference(const sl_linear_dynamic_args *args);
 SL_API sl_status sl_conv2d_dynamic_reference(const sl_conv2d_dynamic_args *args);
+SL_API sl_status sl_lookup_weight_reference(const sl_lookup_weight_args *args);
 
 /* Runs the instruction sequence that multiplies int8 by int8 in the tier that dispatch picks, on registers only, and
  * returns how many multiply-accumulates that was, at least count. Divided by the seconds it took, that is the peak that

@@ -69,6 +69,12 @@ class QuantizeLinear : public testing::TestWithParam<sl_isa> {
   }
 };
 
+TEST_P(QuantizeLinear, NoInputs) {
+  for (bool per_token : {true, false}) {
+    for (int bits : {SL_BITS_BY_SQNR, SL_BITS_BY_AMAX, 8, 16}) check({3, 0, 17, 8, 0, bits, per_token}, 1);
+  }
+}
+
 TEST_P(QuantizeLinear, OddSizes) {
   uint64_t seed = 1;
   for (int64_t inputs : {1, 3, 7, 8, 9, 31, 33, 70, 515, 1100}) {

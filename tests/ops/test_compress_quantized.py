@@ -1,204 +1,269 @@
-"""QuantizedLinear and QuantizedConv2d: close to their floating-point originals, saved, traced, counted; folding."""
+"""What compress quantises: weights found by how the running model uses them; why others stay; what fails stays, too."""
+
+import copy
 
 import pytest
 import torch
-from support.devices import INDUCTOR
+import torch.nn.functional as F
+from support.compress_models import call_all_faster
+from support.quantized_layers import Conv1D, LowRank, Tied, relative_error
 from torch import nn
 
-from torch_sluice.compress import QuantizedConv2d, QuantizedLinear, count_bits
+import torch_sluice
+from torch_sluice.compress import QuantizedWeight, quantization, quantize_layer
 from torch_sluice.compress.folding import fold_batch_norms
-from torch_sluice.monitor import bits as widths
-from torch_sluice.quantize import unpack_linear_weight
+from torch_sluice.compress.layers import stored_bytes
+from torch_sluice.compress.progress import Progress
+from torch_sluice.compress.uses import float_parameters, watch_uses
+
+OPTIONS = {"policy": "sqnr", "target_sqnr": 30.0, "weight_bits": 8, "group_size": 0}
 
 
-def relative_error(got, expected):
-    return float((got.double() - expected.double()).norm() / expected.double().norm())
+@pytest.fixture(autouse=True)
+def every_layer_is_faster(monkeypatch):
+    monkeypatch.setattr(quantization, "_time_in_place", call_all_faster)
 
 
-def has_convolution():
-    return torch._C._dispatch_has_kernel_for_dispatch_key("sluice::conv2d_dynamic", "CPU")
+def find(model, *inputs, **options):
+    """Kinds of the candidates, and reasons of what stays, by name."""
+    chosen, stay = quantization.find_candidates(model.eval(), inputs, {**OPTIONS, **options}, Progress(False))
+    return {c.name: c.weight.kind for c in chosen}, {decision.name: decision.reason for decision in stay}
 
 
-CONVOLUTION = pytest.mark.skipif(not has_convolution(), reason="the operator library has no conv2d_dynamic")
-BOUNDS = {8: 0.03, 4: 0.2}  # of a layer's output, with weights of these bits
+class Functional(nn.Module):
+    """Weights that no module of torch owns, and one that is read in two ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix, self.right = nn.Parameter(torch.randn(12, 8)), nn.Parameter(torch.randn(12, 6))
+        self.mixed, self.filters = nn.Linear(8, 12), nn.Parameter(torch.randn(4, 1, 3, 3))
+        self.unused = nn.Linear(5, 5)
+
+    def forward(self, x):
+        y = F.linear(x, self.matrix) @ self.right
+        z = F.linear(x, self.mixed.weight) + self.mixed.weight.sum(1)
+        images = F.conv2d(x.view(-1, 1, 2, 4), weight=self.filters, padding=1)
+        return y.sum(-1) + z.sum(-1) + images.sum((1, 2, 3))
 
 
-@pytest.mark.parametrize("weight_bits", [8, 4])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_linear_layer_is_close_to_its_original(weight_bits, bias, dtype):
-    torch.manual_seed(0)
-    linear = nn.Linear(100, 33, bias=bias)
-    quantized = QuantizedLinear.from_float(linear, weight_bits=weight_bits, group_size=32 if weight_bits == 4 else 0)
-    x = torch.randn(2, 7, 100).to(dtype)
+def test_functional_calls_are_met_and_another_use_is_named():
+    kinds, reasons = find(Functional(), torch.randn(3, 8))
+    assert kinds == {"matrix": "linear", "right": "transposed", "filters": "conv2d"}
+    assert reasons == {
+        "mixed": "its weight is used by sum", "unused": "it is not called for example_inputs by itself"
+    }  # fmt: skip
+
+
+def test_subclasses_and_layers_of_others_are_met():
+    model = nn.Sequential(LowRank(16, 12), Conv1D(10, 12), nn.Linear(10, 4))
+    kinds, reasons = find(model, torch.randn(3, 16))
+    assert kinds == {"0": "linear", "0.down": "linear", "0.up": "linear", "1": "transposed", "2": "linear"}
+    assert reasons == {}
+
+
+class Asking(nn.Module):
+    """Asks for the dtype of its weights, as most modelling files of transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+    @property
+    def dtype(self):
+        return self.conv.weight.dtype
+
+    def forward(self, x):
+        x = self.conv(x.to(self.dtype).to(next(self.parameters()).device)).mean((2, 3))
+        return self.linear(x.to(self.linear.weight.dtype)) * len(self.linear.weight.shape)
+
+
+def test_a_model_that_asks_for_its_weights_is_compressed():
+    model, x = Asking(), torch.randn(4, 3, 6, 6)
+    small = torch_sluice.compress(model, x, [(x, None)] * 4, keep=0.5, prune=False, progress=False)
+    assert {type(small.conv.weight), type(small.linear.weight)} == {QuantizedWeight}
+    assert type(small.conv) is nn.Conv2d
     with torch.no_grad():
-        out, expected = quantized(x), linear(x.float())
-    assert out.dtype == dtype
-    assert out.shape == (2, 7, 33)
-    assert relative_error(out, expected) < BOUNDS[weight_bits]
-    assert sum(b.numel() * b.element_size() for b in quantized.buffers()) < 0.75 * 4 * 100 * 33
+        assert relative_error(small(x), model.eval()(x)) < 0.05
 
 
-@CONVOLUTION
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        dict(kernel_size=3), dict(kernel_size=3, padding=1, stride=2), dict(kernel_size=(1, 3), padding=(0, 1)),
-        dict(kernel_size=3, padding="same", dilation=2), dict(kernel_size=3, padding="valid", groups=2),
-        dict(kernel_size=1),
-    ],
-)  # fmt: skip
-def test_a_convolution_is_close_to_its_original(arguments):
+def test_a_tied_table_is_one_candidate():
     torch.manual_seed(0)
-    for bias in (True, False):
-        conv = nn.Conv2d(8, 18, bias=bias, **arguments)
-        quantized = QuantizedConv2d.from_float(conv)
-        x = torch.randn(3, 8, 12, 11)
-        with torch.no_grad():
-            for inputs in (x, x.to(memory_format=torch.channels_last), x[0], x[:1]):
-                out, expected = quantized(inputs), conv(inputs)
-                assert out.shape == expected.shape
-                assert relative_error(out, expected) < BOUNDS[8]
+    model = Tied()
+    assert float_parameters(model)["embed.weight"] == ["embed.weight", "head.weight"]
+    kinds, reasons = find(model, torch.arange(6).view(2, 3))
+    assert kinds == {"embed": "linear", "hidden": "linear"}
+    assert reasons == {}
+    ids = torch.randint(300, (8, 5))
+    small = torch_sluice.compress(model, ids[:1], [(ids, None)] * 2, keep=0.9, prune=False, progress=False)
+    assert small.head.weight is small.embed.weight
+    assert type(small.head.weight) is QuantizedWeight
+    assert stored_bytes(small) < 0.35 * stored_bytes(model)
+    assert list(small.state_dict()) == list(model.state_dict())
 
 
-def test_what_a_convolution_cannot_be_is_said():
-    for conv, reason in (
-        (nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), "padding_mode is 'reflect'"),
-        (nn.Conv2d(3, 4, 2, padding="same"), "padding is not the same on both sides"),
+class Lookup(nn.Module):
+    def __init__(self, rows=4096, width=32, **options):
+        super().__init__()
+        self.table, self.head = nn.Embedding(rows, width, **options), nn.Linear(width, 8)
+
+    def forward(self, ids):
+        return self.head(self.table(ids).mean(1))
+
+
+def test_a_large_table_is_quantised_for_its_bytes():
+    ids = torch.randint(64, (16, 12))
+    assert find(Lookup(), ids)[0] == {"table": "rows", "head": "linear"}
+    small = torch_sluice.compress(Lookup(), ids[:1], [(ids, None)], keep=0.9, prune=False, progress=False)
+    assert stored_bytes(small) < 0.3 * stored_bytes(Lookup())
+    for model, reason in (
+        (Lookup(rows=64), "its table is small"),
+        (Lookup(max_norm=1.0), "its weight is used by renormalisation of its rows"),
     ):
-        with pytest.raises(ValueError, match=reason):
-            QuantizedConv2d.from_float(conv)
-
-
-def layers():
-    torch.manual_seed(0)
-    yield QuantizedLinear.from_float(nn.Linear(20, 7)), torch.randn(5, 20)
-    yield QuantizedLinear.from_float(nn.Linear(64, 9, bias=False), weight_bits=4, group_size=32), torch.randn(2, 3, 64)
-    if has_convolution():
-        yield QuantizedConv2d.from_float(nn.Conv2d(3, 5, 3, padding=1)), torch.randn(2, 3, 6, 6)
-
-
-def test_state_and_config_recreate_a_layer():
-    for layer, x in layers():
-        twin = type(layer)(**layer.config())
-        twin.load_state_dict(layer.state_dict())
-        with torch.no_grad():
-            assert torch.equal(twin(x), layer(x))
-        for text in ("weight_bits=", "policy='sqnr'", "bias="):
-            assert text in repr(layer)
-
-
-def test_layers_are_exported_and_compiled():
-    for layer, x in layers():
-        model = nn.Sequential(layer, nn.ReLU()).requires_grad_(False)
-        with torch.no_grad():
-            expected = model(x)
-            assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
-            torch._dynamo.reset()
-            assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
-
-
-@INDUCTOR
-def test_a_model_is_compiled_ahead_for_batches_of_any_size(tmp_path):
-    layer, _ = next(layers())
-    model = nn.Sequential(layer, nn.ReLU()).requires_grad_(False)
-    batch = torch.export.Dim("batch", min=1, max=64)
-    with torch.no_grad():
-        program = torch.export.export(model, (torch.randn(2, layer.in_features),), dynamic_shapes=({0: batch},))
-        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-        run = torch._inductor.aoti_load_package(path)
-        for rows in (1, 5):
-            x = torch.randn(rows, layer.in_features)
-            assert torch.equal(run(x), model(x))
-
-
-@INDUCTOR
-def test_inductor_takes_a_quantised_layer():
-    layer, x = next(layers())
-    torch._dynamo.reset()
-    with torch.no_grad():
-        torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x))
-
-
-def test_rows_with_inf_or_nan_stay_apart():
-    layer = QuantizedLinear.from_float(nn.Linear(20, 7))
-    x = torch.randn(5, 20)
-    with torch.no_grad():
-        clean = layer(x)
-        x[1, 3], x[4, 0] = torch.inf, torch.nan
-        out = layer(x)
-    assert out[[1, 4]].isnan().all()
-    assert torch.equal(out[[0, 2, 3]], clean[[0, 2, 3]])
-
-
-def test_empty_and_single_inputs():
-    layer = QuantizedLinear.from_float(nn.Linear(20, 7))
-    with torch.no_grad():
-        for shape in ((0, 20), (20,), (1, 1, 20), (2, 0, 20)):
-            assert layer(torch.zeros(shape)).shape == (*shape[:-1], 7)
-        one = QuantizedLinear.from_float(nn.Linear(1, 1))
-        assert one(torch.ones(1, 1)).shape == (1, 1)
-
-
-def test_the_widths_that_inputs_take_are_counted():
-    model = nn.Sequential(QuantizedLinear.from_float(nn.Linear(64, 8), target_sqnr=30.0))
-    assert count_bits(model) == {0: 0, 4: 0, 7: 0, 8: 0, 16: 0}
-    x = torch.randn(10, 64)
-    x[0] = 0
-    x[1, 0] = torch.nan
-    with torch.no_grad():
-        model(x)
-    counts = count_bits(model, enabled=False)
-    assert sum(counts.values()) == 10
-    assert counts[0] == 1
-    assert counts[7] == 8
-    with torch.no_grad():
-        model(x)
-    assert count_bits(model) == counts
-    amax = nn.Sequential(QuantizedLinear.from_float(nn.Linear(64, 8), policy="amax"))
-    count_bits(amax)
-    with torch.no_grad():
-        amax(torch.full((3, 64), 0.05))
-        amax(torch.full((2, 64), 0.5))
-    assert count_bits(amax) == {0: 0, 4: 0, 7: 0, 8: 3, 16: 2}
-
-
-def test_monitors_hear_of_the_widths(monkeypatch):
-    layer, heard = QuantizedLinear.from_float(nn.Linear(20, 7)), []
-    monkeypatch.setattr(widths, "listeners", [lambda bits, module: heard.append((bits, module))])
-    with torch.no_grad():
-        layer(torch.randn(3, 20))
-    ((bits, module),) = heard
-    assert module is layer
-    assert bits.shape == (3,)
+        assert find(model, ids)[1] == {"table": reason}
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("change", "reason"),
     [
-        (dict(weight_bits=5), "weight_bits is 5, expected 8 or 4"),
-        (dict(policy="best"), "quantize_policy is 'best', expected 'sqnr' or 'amax'"),
-        (dict(group_size=-32), "group_size is -32, expected a multiple of 32"),
-        (dict(target_sqnr=500.0), "target_sqnr is 500.0, expected 0 to 200 dB"),
+        (lambda model: model.double(), "its weight is float64"),
+        (lambda model: nn.init.constant_(model[0].weight, torch.nan), "its weight has NaN or infinity"),
+        (lambda model: quantize_layer(model[0]), "its weight is quantised already"),
     ],
 )
-def test_options_that_are_not_allowed(options, message):
-    with pytest.raises(ValueError, match=message):
-        QuantizedLinear.from_float(nn.Linear(4, 4), **options)
+def test_what_cannot_be_quantised_stays_with_a_reason(change, reason):
+    model = nn.Sequential(nn.Linear(8, 4)).requires_grad_(False)
+    change(model)
+    kinds, reasons = find(model, torch.randn(2, 8, dtype=model[0].weight.dtype))
+    assert (kinds, reasons) == ({}, {"0": reason})
 
 
-def test_weights_that_are_not_finite_are_refused():
-    linear = nn.Linear(4, 4)
-    nn.init.constant_(linear.weight, float("inf"))
-    with pytest.raises(ValueError, match="expected"):
-        QuantizedLinear.from_float(linear)
+def test_depthwise_and_complex_and_recurrent_weights_stay():
+    depthwise = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1))
+    kinds, reasons = find(depthwise, torch.randn(1, 8, 5, 5))
+    assert kinds == {"1": "conv2d"}
+    assert reasons["0"].startswith("it is depth-wise")
+    kinds, reasons = find(nn.LSTM(6, 5), torch.randn(3, 6))
+    assert kinds == {}
+    assert set(reasons) == {"weight_ih_l0", "weight_hh_l0"}
+    assert all("lstm" in reason for reason in reasons.values())
 
 
-def test_weights_are_those_that_the_integers_stand_for():
-    linear = nn.Linear(40, 6)
-    layer = QuantizedLinear.from_float(linear)
-    weight = unpack_linear_weight(layer.packed, layer.weight_scale, out_features=6, in_features=40)
-    assert (weight - linear.weight).abs().max() <= 0.51 * linear.weight.abs().max() / 127
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_of_half_precision_are_quantised(dtype):
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).to(dtype), torch.randn(8, 64).to(dtype)
+    small = torch_sluice.compress(model, x, [(x, None)] * 2, keep=0.9, prune=False, progress=False)
+    assert small[0].weight.dtype == dtype
+    assert small(x).dtype == dtype
+
+
+class Picky(nn.Module):
+    """Raises where one of its weights is not an ordinary tensor: once with an error that no library would expect."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.good, self.bad, self.error = nn.Linear(8, 8), nn.Linear(8, 8), error
+
+    def forward(self, x):
+        if type(self.bad.weight) is not nn.Parameter:
+            raise self.error
+        return self.bad(self.good(x))
+
+
+@pytest.mark.parametrize("error", [AttributeError("no"), StopIteration(), AssertionError(), KeyError("x"), OSError(5)])
+def test_no_failure_of_a_candidate_leaves(error):
+    model, x = Picky(error), torch.randn(4, 8)
+    kinds, reasons = find(model, x)
+    assert kinds == {"good": "linear"}
+    assert reasons["bad"].startswith("quantised it fails: ")
+    small = torch_sluice.compress(model, x, [(x, None)] * 2, keep=0.9, prune=False, progress=False)
+    assert type(small.good.weight) is QuantizedWeight
+    assert type(small.bad.weight) is nn.Parameter
+
+
+class Choosy(nn.Module):
+    """Fails with one quantised weight on batches that the example does not show."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        assert len(x) == 1 or type(self.second.weight) is nn.Parameter
+        return self.second(self.first(x))
+
+
+def test_a_failure_on_other_batches_stays_out_too():
+    model, x = Choosy(), torch.randn(6, 8)
+    small = torch_sluice.compress(model, x[:1], [(x, None)] * 2, keep=0.9, prune=False, progress=False)
+    assert type(small.first.weight) is QuantizedWeight
+    assert type(small.second.weight) is nn.Parameter
+    (decision,) = [layer for layer in small.compression_report.layers if layer.name == "second"]
+    assert decision.action == "float"
+    assert "quantised alone it fails on data: " in decision.reason
+
+
+def test_the_model_is_as_it_was_after_candidates_were_tried(monkeypatch):
+    monkeypatch.undo()
+    encoder = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    model = nn.TransformerEncoder(encoder, 2).eval()
+    x, before = torch.randn(2, 5, 32), {name: id(parameter) for name, parameter in model.named_parameters()}
+    values = copy.deepcopy(model.state_dict())
+    expected = model(x)
+    find(model, x)
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
+    assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+    assert model.use_nested_tensor is True
+    assert model.layers[0].activation_relu_or_gelu == 1
+    assert torch.equal(model(x), expected)
+
+
+def test_quantised_copies_do_not_copy_what_they_replace(monkeypatch):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).eval()
+    chosen, _ = quantization.find_candidates(model, torch.randn(2, 64), OPTIONS, Progress(False))
+    copied = []
+    former = nn.Parameter.__deepcopy__
+    monkeypatch.setattr(
+        nn.Parameter, "__deepcopy__", lambda self, memo: copied.append(self.numel()) or former(self, memo)
+    )
+    small = quantization.apply(model, chosen)
+    assert max(copied) == 64  # biases
+    assert small[0].weight is not chosen[0].weight
+    assert all(type(layer.weight) is nn.Parameter for layer in model)
+
+
+def test_a_compressed_model_can_be_compressed_again(tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8), nn.Bilinear(8, 8, 4)), torch.randn(16, 32)
+    model = nn.Sequential(*model[:3])
+    small = torch_sluice.compress(model, x, [(x, None)] * 2, keep=0.9, progress=False)
+    try:
+        smaller = torch_sluice.compress(small, x, [(x, None)] * 2, keep=0.9, progress=False)
+    except ValueError as error:
+        assert "its weight is quantised already" in str(error)  # one sentence that says why not
+        return
+    with torch.no_grad():
+        assert torch.equal(smaller(x), small(x))
+    torch_sluice.compress.save(smaller, tmp_path / "x")
+    assert torch.equal(torch_sluice.compress.load(tmp_path / "x", model)(x), smaller(x))
+
+
+def test_uses_are_seen_through_transposes_and_conversions():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Parameter(torch.randn(6, 6)) for _ in range(4))
+
+        def forward(self, x):
+            x = x @ self.a.t() + torch.matmul(x, self.b.to(x.dtype))
+            return F.linear(x, self.c.T) + F.linear(x, self.d[:6])
+
+    model = Model()
+    uses = watch_uses(model, lambda: model(torch.randn(2, 6)), ["a", "b", "c", "d"])
+    assert {name: use.kinds for name, use in uses.items()} == {
+        "a": {"linear"}, "b": {"transposed"}, "c": {"transposed"}, "d": set()
+    }  # fmt: skip
+    assert uses["d"].others == {"__getitem__"}
+    assert all(use.seconds > 0 for name, use in uses.items() if name != "d")
 
 
 class Shared(nn.Module):

@@ -63,6 +63,18 @@ def test_an_image_that_is_not_finite_is_nan_and_leaves_the_others_alone():
     assert torch.equal(out[[0, 2]], expected[[0, 2]])
 
 
+@pytest.mark.parametrize("bits", ["sqnr", "amax", 4, 8, 16])
+def test_rows_without_inputs_are_finite(bits):
+    weight = pack_linear_weight(torch.zeros(5, 0))
+    for per_token in (True, False):
+        _, chosen = linear_dynamic(
+            torch.zeros(3, 0), *weight, out_features=5, activation_bits=bits, per_token=per_token
+        )
+        expected = quantize_dynamic(torch.zeros(3, 0), bits, per_token=per_token).bits
+        assert chosen.tolist() == expected.expand(3).tolist()
+        assert (chosen != 0).all()
+
+
 @pytest.mark.parametrize("shape", [(0, 6), (0, 3, 6), (3, 0, 6), (6,), (1, 6)])
 def test_few_and_no_rows(shape):
     bias = torch.randn(5)

@@ -53,7 +53,7 @@ for name in names:
 """
 CPU_ONLY = (  # on other devices torch serves norms, and nothing quantises
     *("channel_norms", "conv2d_dynamic", "linear_dynamic", "pack_conv2d_weight", "pack_linear_weight"),
-    *("quantize_dynamic", "unpack_linear_weight"),
+    *("quantize_dynamic", "unpack_linear_weight", "lookup_linear_weight"),
 )
 OPERATORS = sorted(
     (*CPU_ONLY, "accumulate_", "gated_attention", "gated_attention_backward", "measure_gradient", "read_accumulator")

@@ -35,6 +35,7 @@ CALLS = {
         *(True, 0, 0, 0.3),
     ],
     "linear_dynamic": lambda: [torch.ones(2, 9), *packed_weight(5, 9), torch.ones(5), 5, 8, 0, 8, 0.0, True, 0.0],
+    "lookup_linear_weight": lambda: [torch.tensor([4, 0]), *packed_weight(5, 9), 5, 9, 8, 0],
     "measure_gradient": lambda: [torch.ones(5, 3)],
     "pack_conv2d_weight": lambda: [torch.ones(4, 2, 3, 3), 8, 0, 1],
     "pack_linear_weight": lambda: [torch.ones(5, 9), 8, 0],

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,6 @@ from torch_sluice.compress import quantization
 from torch_sluice.compress.folding import Pair, fold_pairs
 from torch_sluice.compress.pruning import Plan, Pruner
 from torch_sluice.compress.quantization import Candidate
-
-_FLAGS = ("activation_relu_or_gelu", "use_nested_tensor")  # that ``forgo_fast_paths`` changes
 
 
 @dataclass
@@ -66,30 +64,14 @@ class Workshop:
 
 @contextlib.contextmanager
 def _quantized(model: nn.Module, layers: Layers, packed: bool) -> Iterator[None]:
-    before: dict[str, nn.Module] = {}
-    flags = list(_read_flags(model.modules(), _FLAGS))
+    weights = [quantization.repacked(model, c, layers.options) if not packed else c for c in layers.chosen]
+    widths = [c.weight.options.target_sqnr for c in weights]
     try:
-        for candidate in layers.chosen:
-            old = model.get_submodule(candidate.name)
-            new = candidate.quantized if packed else quantization._quantize(old, layers.options)
-            before[candidate.name] = old
-            if layers.target_sqnr is not None:
-                flags += _read_flags([new], ("target_sqnr",))
-                if hasattr(new, "target_sqnr"):
-                    new.target_sqnr = min(new.target_sqnr, layers.target_sqnr)
-            model.set_submodule(candidate.name, new.train(old.training))
-        if layers.chosen:
-            quantization.forgo_fast_paths(model)
-        yield
+        if layers.target_sqnr is not None:
+            for candidate, width in zip(weights, widths, strict=True):
+                candidate.weight.set_target_sqnr(min(width, layers.target_sqnr))
+        with quantization.placed(model, weights):
+            yield
     finally:
-        for name, module in reversed(before.items()):
-            model.set_submodule(name, module)
-        for module, name, value in flags:
-            setattr(module, name, value)
-
-
-def _read_flags(modules: Iterable[nn.Module], names: Sequence[str]) -> Iterator[tuple[nn.Module, str, Any]]:
-    for module in modules:
-        for name in names:
-            if name in module.__dict__:
-                yield module, name, module.__dict__[name]
+        for candidate, width in zip(weights, widths, strict=True):
+            candidate.weight.set_target_sqnr(width)

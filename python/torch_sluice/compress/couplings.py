@@ -42,6 +42,7 @@ class Couplings:
                         self.sources.append(Source(name, dim, self._count, size))
                         self._count += size
             self.names[id(tensor)].append(name)
+        self.original_count = self._count  # of parameters, and 0
         self._parent = np.arange(self._count)
         self._sets: list[tuple[int, np.ndarray]] = []
         self._known_sets: dict[bytes, int] = {}

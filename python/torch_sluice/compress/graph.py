@@ -104,9 +104,7 @@ def _candidates(couplings: Couplings) -> tuple[list[list[ChannelGroup]], list[st
     """For each layer that makes channels the ways in which they may form units, the likelier first; and sentences about
     layers whose channels cannot leave."""
     closing = couplings.closing()
-    roots = couplings.find(
-        np.arange(couplings.sources[-1].first + couplings.sources[-1].size if couplings.sources else 1)
-    )
+    roots = couplings.find(np.arange(couplings.original_count))
     atoms = _atoms(couplings, roots)
     splits = [(axis, couplings.find(axis.numpy().ravel()).reshape(axis.shape)) for axis in couplings.splits]
     found, notes, seen = [], [], set()

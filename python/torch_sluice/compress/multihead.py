@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention after pruning: fewer heads than its width would hold, which torch's own class does not allow."""
+"""nn.MultiheadAttention after pruning: with fewer heads than torch's own class allows for its width."""
 
 import torch
 import torch.nn.functional as F

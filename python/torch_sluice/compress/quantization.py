@@ -1,74 +1,99 @@
-"""Which layers are quantised: those that become faster on this machine, or as fast and smaller, as far as the metric
-allows."""
+"""Which weights are quantised: those whose layers become faster on this machine, or as fast and smaller, as far as the
+metric allows. A weight is found by how it is used when the model runs, whatever the class of its layer."""
 
+import contextlib
 import copy
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torch_sluice.compress.calling import call_model, evaluating
-from torch_sluice.compress.embedding import SMALLEST, QuantizedEmbedding
-from torch_sluice.compress.latency import compare_latency, measure_layers
-from torch_sluice.compress.measure import Measure
+from torch_sluice.compress.latency import compare_latency
+from torch_sluice.compress.layers import forgo_fast_paths, quantized_weights
 from torch_sluice.compress.progress import Progress
-from torch_sluice.compress.quantized import QuantizedConv2d, QuantizedLinear
-from torch_sluice.compress.report import LayerDecision, count_bytes
-from torch_sluice.compress.slicing import is_depthwise
+from torch_sluice.compress.quantized import QuantizedWeight
+from torch_sluice.compress.report import LayerDecision
+from torch_sluice.compress.uses import Use, float_parameters, watch_uses
 
-_LAYERS = (nn.Linear, nn.Conv2d, nn.Embedding)
+SMALLEST = 1 << 16  # elements of a weight that is worth it for its bytes
 _GAIN = 1.1  # a layer must become so many times faster, or just faster if it has SMALLEST weights
 _TURNS = 3  # of timing
-_RELAXED_SQNR = 24.0  # dB: noise of a row is 1/16 of it
+_CALLS = 5  # in a turn
+RELAXED_SQNR = 24.0  # dB: noise of a row is 1/16 of it
 _RELAXED_GAIN = 1.02  # the model must become so many times faster
-_BYTES_WORTH = 0.1  # what all the bytes that quantising wins count for, all the time counting 1
 
 
 @dataclass
 class Candidate:
-    """A layer, what it would become, and what that wins."""
+    """A weight, what it would become, and what that wins."""
 
-    name: str
-    quantized: nn.Module
-    before: float  # seconds in a call of the model on the example
-    after: float
+    name: str  # of the layer whose ``weight`` it is, or else of the parameter
+    weight: QuantizedWeight
+    places: list[str] = field(default_factory=list)  # names of the parameters that it is: several where it is tied
+    before: float = 0.0  # seconds in a call of the model on the example
+    after: float = 0.0
     bytes: int = 0  # won
+
+    @property
+    def for_bytes(self) -> bool:
+        """Whether it is only looked up, a share of the time that nobody notices: it is quantised for its bytes."""
+        return self.weight.kind == "rows"
+
+
+def layer_name(parameter: str) -> str:
+    """The name by which a report calls a parameter."""
+    return parameter.removesuffix(".weight") or parameter
 
 
 def find_candidates(
     model: nn.Module, example_inputs: Any, options: dict, progress: Progress
 ) -> tuple[list[Candidate], list[LayerDecision]]:
-    """The layers that are better quantised, timed within calls of the whole model; and why others stay."""
-    inputs = _record_inputs(model, example_inputs)
-    shared = _shared_weights(model)
-    possible, stay = [], []
-    progress.start("packing", len(inputs))
-    for name, module in model.named_modules():
-        if type(module) not in _LAYERS:
-            continue
+    """The weights that are better quantised, timed within calls of the whole model; and why others stay.
+
+    The model is as before when it returns. Whatever goes wrong with a candidate, it stays in floating point.
+    """
+    parameters = float_parameters(model)
+    stay = [
+        LayerDecision(layer_name(name), "float", "its weight is quantised already")
+        for name, _ in quantized_weights(model)
+    ]
+    with evaluating(model), torch.no_grad():
+        uses = watch_uses(model, lambda: call_model(model, example_inputs), list(parameters))
+    possible: list[Candidate] = []
+    progress.start("packing", len(parameters))
+    for name, places in parameters.items():
         progress.step(name)
-        reason = _why_not(name, module, inputs, shared, model)
+        parameter, use = model.get_parameter(name), uses.get(name)
+        reason = _why_not(parameter, use)
         if reason is None:
             try:
-                layer = _quantize(module, options)
-                with torch.inference_mode():
-                    layer(inputs[name])
-            except (ValueError, RuntimeError) as error:
-                reason = str(error).splitlines()[0][:200]
+                weight = _quantize(parameter, use, options)
+            except Exception as error:
+                reason = _first_line(error)
             else:
-                won = count_bytes(module) - count_bytes(layer)
-                possible.append(Candidate(name, layer, 0.0, 0.0, won))
+                won = parameter.numel() * parameter.element_size() - weight.stored_bytes()
+                possible.append(Candidate(layer_name(name), weight, places, bytes=won))
                 continue
-        stay.append(LayerDecision(name, "float", reason))
-    timed = [candidate for candidate in possible if not isinstance(candidate.quantized, QuantizedEmbedding)]
-    _time_in_place(model, timed, example_inputs, progress)
+        if use is not None or _is_known_layer(model, name):
+            stay.append(LayerDecision(layer_name(name), "float", reason))
+    possible, failed = _try_all(model, possible, example_inputs)
+    stay += failed
+    timed = [candidate for candidate in possible if not candidate.for_bytes]
+    try:
+        _time_in_place(model, timed, example_inputs, progress)
+    except Exception as error:
+        reason = f"it could not be timed: {_first_line(error)}"
+        stay += [LayerDecision(candidate.name, "float", reason) for candidate in timed]
+        possible = [candidate for candidate in possible if candidate.for_bytes]
     chosen = []
     for candidate in possible:
         before, after = candidate.before, candidate.after
-        small = model.get_submodule(candidate.name).weight.numel() < SMALLEST
-        # An embedding's lookup is a share of the time that nobody notices: it is quantised for its bytes.
-        if isinstance(candidate.quantized, QuantizedEmbedding) or before > (_GAIN if small else 1.0) * after:
+        small = math.prod(candidate.weight.options.shape) < SMALLEST
+        if candidate.for_bytes or before > (_GAIN if small else 1.0) * after:
             chosen.append(candidate)
         else:
             reason = f"it is not {f'{_GAIN:g} times ' if small else ''}faster quantised"
@@ -76,66 +101,101 @@ def find_candidates(
     return chosen, stay
 
 
-def _why_not(name: str, module: nn.Module, inputs, shared: set[str], model: nn.Module) -> str | None:
-    if name not in inputs:
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def _is_known_layer(model: nn.Module, name: str) -> bool:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return isinstance(owner, (nn.Linear, nn.Conv2d, nn.Embedding, nn.RNNBase))
+
+
+def _why_not(parameter: nn.Parameter, use: Use | None) -> str | None:
+    if use is None:
         return "it is not called for example_inputs by itself"
-    if name in shared:
-        return "its weight is shared with another layer"
-    if module.weight.device.type != "cpu":
-        return f"its weight is on {module.weight.device}: the integer kernels are for the CPU"
-    if not module.weight.isfinite().all():
+    if parameter.device.type != "cpu":
+        return f"its weight is on {parameter.device}: the integer kernels are for the CPU"
+    if type(parameter) is not nn.Parameter:
+        return f"its weight is a {type(parameter).__name__}"
+    if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"its weight is {str(parameter.dtype).removeprefix('torch.')}"
+    if not parameter.isfinite().all():
         return "its weight has NaN or infinity"
-    if module.weight.dtype == torch.float64:
-        return "its weight is float64"
-    if isinstance(module, nn.Embedding):
-        return QuantizedEmbedding.why_not(module)
-    if isinstance(module, nn.Conv2d):
-        if is_depthwise(module):
-            return "it is depth-wise: a product of few numbers each"
-        return QuantizedConv2d.why_not(module)
+    if use.others:
+        return f"its weight is used by {', '.join(sorted(use.others))}"
+    kinds = use.kinds - {"rows"} if use.kinds == {"rows", "linear"} else use.kinds
+    if len(kinds) != 1 or not kinds <= {"linear", "transposed", "conv2d", "rows"}:
+        return f"its weight is used in several ways: {', '.join(sorted(use.kinds))}"
+    if kinds == {"rows"} and parameter.numel() < SMALLEST:
+        return "its table is small"
+    if kinds == {"conv2d"} and use.groups > 1 and parameter.shape[1] == 1:
+        return "it is depth-wise: a product of few numbers each"
     return None
 
 
-def _quantize(module: nn.Module, options: dict) -> nn.Module:
+def _quantize(parameter: nn.Parameter, use: Use, options: dict) -> QuantizedWeight:
+    kind = "linear" if use.kinds == {"rows", "linear"} else next(iter(use.kinds))
     options = dict(options)
-    if isinstance(module, nn.Embedding):
-        return QuantizedEmbedding.from_float(module)
-    if isinstance(module, nn.Linear):
-        return QuantizedLinear.from_float(module, **options)
-    options.pop("outlier_ratio", None)
-    return QuantizedConv2d.from_float(module, **options)
+    if kind == "rows":
+        del options["weight_bits"], options["group_size"]
+    return QuantizedWeight.from_float(parameter, kind, groups=use.groups if kind == "conv2d" else 1, **options)
 
 
-def _record_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Tensor]:
-    inputs: dict[str, Tensor] = {}
-    hooks = []
+def repacked(model: nn.Module, candidate: Candidate, options: dict) -> Candidate:
+    """The candidate with the weight that the model has now, as where it was compensated by other data."""
+    kind, former = candidate.weight.kind, candidate.weight.options
+    options = {k: v for k, v in options.items() if kind != "rows" or k not in ("weight_bits", "group_size")}
+    place = (candidate.places or [f"{candidate.name}.weight"])[0]
+    weight = QuantizedWeight.from_float(model.get_parameter(place), kind, groups=former.groups, **options)
+    return replace(candidate, weight=weight)
 
-    def record(name):
-        def hook(module, args):
-            if len(args) == 1:
-                inputs.setdefault(name, args[0].detach().clone(memory_format=torch.preserve_format))
 
-        return hook
-
+@contextlib.contextmanager
+def placed(model: nn.Module, candidates: list[Candidate]) -> Iterator[nn.Module]:
+    """The model with these weights quantised, in place: no second copy of it is made. Afterwards it is as before."""
+    undo = []
     try:
-        for name, module in model.named_modules():
-            if type(module) in _LAYERS:
-                hooks.append(module.register_forward_pre_hook(record(name)))
-        with evaluating(model), torch.no_grad():
-            call_model(model, example_inputs)
+        for candidate in candidates:
+            weight = nn.Parameter(candidate.weight, requires_grad=False)
+            for place in candidate.places or [f"{candidate.name}.weight"]:
+                owner, _, leaf = place.rpartition(".")
+                module = model.get_submodule(owner)
+                undo.append((module, leaf, module._parameters[leaf]))
+                setattr(module, leaf, weight)
+        undo += forgo_fast_paths(model)
+        yield model
     finally:
-        for hook in hooks:
-            hook.remove()
-    return inputs
+        for module, name, former in reversed(undo):
+            setattr(module, name, former)
 
 
-def _shared_weights(model: nn.Module) -> set[str]:
-    names: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter):
-            names.setdefault(id(weight), []).append(name)
-    return {name for shared in names.values() if len(shared) > 1 for name in shared}
+def _try_all(
+    model: nn.Module, candidates: list[Candidate], example_inputs: Any
+) -> tuple[list[Candidate], list[LayerDecision]]:
+    """Runs the model on the example with all of them, and if that fails with each alone; those that fail stay."""
+
+    def failure(some: list[Candidate]) -> Exception | None:
+        try:
+            with placed(model, some), evaluating(model), torch.inference_mode():
+                call_model(model, example_inputs)
+        except Exception as error:
+            return error
+        return None
+
+    if not candidates or failure(candidates) is None:
+        return candidates, []
+    good, stay = [], []
+    for candidate in candidates:
+        error = failure([candidate])
+        if error is None:
+            good.append(candidate)
+        else:
+            stay.append(LayerDecision(candidate.name, "float", f"quantised it fails: {_first_line(error)}"))
+    error = failure(good)
+    if error is None:
+        return good, stay
+    reason = f"quantised with others it fails: {_first_line(error)}"
+    return [], stay + [LayerDecision(candidate.name, "float", reason) for candidate in good]
 
 
 def _time_in_place(model: nn.Module, candidates: list[Candidate], example_inputs: Any, progress: Progress) -> None:
@@ -146,87 +206,45 @@ def _time_in_place(model: nn.Module, candidates: list[Candidate], example_inputs
     """
     if not candidates:
         return
-    quantized = apply(model, candidates)
-    before, after = {}, {}
+    names = {candidate.name: (candidate.places or [f"{candidate.name}.weight"])[0] for candidate in candidates}
+    before: dict[str, float] = {}
+    after: dict[str, float] = {}
     progress.start("timing", _TURNS)
     for _ in range(_TURNS):
         progress.step("layers")
-        for target, types, seconds in (
-            (model, _LAYERS, before), (quantized, (QuantizedLinear, QuantizedConv2d), after),
-        ):  # fmt: skip
-            for name, spent in measure_layers(target, example_inputs, types).items():
-                seconds[name] = min(spent, seconds.get(name, spent))
+        for some, seconds in (([], before), (candidates, after)):
+            with placed(model, some), evaluating(model), torch.inference_mode():
+                call_model(model, example_inputs)
+                for _ in range(_CALLS):
+                    uses = watch_uses(model, lambda: call_model(model, example_inputs), list(names.values()))
+                    for name, use in uses.items():
+                        seconds[name] = min(use.seconds, seconds.get(name, math.inf))
     for candidate in candidates:
-        candidate.before, candidate.after = before[candidate.name], after[candidate.name]
+        candidate.before, candidate.after = before[names[candidate.name]], after[names[candidate.name]]
 
 
 def apply(model: nn.Module, candidates: list[Candidate]) -> nn.Module:
-    """A copy of the model with these layers quantised, none of whose parameters asks for a gradient."""
-    quantized = copy.deepcopy(model)
+    """A copy of the model with these weights quantised, none of whose parameters asks for a gradient."""
+    # What deepcopy believes to have copied already it takes as it is: the floating-point weights are not copied.
+    memo: dict[int, Any] = {}
     for candidate in candidates:
-        quantized.set_submodule(candidate.name, copy.deepcopy(candidate.quantized))
+        place = (candidate.places or [f"{candidate.name}.weight"])[0]
+        memo[id(model.get_parameter(place))] = nn.Parameter(copy.deepcopy(candidate.weight), requires_grad=False)
+    quantized = copy.deepcopy(model, memo)
     if candidates:
         quantized.requires_grad_(False)
         forgo_fast_paths(quantized)
     return quantized
 
 
-def forgo_fast_paths(model: nn.Module) -> None:
-    """nn.TransformerEncoderLayer's fused path reads the weights of its linear layers itself: it must call them."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(
-            isinstance(child, QuantizedLinear) for child in (module.linear1, module.linear2)
-        ):
-            module.activation_relu_or_gelu = 0
-        if isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
-
-
-def choose(
-    model: nn.Module, candidates: list[Candidate], measure: Measure, floor: float, progress: Progress
-) -> tuple[list[Candidate], list[LayerDecision]]:
-    """As many of the candidates as leave ``floor`` of the metric. If all together cost too much, each is measured
-    alone, and those that cost most for what they win, in time and a little in bytes, stay in floating point."""
-    progress.start("quantising", None)
-    progress.step("all layers")
-    if not candidates or measure.share(apply(model, candidates)) >= floor:
-        return candidates, []
-    start = measure.loss(model)
-    costs = {}
-    progress.start("quantising", len(candidates))
-    for candidate in candidates:
-        progress.step(candidate.name)
-        costs[candidate.name] = max(measure.loss(apply(model, [candidate])) - start, 1e-7)
-    time = sum(c.before - c.after for c in candidates) or 1.0
-    size = sum(c.bytes for c in candidates) or 1
-    worth = {c.name: (c.before - c.after) / time + _BYTES_WORTH * c.bytes / size for c in candidates}
-    order = sorted(candidates, key=lambda c: -worth[c.name] / costs[c.name])
-    low, high = 0, len(order) - 1  # the longest prefix that keeps the floor
-    while low < high:
-        middle = (low + high + 1) // 2
-        progress.step(f"{middle} layers")
-        if measure.share(apply(model, order[:middle])) >= floor:
-            low = middle
-        else:
-            high = middle - 1
-    stay = [
-        LayerDecision(
-            c.name, "float", f"quantised alone it moves the outputs by {costs[c.name]:.2%}", None, None,
-            c.before - c.after, costs[c.name],
-        )
-        for c in order[low:]
-    ]  # fmt: skip
-    return order[:low], stay
-
-
 def relax(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, float] | None:
     """A copy of a quantised model whose activations may take fewer bits, and how many times as fast it is; None where
     that wins nothing, as where the processor multiplies 7 and 8 bits at the same speed."""
     relaxed, changed = copy.deepcopy(model), False
-    for module in relaxed.modules():
-        if isinstance(module, (QuantizedLinear, QuantizedConv2d)):
-            changed = changed or module.policy == "sqnr"
-            module.target_sqnr = min(module.target_sqnr, _RELAXED_SQNR)
+    for _, weight in quantized_weights(relaxed):
+        if weight.options.policy == "sqnr" and weight.kind != "rows":
+            changed = changed or weight.options.target_sqnr > RELAXED_SQNR
+            weight.set_target_sqnr(min(weight.options.target_sqnr, RELAXED_SQNR))
     if not changed:
         return None
     before, after = compare_latency(model, relaxed, example_inputs)

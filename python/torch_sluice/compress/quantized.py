@@ -1,12 +1,13 @@
-"""Layers that quantise their input as it comes and multiply in integers; weights were packed once.
+"""A weight that was packed once into integers and is still the parameter of its layer: what it holds and answers.
 
-They are for inference: nothing has a gradient. ops/sluice/quantize.h has formulas and layouts.
+What calls of torch make of it is in served.py, formulas and layouts are in ops/sluice/quantize.h.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from torch_sluice.monitor import bits as widths
 from torch_sluice.quantize import (
     DEFAULT_OUTLIER_RATIO,
     DEFAULT_TARGET_SQNR,
@@ -15,195 +16,252 @@ from torch_sluice.quantize import (
 )
 
 POLICIES = {"sqnr": 0, "amax": -1}  # SL_BITS_BY_SQNR, SL_BITS_BY_AMAX
-_WIDTHS = (4, 7, 8, 16)
+KINDS = ("linear", "transposed", "conv2d", "rows")
+WIDTHS = (0, 4, 7, 8, 16)  # that the rows of an input can take; 0: those with inf or NaN
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that a weight can stand for
 
 
 def check_options(policy: str, weight_bits: int, group_size: int, target_sqnr: float) -> None:
-    """Raises ValueError for options of the quantised layers that are not allowed."""
+    """Raises ValueError for options of quantised weights that are not allowed."""
     if policy not in POLICIES:
         raise ValueError(f"quantize_policy is {policy!r}, expected 'sqnr' or 'amax'")
-    if weight_bits not in (4, 8):
+    if isinstance(weight_bits, bool) or weight_bits not in (4, 8):
         raise ValueError(f"weight_bits is {weight_bits!r}, expected 8 or 4")
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 0 or group_size % 32:
         raise ValueError(f"group_size is {group_size!r}, expected a multiple of 32, or 0 for one scale a channel")
-    if not 0 <= target_sqnr <= 200:
-        raise ValueError(f"target_sqnr is {target_sqnr}, expected 0 to 200 dB")
+    if isinstance(target_sqnr, bool) or not isinstance(target_sqnr, (int, float)) or not 0 <= target_sqnr <= 200:
+        raise ValueError(f"target_sqnr is {target_sqnr!r}, expected 0 to 200 dB")
 
 
-class _Quantized(nn.Module):
-    """What both layers share: the packed weight as buffers, and a count of the widths that inputs took."""
+class Options(NamedTuple):
+    """What a packed weight is, in plain values.
 
-    def __init__(self, bias: Tensor | None, policy: str, weight_bits: int, group_size: int, target_sqnr: float):
-        super().__init__()
-        check_options(policy, weight_bits, group_size, target_sqnr)
-        self.policy, self.weight_bits, self.group_size = policy, weight_bits, group_size
-        self.target_sqnr = float(target_sqnr)
-        self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
-        self.counting = False  # whether forward counts the widths; count_bits() switches it
-        self._rows = dict.fromkeys((0, *_WIDTHS), 0)
-
-    def _set_weight(self, packed: Tensor, scale: Tensor) -> None:
-        self.register_buffer("packed", packed)
-        self.register_buffer("weight_scale", scale)
-
-    def _note(self, bits: Tensor) -> None:
-        """Tells monitors, and counts for count_bits(); neither within a compiled or exported graph."""
-        if torch.compiler.is_compiling():
-            return
-        widths.record(bits, self)
-        if self.counting:
-            for width in self._rows:
-                self._rows[width] += int((bits == width).sum())
-
-    def bits_chosen(self) -> dict[int, int]:
-        """Rows (for a convolution, images) that took 4, 7, 8 or 16 bits while counting; 0: those with inf or NaN."""
-        return dict(self._rows)
-
-    def _options(self) -> str:
-        bias = self.bias is not None
-        return (
-            f"bias={bias}, weight_bits={self.weight_bits}, group_size={self.group_size}, policy={self.policy!r}, "
-            f"target_sqnr={self.target_sqnr:g}"
-        )
-
-
-class QuantizedLinear(_Quantized):
-    """``nn.Linear`` in integers: x [..., in_features] -> [..., out_features], in x's dtype.
-
-    Each row of x takes 4, 7, 8 or 16 bits: by ``policy`` "sqnr" the smallest whose predicted signal-to-noise ratio is
-    ``target_sqnr`` dB, by "amax" 8 where max |x| < 0.1, else 16. A row with an infinity or NaN becomes NaN.
+    ``kind`` says who reads it, and so its layout:
+        "linear"      [out_features, in_features]: a linear layer, and the lookup of an embedding tied to it
+        "transposed"  [in_features, out_features]: transformers' Conv1D, and ``x @ w``; packed as the above
+        "conv2d"      [out_channels, channels / groups, height, width]
+        "rows"        [num_embeddings, embedding_dim]: a lookup only; int8 rows, one scale each
     """
 
-    kind = "QuantizedLinear"
+    kind: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype  # that it stands for: of unpack() and of rows that are looked up
+    weight_bits: int = 8
+    group_size: int = 0
+    groups: int = 1  # of the convolution
+    policy: str = "sqnr"
+    target_sqnr: float = DEFAULT_TARGET_SQNR
+    outlier_ratio: float = DEFAULT_OUTLIER_RATIO  # of linear products
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, *, weight_bits: int = 8, group_size: int = 0,
-        policy: str = "sqnr", target_sqnr: float = DEFAULT_TARGET_SQNR, outlier_ratio: float = DEFAULT_OUTLIER_RATIO,
-        weight: Tensor | None = None,
-    ):  # fmt: skip
-        super().__init__(torch.zeros(out_features) if bias else None, policy, weight_bits, group_size, target_sqnr)
-        self.in_features, self.out_features, self.outlier_ratio = in_features, out_features, float(outlier_ratio)
-        weight = torch.zeros(out_features, in_features) if weight is None else weight
-        self._set_weight(*pack_linear_weight(weight, weight_bits, group_size))
+    def check(self) -> None:
+        """Raises ValueError for what no weight has."""
+        check_options(self.policy, self.weight_bits, self.group_size, self.target_sqnr)
+        rank = 4 if self.kind == "conv2d" else 2
+        if self.kind not in KINDS:
+            raise ValueError(f"kind is {self.kind!r}, expected one of {', '.join(map(repr, KINDS))}")
+        if len(self.shape) != rank or any(type(size) is not int or size < 0 for size in self.shape):
+            raise ValueError(f"shape is {self.shape!r}, expected {rank} sizes for kind {self.kind!r}")
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype is {self.dtype}, expected float32, bfloat16, float16 or float64")
+        if type(self.groups) is not int or self.groups < 1 or self.shape[0] % self.groups:
+            raise ValueError(f"groups is {self.groups!r}, expected a divisor of {self.shape[0]} channels")
+        if self.kind != "conv2d" and self.groups != 1:
+            raise ValueError(f"groups is {self.groups}, expected 1 for kind {self.kind!r}")
+        if not isinstance(self.outlier_ratio, (int, float)) or not 0 <= self.outlier_ratio < float("inf"):
+            raise ValueError(f"outlier_ratio is {self.outlier_ratio!r}, expected a number of at least 0")
+        if self.kind == "rows" and (self.weight_bits, self.group_size) != (8, 0):
+            raise ValueError(
+                f"weight_bits and group_size are {self.weight_bits} and {self.group_size}, expected 8 and 0 for rows"
+            )
 
-    @classmethod
-    def from_float(cls, linear: nn.Linear, **options) -> "QuantizedLinear":
-        """Of a linear layer with finite weights; options as those of the constructor."""
-        layer = cls(
-            linear.in_features, linear.out_features, linear.bias is not None, weight=linear.weight.detach(), **options
-        )
-        if linear.bias is not None:
-            layer.bias.copy_(linear.bias.detach())
-        return layer.train(linear.training)
+    def matrix(self) -> tuple[int, int]:
+        """Outputs, and inputs of each."""
+        outputs, inputs = self.shape[0], self.shape[1]
+        if self.kind == "transposed":
+            return inputs, outputs
+        if self.kind == "conv2d":
+            inputs = self.shape[1] * self.shape[2] * self.shape[3]
+        return outputs, inputs
 
-    def forward(self, x: Tensor) -> Tensor:
-        out, bits = torch.ops.sluice.linear_dynamic.default(
-            x, self.packed, self.weight_scale, self.bias, self.out_features, self.weight_bits, self.group_size,
-            POLICIES[self.policy], self.target_sqnr, True, self.outlier_ratio,
-        )  # fmt: skip
-        self._note(bits)
-        return out
+    def packed_shapes(self) -> tuple[tuple[torch.dtype, tuple[int, ...]], tuple[torch.dtype, tuple[int, ...]]]:
+        """dtype and shape of ``packed`` and of ``scale``."""
+        from torch_sluice.quantize.operators import packed_sizes
 
-    def config(self) -> dict:
-        """What recreates the layer but its buffers, as plain values."""
-        return {
-            "in_features": self.in_features, "out_features": self.out_features, "bias": self.bias is not None,
-            "weight_bits": self.weight_bits, "group_size": self.group_size, "policy": self.policy,
-            "target_sqnr": self.target_sqnr, "outlier_ratio": self.outlier_ratio,
-        }  # fmt: skip
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self._options()}"
+        outputs, inputs = self.matrix()
+        if self.kind == "rows":
+            return (torch.int8, (outputs, inputs)), (torch.float32, (outputs,))
+        size, scales = packed_sizes(outputs, inputs, self.weight_bits, self.group_size, self.groups)
+        return (torch.uint8, (size,)), (torch.float32, tuple(int(number) for number in scales))
 
 
-class QuantizedConv2d(_Quantized):
-    """``nn.Conv2d`` in integers: x [images, channels, height, width], one width and scale for each image.
+class QuantizedWeight(Tensor):
+    """A weight in integers that answers as the floating-point tensor it stands for.
 
-    Zero padding and groups as those of ``nn.Conv2d``; an unbatched x gains and loses its first dimension. An image with
-    an infinity or NaN becomes NaN.
+    ``F.linear``, ``F.conv2d``, ``F.embedding``, ``torch.addmm`` and ``x @ weight`` are served by integer kernels
+    without unpacking; every other function gets ``unpack()``, an ordinary tensor made anew at each call. It is for
+    inference: it has no gradient, and writing to it but by ``copy_`` raises RuntimeError.
+
+    Args:
+        packed, scale: as :meth:`Options.packed_shapes` says.
+        options: see :class:`Options`.
     """
 
-    kind = "QuantizedConv2d"
-
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size, stride=(1, 1), padding=(0, 0), dilation=(1, 1),
-        groups: int = 1, bias: bool = True, *, weight_bits: int = 8, group_size: int = 0, policy: str = "sqnr",
-        target_sqnr: float = DEFAULT_TARGET_SQNR, weight: Tensor | None = None,
-    ):  # fmt: skip
-        super().__init__(torch.zeros(out_channels) if bias else None, policy, weight_bits, group_size, target_sqnr)
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size, self.stride = list(kernel_size), list(stride)
-        self.padding, self.dilation = list(padding), list(dilation)
-        weight = torch.zeros(out_channels, in_channels // groups, *kernel_size) if weight is None else weight
-        self._set_weight(*pack_conv2d_weight(weight, weight_bits, group_size, groups))
+    packed: Tensor
+    scale: Tensor
+    options: Options
 
     @staticmethod
-    def why_not(conv: nn.Conv2d) -> str | None:
-        """What this class does not take of a convolution, or None."""
-        if conv.padding_mode != "zeros":
-            return f"padding_mode is {conv.padding_mode!r}"
-        return "its padding is not the same on both sides" if _padding(conv) is None else None
-
-    @classmethod
-    def from_float(cls, conv: nn.Conv2d, **options) -> "QuantizedConv2d":
-        """Of a convolution with finite weights; options as those of the constructor."""
-        reason = cls.why_not(conv)
-        if reason:
-            raise ValueError(f"conv cannot be quantised: {reason}, expected zeros, the same on both sides")
-        layer = cls(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, _padding(conv), conv.dilation,
-            conv.groups, conv.bias is not None, weight=conv.weight.detach(), **options,
-        )  # fmt: skip
-        if conv.bias is not None:
-            layer.bias.copy_(conv.bias.detach())
-        return layer.train(conv.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batched = x if x.dim() == 4 else x[None]
-        out, bits = torch.ops.sluice.conv2d_dynamic.default(
-            batched, self.packed, self.weight_scale, self.bias, self.out_channels, self.kernel_size, self.stride,
-            self.padding, self.dilation, self.groups, self.weight_bits, self.group_size, POLICIES[self.policy],
-            self.target_sqnr,
-        )  # fmt: skip
-        self._note(bits)
-        return out if x.dim() == 4 else out[0]
-
-    def config(self) -> dict:
-        """What recreates the layer but its buffers, as plain values."""
-        return {
-            "in_channels": self.in_channels, "out_channels": self.out_channels, "kernel_size": self.kernel_size,
-            "stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups,
-            "bias": self.bias is not None, "weight_bits": self.weight_bits, "group_size": self.group_size,
-            "policy": self.policy, "target_sqnr": self.target_sqnr,
-        }  # fmt: skip
-
-    def extra_repr(self) -> str:
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={tuple(self.kernel_size)}, "
-            f"stride={tuple(self.stride)}, padding={tuple(self.padding)}, dilation={tuple(self.dilation)}, "
-            f"groups={self.groups}, {self._options()}"
+    def __new__(cls, packed: Tensor, scale: Tensor, options: Options):
+        return Tensor._make_wrapper_subclass(
+            cls, options.shape, dtype=options.dtype, device=packed.device, requires_grad=False
         )
 
+    def __init__(self, packed: Tensor, scale: Tensor, options: Options):
+        self.packed, self.scale = packed, scale
+        self._set_options(options)
+        self.counting = False  # whether calls count the widths of their rows; count_bits() switches it
+        self.counts = dict.fromkeys(WIDTHS, 0)
 
-def _padding(conv: nn.Conv2d) -> list[int] | None:
-    """Padding as numbers, or None where "same" is lopsided."""
-    if conv.padding == "valid":
-        return [0, 0]
-    if conv.padding == "same":
-        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        return None if any(t % 2 for t in total) else [t // 2 for t in total]
-    return list(conv.padding)
+    def _set_options(self, options: Options) -> None:
+        self.options, self.kind = options, options.kind
+        numbers = (options.weight_bits, options.group_size, POLICIES[options.policy], float(options.target_sqnr))
+        # What the operators take behind their tensors, since making it at each call would take longer than the call.
+        if options.kind == "conv2d":
+            self.arguments = (options.groups, *numbers)
+        else:
+            outputs, inputs = options.matrix()
+            self.arguments = (outputs, *numbers, True, float(options.outlier_ratio))
+            self.columns = (inputs,)  # the last dimension of an input
+
+    @classmethod
+    def from_float(cls, weight: Tensor, kind: str = "linear", *, groups: int = 1, **options) -> "QuantizedWeight":
+        """Packs a finite weight on the CPU; ``options`` are those fields of :class:`Options` that choose.
+
+        Raises:
+            ValueError: an option is not allowed, or the weight is not finite or on another device.
+        """
+        chosen = Options(kind, tuple(weight.shape), weight.dtype, groups=groups, **options)
+        chosen.check()
+        return cls(*pack(weight, chosen), chosen)
+
+    def unpack(self) -> Tensor:
+        """The weight that the integers stand for, an ordinary tensor of this dtype and shape."""
+        return unpack(self.packed, self.scale, self.options)
+
+    def set_target_sqnr(self, decibels: float) -> None:
+        """Changes the signal-to-noise ratio by which inputs take their widths."""
+        options = self.options._replace(target_sqnr=float(decibels))
+        options.check()
+        self._set_options(options)
+
+    def stored_bytes(self) -> int:
+        """Of memory: integers and scales."""
+        return sum(part.numel() * part.element_size() for part in (self.packed, self.scale))
+
+    def __tensor_flatten__(self):
+        return ["packed", "scale"], self.options
+
+    @staticmethod
+    def __tensor_unflatten__(parts: dict[str, Tensor], options: Options, outer_size, outer_stride):
+        served.refuse_onnx()
+        return QuantizedWeight(parts["packed"], parts["scale"], options)
+
+    def _stable_hash_for_caching(self) -> str:
+        """For the cache of torch.compile: everything that a graph depends on; shapes of the parts follow from it."""
+        return repr(tuple(self.options))
+
+    def __repr__(self, *, tensor_contents=None) -> str:
+        o = self.options
+        return (
+            f"QuantizedWeight({list(o.shape)}, {o.dtype}, kind={o.kind!r}, weight_bits={o.weight_bits}, "
+            f"group_size={o.group_size}, policy={o.policy!r}, target_sqnr={o.target_sqnr:g})"
+        )
+
+    def __deepcopy__(self, memo: dict) -> "QuantizedWeight":
+        if id(self) in memo:
+            return memo[id(self)]
+        twin = QuantizedWeight(self.packed.clone(), self.scale.clone(), self.options)
+        memo[id(self)] = twin = nn.Parameter(twin, requires_grad=False) if isinstance(self, nn.Parameter) else twin
+        return twin
+
+    def __reduce_ex__(self, protocol):
+        return rebuild, (self.packed, self.scale, tuple(self.options), isinstance(self, nn.Parameter))
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        serve = served.FUNCTIONS.get(func)
+        if serve is None:
+            return served.call(func, args, {} if kwargs is None else kwargs)
+        return serve(*args) if kwargs is None else serve(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return served.dispatch(func, args, {} if kwargs is None else kwargs)
 
 
-def count_bits(model: nn.Module, enabled: bool = True) -> dict[int, int]:
-    """The rows of all quantised layers that took each width so far; from now on they are counted, or not.
+def pack(weight: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """``packed`` and ``scale`` of a weight in floating point."""
+    if weight.device.type != "cpu":
+        raise ValueError(f"weight is on {weight.device}, expected cpu: the integer kernels are for the CPU")
+    weight = weight.detach()
+    if weight.dtype == torch.float64:
+        weight = weight.float()
+    if options.kind == "rows":
+        return _pack_rows(weight.float())
+    if options.kind == "conv2d":
+        return pack_conv2d_weight(weight, options.weight_bits, options.group_size, options.groups)
+    matrix = weight.t().contiguous() if options.kind == "transposed" else weight
+    return pack_linear_weight(matrix, options.weight_bits, options.group_size)
 
-    Counting reads the widths of each call, some microseconds a layer; it is off at first.
-    """
-    total = dict.fromkeys((0, *_WIDTHS), 0)
-    for module in model.modules():
-        if isinstance(module, _Quantized):
-            module.counting = enabled
-            for width, rows in module.bits_chosen().items():
-                total[width] += rows
-    return total
+
+def _pack_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """w becomes round(w / scale) with scale = max |w| of the row / 127."""
+    if not weight.isfinite().all():
+        raise ValueError("weight has NaN or infinity, expected finite values")
+    scale = weight.abs().amax(1) / 127 if weight.shape[1] else weight.new_zeros(weight.shape[0])
+    units = scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    return (weight / units).round_().clamp_(-127, 127).to(torch.int8), scale
+
+
+def unpack(packed: Tensor, scale: Tensor, options: Options) -> Tensor:
+    """The floating-point weight, of operators of torch and sluice only, so that it can be traced."""
+    if options.kind == "rows":
+        return (packed.to(torch.float32) * scale[:, None]).to(options.dtype)
+    outputs, inputs = options.matrix()
+    padded = scale.shape[1]  # with the empty outputs that fill up the last panel of each group
+    rows = outputs if options.groups == 1 else padded
+    values = torch.ops.sluice.unpack_linear_weight.default(
+        packed, scale, rows, inputs, options.weight_bits, options.group_size
+    )
+    if options.kind == "conv2d":
+        channels, height, width = options.shape[1:]
+        if options.groups > 1:
+            each = outputs // options.groups
+            values = values.view(options.groups, padded // options.groups, inputs)[:, :each].reshape(outputs, inputs)
+        values = values.view(outputs, height, width, channels).permute(0, 3, 1, 2).contiguous()
+    elif options.kind == "transposed":
+        values = values.t().contiguous()
+    return values.to(options.dtype)
+
+
+def check_parts(packed: Any, scale: Any, options: Options) -> None:
+    """Raises ValueError unless they are the parts of a weight with these options."""
+    options.check()
+    for name, part, (dtype, shape) in zip(("packed", "scale"), (packed, scale), options.packed_shapes(), strict=True):
+        if not isinstance(part, Tensor) or part.dtype != dtype or tuple(part.shape) != shape:
+            found = f"{part.dtype} {list(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
+            raise ValueError(f"{name} is {found}, expected {dtype} {list(shape)} for a weight {list(options.shape)}")
+
+
+def rebuild(packed: Tensor, scale: Tensor, values: tuple, is_parameter: bool) -> QuantizedWeight:
+    """What pickles and ``torch.load`` call, also with ``weights_only=True``."""
+    options = Options(*values)
+    options = options._replace(shape=tuple(options.shape))
+    check_parts(packed, scale, options)
+    weight = QuantizedWeight(packed, scale, options)
+    return nn.Parameter(weight, requires_grad=False) if is_parameter else weight
+
+
+torch.serialization.add_safe_globals([rebuild, QuantizedWeight])
+
+from torch_sluice.compress import served  # noqa: E402  it needs the class

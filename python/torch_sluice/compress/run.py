@@ -16,7 +16,6 @@ from torch_sluice.compress.candidates import Layers, Stage, Workshop
 from torch_sluice.compress.changes import describe_changes
 from torch_sluice.compress.choice import choose_layers
 from torch_sluice.compress.compensation import count_moment_bytes, join, measure_moments, reading_layers
-from torch_sluice.compress.embedding import QuantizedEmbedding
 from torch_sluice.compress.estimate import Score, failed
 from torch_sluice.compress.folding import find_pairs, fold_pairs
 from torch_sluice.compress.graph import ChannelGroup, find_groups
@@ -340,7 +339,7 @@ class Run:
         self.layers += [LayerDecision(norm, "folded", "into the layer before it") for _, norm in found.pairs]
         for c in chosen:
             reason = "for its bytes"
-            if not isinstance(c.quantized, QuantizedEmbedding):
+            if not c.for_bytes:
                 reason = f"measured {c.before * 1e6:.0f} -> {c.after * 1e6:.0f} µs"
             self.layers.append(LayerDecision(c.name, "quantized", reason, None, None, c.before - c.after))
         result = quantization.apply(folded, chosen) if chosen else folded
@@ -358,7 +357,7 @@ class Run:
             return result, score
         if relaxed is None:
             return result, score
-        layers.target_sqnr = quantization._RELAXED_SQNR
+        layers.target_sqnr = quantization.RELAXED_SQNR
         found = self._score(stage, layers, floor)
         if found.low < floor:
             return result, score

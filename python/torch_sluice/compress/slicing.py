@@ -22,7 +22,7 @@ Lost = dict[tuple[str, int], set[int]]  # (name of a parameter or buffer, dimens
 
 @dataclass(frozen=True)
 class Member:
-    """One dimension of a parameter that loses indices with a group. ``indices[u]``: what goes with the group's unit u."""
+    """One dimension of a parameter that loses indices with a group. ``indices[u]``: what goes with unit u of it."""
 
     name: str  # of model.named_parameters() or named_buffers()
     dim: int

@@ -195,7 +195,7 @@ def varied_constants(model: nn.Module, names: set[str]) -> Iterator[None]:
     tensors = {name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers()) if name in names}
     generator, before = torch.Generator().manual_seed(0), []
     try:
-        for name, tensor in tensors.items():
+        for tensor in tensors.values():
             if not tensor.is_floating_point() or tensor.numel() < 2 or tensor.device.type != "cpu":
                 continue
             low, high = (float(x) for x in tensor.detach().aminmax())

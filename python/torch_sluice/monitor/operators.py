@@ -25,8 +25,8 @@ _OF_TORCH = {
 
 # What the operators of Sluice do beside those in ``formulas``: quantise, pack, add up gradients, measure.
 _CHEAP_OF_SLUICE = {
-    "quantize_dynamic", "pack_linear_weight", "unpack_linear_weight", "pack_conv2d_weight", "read_accumulator",
-    "measure_gradient", "accumulate_", "channel_norms",
+    "quantize_dynamic", "pack_linear_weight", "unpack_linear_weight", "lookup_linear_weight", "pack_conv2d_weight",
+    "read_accumulator", "measure_gradient", "accumulate_", "channel_norms",
 }  # fmt: skip
 
 _CONTRACTION = re.compile(

@@ -110,6 +110,33 @@ def unpack_linear_weight(
     return _call(operator, packed, scale, out_features, in_features, bits, group_size)
 
 
+def lookup_linear_weight(
+    rows: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    *,
+    out_features: int,
+    in_features: int,
+    bits: int = 8,
+    group_size: int = 0,
+) -> Tensor:
+    """Rows of the weight that a packed one stands for: the lookup of an embedding tied to a linear layer.
+
+    Args:
+        rows: int64 or int32 of any shape, each in [0, out_features).
+        packed, scale: from :func:`pack_linear_weight`.
+        out_features, in_features, bits, group_size: what the weight was packed with.
+
+    Returns:
+        float32 [..., in_features], the same values as those of :func:`unpack_linear_weight`.
+
+    Raises:
+        ValueError: a row is out of range, or an argument does not fit the others; the message names it.
+    """
+    operator = torch.ops.sluice.lookup_linear_weight.default
+    return _call(operator, rows, packed, scale, out_features, in_features, bits, group_size)
+
+
 def linear_dynamic(
     x: Tensor,
     packed: Tensor,

@@ -94,6 +94,14 @@ def _fake_unpack(packed, scale, out_features, in_features, bits, group_size):
     return packed.new_empty((out_features, in_features), dtype=torch.float32)
 
 
+@register_fake("lookup_linear_weight")
+def _fake_lookup(rows, packed, scale, out_features, in_features, bits, group_size):
+    if rows.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"rows is {rows.dtype}, expected int64 or int32")
+    _check_weight(packed, scale, out_features, in_features, bits, group_size)
+    return packed.new_empty((*rows.shape, in_features), dtype=torch.float32)
+
+
 @register_fake("linear_dynamic")
 def _fake_linear(
     x,
