@@ -50,6 +50,7 @@ class Couplings:
         self.survived = np.zeros(self._count, bool)  # left by a product as its output
         self.attended = np.zeros(self._count, bool)  # in a product of activations with activations
         self.splits: list[Tensor] = []  # numbers where one dimension became several, as channels become heads
+        self.parts: list[Tensor] = []  # numbers of a dimension that was divided into equal parts, which may be no rows
         self._frozen: dict[int, str] = {}  # number -> why it cannot leave
         self.gone: np.ndarray | None = None  # a flag for each number
         if gone is not None:

@@ -106,7 +106,10 @@ def _candidates(couplings: Couplings) -> tuple[list[list[ChannelGroup]], list[st
     closing = couplings.closing()
     roots = couplings.find(np.arange(couplings.original_count))
     atoms = _atoms(couplings, roots)
-    splits = [(axis, couplings.find(axis.numpy().ravel()).reshape(axis.shape)) for axis in couplings.splits]
+    splits = [
+        (axis, couplings.find(axis.numpy().ravel()).reshape(axis.shape))
+        for axis in [*couplings.splits, *couplings.parts]
+    ]
     found, notes, seen = [], [], set()
     for source in couplings.sources:
         if not _makes_channels(couplings, source):

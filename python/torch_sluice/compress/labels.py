@@ -29,10 +29,17 @@ def squeeze_constant(couplings: Couplings, axis: Tensor) -> Tensor:
 
 
 def clean_shape(axis: Tensor) -> Tensor:
-    """With size 1 along every dimension along which its numbers are the same."""
+    """With size 1 along every dimension along which its numbers are the same. 0 goes with any: beside the channels of
+    an image, its padding has none."""
     for dim, size in enumerate(axis.shape):
-        if size > 1 and (axis.stride(dim) == 0 or bool((axis == axis.narrow(dim, 0, 1)).all())):
+        if size == 1:
+            continue
+        if axis.stride(dim) == 0:
             axis = axis.narrow(dim, 0, 1)
+            continue
+        highest = axis.amax(dim, keepdim=True)
+        if bool(((axis == highest) | (axis == 0)).all()):
+            axis = highest
     return axis
 
 

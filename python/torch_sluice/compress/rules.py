@@ -19,6 +19,7 @@ _MOVES = (
     *("channel_shuffle", "native_channel_shuffle", "movedim", "diagonal", "index_select", "index", "gather", "unfold"),
     *("repeat_interleave", "narrow", "split_copy", "view_copy", "take_along_dim"),
 )
+_PARTS = ("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk")
 _RESHAPES = ("view", "_unsafe_view", "_reshape_alias", "reshape")
 _POINTWISE = (
     *("where", "masked_fill", "dropout", "native_dropout", "tril", "triu", "copy", "_to_copy", "clone", "contiguous"),
@@ -56,12 +57,22 @@ def _move(tracer, func, args, kwargs):
         new = [full.reshape(out.shape)] if name in _RESHAPES else func(full, *args[1:], **kwargs)
         for place, part in enumerate(new if isinstance(new, (tuple, list)) else [new]):
             moved[place].append(part)
+    if name in _PARTS and len({part.shape for part in outs}) == 1:
+        _note_parts(tracer.couplings, axes, args, kwargs, len(outs))
     aliases = any(argument.alias_info is not None for argument in func._schema.arguments)
     for tensor, parts in zip(outs, moved, strict=True):
         parts = clean(tracer.couplings, parts)
         note_split(tracer.couplings, axes, parts)
         tracer.finish(tensor, parts, fresh=not aliases)
     return out
+
+
+def _note_parts(couplings, axes, args, kwargs, count: int) -> None:
+    """Channels that are divided into equal parts form rows, whatever becomes of the parts."""
+    dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+    for axis in axes:
+        if count > 1 and varying(axis) == {dim % axis.dim()}:
+            couplings.parts.append(axis.reshape(count, -1))
 
 
 def _cross_merged(tracer, axes, before, after):
