@@ -1,4 +1,4 @@
-// What the shims of linear layers, convolutions and recurrent layers share: checks, and weights as the C core takes them.
+// What the shims of linear layers, convolutions and recurrent layers share: checks, and weights for the C core.
 #pragma once
 
 #include <sluice/quantize.h>
@@ -32,8 +32,8 @@ void attach_weight(sl_quantized_weight &weight, const Tensor &packed, const Tens
 // The bias in float32, contiguous.
 OptionalTensor prepare_bias(const OptionalTensor &bias, int64_t out_features, const char *name = "bias");
 
-inline const float *data_of(const OptionalTensor &bias) {
-  return bias ? static_cast<const float *>(bias->const_data_ptr()) : nullptr;
+inline decltype(sl_linear_dynamic_args::bias) data_of(const OptionalTensor &bias) {
+  return bias ? static_cast<decltype(sl_linear_dynamic_args::bias)>(bias->const_data_ptr()) : nullptr;
 }
 
 // The workspace of a call; its address is a multiple of 64 in torch's CPU allocator.

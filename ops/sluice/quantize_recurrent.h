@@ -12,13 +12,14 @@
  *   GRU, gates r, z, n, with the reset after the product:
  *     r, z = sigmoid(a + b), n = tanh(a + r * b)
  *     h = (1 - z) * n + z * h
- *   out_t = h. All but the products is float32, whatever the dtype of x; exp is within 2 units in the last place.
+ *   out_t = h. All but the products is float32, whatever the dtype of x, and sigmoid and tanh are approximations, with
+ *   a relative error of some 1e-7.
  *   Outlier channels are left out of x only: activation_bits is the width of x, state_bits that of what W_hh and W_hr
  *   are multiplied by, both with target_sqnr.
  *
  * SEQUENCES, as torch.nn.utils.rnn.PackedSequence has them: row j of step t belongs to sequence j, and sequence j has a
- *   row in the steps t with batch_sizes[t] > j, which come first: batch_sizes does not grow. The rows of all steps follow
- *   one another, rows = the sum of batch_sizes. Without batch_sizes each step has a row of every sequence.
+ *   row in the steps t with batch_sizes[t] > j, which come first: batch_sizes does not grow. The rows of all steps
+ *   follow one another, rows = the sum of batch_sizes. Without batch_sizes each step has a row of every sequence.
  *   reverse: each sequence is run from its last row to its first; out stays where x is.
  *   hn and cn [batch, ...] are the states after the last step of each sequence that is run. One without any row has h0
  *   and c0.
@@ -37,8 +38,8 @@
  *     group_size have an entry for each matrix, in the order ih, hh, hr. bits int8 [matrices, rows]: the width that
  *     each row of x, of h and of o * tanh(c) took, 0 for one that is not finite.
  *
- * DTYPES  x: float32, bfloat16 or float16; h0, c0, out, hn and cn have it. Biases: any of these. State is kept in float32
- *         from step to step.
+ * DTYPES  x: float32, bfloat16 or float16; h0, c0, out, hn and cn have it. Biases: any of these. State is kept in
+ *         float32 from step to step.
  * STRIDES any: what is not contiguous goes through a copy.
  * NOT FINITE  an infinity or NaN in a row makes NaN of what follows in its sequence, and changes no other sequence.
  * DEVICES CPU. INFERENCE only, as in quantize.h.

@@ -23,10 +23,18 @@ from torch_sluice.quantize.functional import (
     quantize_dynamic,
     unpack_linear_weight,
 )
-from torch_sluice.quantize.recurrent import PackedMatrix, gru_dynamic, lstm_dynamic, run_recurrent
+from torch_sluice.quantize.recurrent import (
+    DEFAULT_STATE_BITS,
+    PackedMatrix,
+    gru_dynamic,
+    lstm_dynamic,
+    run_recurrent,
+    run_recurrent_cell,
+)
 
 __all__ = [
     "DEFAULT_OUTLIER_RATIO",
+    "DEFAULT_STATE_BITS",
     "DEFAULT_TARGET_SQNR",
     "PackedMatrix",
     "Quantized",
@@ -40,5 +48,6 @@ __all__ = [
     "pack_linear_weight",
     "quantize_dynamic",
     "run_recurrent",
+    "run_recurrent_cell",
     "unpack_linear_weight",
 ]

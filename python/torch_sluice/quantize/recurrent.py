@@ -14,6 +14,8 @@ from torch_sluice.quantize.functional import (
     _refuse_gradient,
 )
 
+DEFAULT_STATE_BITS = 16  # what is rounded in the state comes back in every later step
+
 
 class PackedMatrix(NamedTuple):
     """A weight as :func:`torch_sluice.quantize.pack_linear_weight` packs it, with what it was packed with."""
@@ -41,7 +43,7 @@ def lstm_dynamic(
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
     activation_bits: int | str = "sqnr",
-    state_bits: int | str = "sqnr",
+    state_bits: int | str = DEFAULT_STATE_BITS,
     target_sqnr: float = DEFAULT_TARGET_SQNR,
     outlier_ratio: float = DEFAULT_OUTLIER_RATIO,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -95,7 +97,7 @@ def gru_dynamic(
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
     activation_bits: int | str = "sqnr",
-    state_bits: int | str = "sqnr",
+    state_bits: int | str = DEFAULT_STATE_BITS,
     target_sqnr: float = DEFAULT_TARGET_SQNR,
     outlier_ratio: float = DEFAULT_OUTLIER_RATIO,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,6 +125,11 @@ def gru_dynamic(
         *(_number_of_bits("activation_bits", activation_bits), _number_of_bits("state_bits", state_bits)),
         *(target_sqnr, outlier_ratio),
     )
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in ("lstm", "gru"):
+        raise ValueError(f"kind is {kind!r}, expected 'lstm' or 'gru'")
 
 
 def run_recurrent(
@@ -161,8 +168,7 @@ def run_recurrent(
         ValueError: an argument is not allowed; the message names it.
         RuntimeError: an argument requires a gradient.
     """
-    if kind not in ("lstm", "gru"):
-        raise ValueError(f"kind is {kind!r}, expected 'lstm' or 'gru'")
+    _check_kind(kind)
     directions = 2 if bidirectional else 1
     runs = num_layers * directions
     each = len(weights) // runs if runs > 0 else 0
@@ -175,7 +181,9 @@ def run_recurrent(
             f"{directions} directions"
         )
     states = (hx,) if kind == "gru" else tuple(hx)
-    for name, state in zip(("h0", "c0"), states, strict=kind == "lstm"):
+    if len(states) != (1 if kind == "gru" else 2):
+        raise ValueError(f"hx has {len(states)} tensors, expected h0 and c0")
+    for name, state in zip(("h0", "c0"), states, strict=False):
         if state.dim() != 3 or state.shape[0] != runs:
             raise ValueError(
                 f"{name} has shape {list(state.shape)}, expected [num_layers * directions, batch, size] = [{runs}, ...]"
@@ -202,3 +210,41 @@ def run_recurrent(
         layer_input = outs[0] if directions == 1 else torch.cat(outs, -1)
     out = layer_input.transpose(0, 1) if transposed else layer_input
     return (out, *(torch.stack(state) for state in zip(*ends, strict=True)))
+
+
+def run_recurrent_cell(
+    kind: str,
+    input: Tensor,
+    hx: Tensor | tuple[Tensor, Tensor],
+    weight_ih: PackedMatrix,
+    weight_hh: PackedMatrix,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    *,
+    on_bits: Callable[[Tensor], None] | None = None,
+    **options,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What ``torch._VF.lstm_cell`` and ``torch._VF.gru_cell`` do in inference, on packed weights: one step.
+
+    Args:
+        kind: "lstm" or "gru".
+        input: [batch, inputs].
+        hx: the state [batch, hidden_size], for an LSTM (h, c).
+        weight_ih, weight_hh, bias_ih, bias_hh: as of :func:`lstm_dynamic` and :func:`gru_dynamic`.
+        on_bits, options: as of :func:`run_recurrent`.
+
+    Returns:
+        h, for an LSTM (h, c).
+
+    Raises:
+        ValueError: an argument is not allowed; the message names it.
+        RuntimeError: an argument requires a gradient.
+    """
+    _check_kind(kind)
+    run = lstm_dynamic if kind == "lstm" else gru_dynamic
+    states = hx if kind == "lstm" else (hx,)
+    matrices = PackedMatrix(*weight_ih), PackedMatrix(*weight_hh)
+    _, *ends, bits = run(input.unsqueeze(0), *states, *matrices, bias_ih, bias_hh, **options)
+    if on_bits is not None:
+        on_bits(bits)
+    return tuple(ends) if kind == "lstm" else ends[0]
