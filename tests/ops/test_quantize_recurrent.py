@@ -148,6 +148,18 @@ def test_half_precision_rounds_only_what_leaves(kind, dtype):
         assert relative_error(got, wanted) < tolerance + 2e-4
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_autocast_a_layer_before_may_give_half_precision(kind):
+    module = KINDS[kind](20, 40)
+    flat, _ = quantise(module)
+    x, hx = torch.randn(5, 2, 20, dtype=torch.bfloat16), make_state(module, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, got = flatten(module(x, hx)), run(kind, module, flat, x, hx)
+    for one, other in zip(got, expected, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert relative_error(one, other) < 0.03
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_error_is_that_of_a_linear_layer_and_below_fbgemms(kind):

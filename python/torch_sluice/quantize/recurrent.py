@@ -188,6 +188,8 @@ def run_recurrent(
             raise ValueError(
                 f"{name} has shape {list(state.shape)}, expected [num_layers * directions, batch, size] = [{runs}, ...]"
             )
+    if torch.is_autocast_enabled(input.device.type):  # torch casts them all; a layer before may have made input half
+        states = tuple(state.to(input.dtype) for state in states)
     transposed = batch_first and batch_sizes is None
     layer_input = input.transpose(0, 1) if transposed else input
     ends = []
@@ -243,6 +245,8 @@ def run_recurrent_cell(
     _check_kind(kind)
     run = lstm_dynamic if kind == "lstm" else gru_dynamic
     states = hx if kind == "lstm" else (hx,)
+    if torch.is_autocast_enabled(input.device.type):
+        states = tuple(state.to(input.dtype) for state in states)
     matrices = PackedMatrix(*weight_ih), PackedMatrix(*weight_hh)
     _, *ends, bits = run(input.unsqueeze(0), *states, *matrices, bias_ih, bias_hh, **options)
     if on_bits is not None:
