@@ -8,6 +8,7 @@
 #include <sluice/gated_attention.h>
 #include <sluice/prune.h>
 #include <sluice/quantize.h>
+#include <sluice/quantize_recurrent.h>
 #include <sluice/status.h>
 
 namespace sluice {
@@ -115,4 +116,6 @@ STABLE_TORCH_LIBRARY(sluice, library) {
   library.def(SL_LINEAR_DYNAMIC_SCHEMA);
   library.def(SL_PACK_CONV2D_WEIGHT_SCHEMA);
   library.def(SL_CONV2D_DYNAMIC_SCHEMA);
+  library.def(SL_LSTM_DYNAMIC_SCHEMA);
+  library.def(SL_GRU_DYNAMIC_SCHEMA);
 }

@@ -1,14 +1,10 @@
 // Shim of quantize: check shapes and dtypes, allocate, call C.
-#include <sluice/quantize.h>
-
 #include <tuple>
 
 #include "operator.h"
+#include "quantize.h"
 
 namespace sluice {
-namespace {
-
-using OptionalTensor = std::optional<Tensor>;
 
 void check_values(const char *name, const Tensor &tensor) {
   ScalarType dtype = tensor.scalar_type();
@@ -25,30 +21,22 @@ Tensor as_contiguous(const Tensor &tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-// The workspace of a call; its address is a multiple of 64 in torch's CPU allocator.
-template <typename Args>
-Tensor allocate_workspace(Args &args, sl_status (*measure)(const Args *, size_t *), const Tensor &like) {
-  size_t bytes = 0;
-  check_status(measure(&args, &bytes));
-  Tensor workspace = empty({static_cast<int64_t>(bytes < 64 ? 64 : bytes)}, ScalarType::Byte, like);
-  args.workspace = workspace.mutable_data_ptr(), args.workspace_size = bytes;
-  return workspace;
-}
-
-int64_t narrow(const char *name, int64_t value) {
+int32_t narrow(const char *name, int64_t value) {
   if (value < INT32_MIN || value > INT32_MAX) {
     fail(std::string(name) + " is " + std::to_string(value) + ", expected a number of bits");
   }
-  return value;
+  return static_cast<int32_t>(value);
 }
 
 sl_quantized_weight make_weight(int64_t out_features, int64_t in_features, int64_t groups, int64_t bits,
                                 int64_t group_size) {
   sl_quantized_weight weight{};
   weight.out_features = out_features, weight.in_features = in_features, weight.groups = groups;
-  weight.bits = static_cast<int32_t>(narrow("weight_bits", bits)), weight.group_size = group_size;
+  weight.bits = narrow("weight_bits", bits), weight.group_size = group_size;
   return weight;
 }
+
+namespace {
 
 struct WeightSizes {
   int64_t bytes, scale_groups, padded_features;
@@ -60,34 +48,35 @@ WeightSizes sizes_of(const sl_quantized_weight &weight) {
   return sizes;
 }
 
-// Checks packed and scale against the sizes of the weight, and points it to them.
-void attach_weight(sl_quantized_weight &weight, const Tensor &packed, const Tensor &scale) {
-  check_device("packed", packed);
-  check_device("weight_scale", scale);
+}  // namespace
+
+void attach_weight(sl_quantized_weight &weight, const Tensor &packed, const Tensor &scale, WeightNames names) {
+  check_device(names.packed, packed);
+  check_device(names.scale, scale);
   WeightSizes sizes = sizes_of(weight);
   std::string made = " of " + std::to_string(weight.out_features) + " outputs x " + std::to_string(weight.in_features) +
                      " inputs in " + std::to_string(weight.bits) + " bits";
   if (packed.scalar_type() != ScalarType::Byte || packed.dim() != 1 || packed.size(0) != sizes.bytes ||
       !packed.is_contiguous()) {
-    fail("packed is " + describe(packed) + ", expected contiguous uint8 [" + std::to_string(sizes.bytes) +
-         "], the packed weight" + made);
+    fail(std::string(names.packed) + " is " + describe(packed) + ", expected contiguous uint8 [" +
+         std::to_string(sizes.bytes) + "], the packed weight" + made);
   }
   if (scale.scalar_type() != ScalarType::Float || scale.dim() != 2 || scale.size(0) != sizes.scale_groups ||
       scale.size(1) != sizes.padded_features || !scale.is_contiguous()) {
-    fail("weight_scale is " + describe(scale) + ", expected contiguous float32 [" + std::to_string(sizes.scale_groups) +
-         ", " + std::to_string(sizes.padded_features) + "], the scales" + made);
+    fail(std::string(names.scale) + " is " + describe(scale) + ", expected contiguous float32 [" +
+         std::to_string(sizes.scale_groups) + ", " + std::to_string(sizes.padded_features) + "], the scales" + made);
   }
   weight.packed = packed.const_data_ptr();
   weight.scale = static_cast<decltype(weight.scale)>(scale.const_data_ptr());
 }
 
-// The bias in float32, contiguous.
-OptionalTensor prepare_bias(const OptionalTensor &bias, int64_t out_features) {
+OptionalTensor prepare_bias(const OptionalTensor &bias, int64_t out_features, const char *name) {
   if (!bias) return bias;
-  check_values("bias", *bias);
-  check_device("bias", *bias);
+  check_values(name, *bias);
+  check_device(name, *bias);
   if (bias->dim() != 1 || bias->size(0) != out_features) {
-    fail("bias is " + describe(*bias) + ", expected [out_features] = [" + std::to_string(out_features) + "]");
+    fail(std::string(name) + " is " + describe(*bias) + ", expected [out_features] = [" + std::to_string(out_features) +
+         "]");
   }
   if (bias->scalar_type() == ScalarType::Float) return as_contiguous(*bias);
   Tensor single = empty({out_features}, ScalarType::Float, *bias);
@@ -95,10 +84,7 @@ OptionalTensor prepare_bias(const OptionalTensor &bias, int64_t out_features) {
   return single;
 }
 
-template <typename Args>
-void attach_bias(Args &args, const OptionalTensor &bias) {
-  if (bias) args.bias = static_cast<decltype(args.bias)>(bias->const_data_ptr());
-}
+namespace {
 
 // Rows of all but the last dimension.
 int64_t count_rows(const Tensor &x) {
@@ -150,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_dynamic(Tensor x, int64_t bits, doub
   check_has_columns(x);
   sl_quantize_dynamic_args args{};
   args.rows = count_rows(x), args.columns = x.size(x.dim() - 1), args.dtype = dtype_of(x, "x");
-  args.activation_bits = static_cast<int32_t>(narrow("bits", bits)), args.target_sqnr = target_sqnr;
+  args.activation_bits = narrow("bits", bits), args.target_sqnr = target_sqnr;
   args.per_token = per_token;
   sl_executor executor = torch_executor();
   args.executor = &executor;
@@ -232,8 +218,8 @@ std::tuple<Tensor, Tensor> linear_dynamic(Tensor x, Tensor packed, Tensor weight
   args.weight = make_weight(out_features, shape.back(), 1, weight_bits, group_size);
   attach_weight(args.weight, packed, weight_scale);
   OptionalTensor single_bias = prepare_bias(bias, out_features);
-  attach_bias(args, single_bias);
-  args.activation_bits = static_cast<int32_t>(narrow("activation_bits", activation_bits));
+  args.bias = data_of(single_bias);
+  args.activation_bits = narrow("activation_bits", activation_bits);
   args.target_sqnr = target_sqnr, args.per_token = per_token, args.outlier_ratio = outlier_ratio;
   sl_executor executor = torch_executor();
   args.executor = &executor;
@@ -269,9 +255,9 @@ std::tuple<Tensor, Tensor> conv2d_dynamic(Tensor x, Tensor packed, Tensor weight
   args.weight = make_weight(out_channels, inputs, groups, weight_bits, group_size);
   attach_weight(args.weight, packed, weight_scale);
   OptionalTensor single_bias = prepare_bias(bias, out_channels);
-  attach_bias(args, single_bias);
+  args.bias = data_of(single_bias);
   args.dtype = dtype_of(x, "x");
-  args.activation_bits = static_cast<int32_t>(narrow("activation_bits", activation_bits));
+  args.activation_bits = narrow("activation_bits", activation_bits);
   args.target_sqnr = target_sqnr;
   sl_executor executor = torch_executor();
   args.executor = &executor;

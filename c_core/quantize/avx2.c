@@ -211,5 +211,7 @@ const sl_quantize_kernel sl_quantize_avx2 = {
     .unpack_segment = unpack_segment,
     .multiply8_unpacked = multiply8_unpacked,
     .finish = sl_quantize_avx2_finish,
+    .lstm_gates = sl_quantize_avx2_lstm_gates,
+    .gru_gates = sl_quantize_avx2_gru_gates,
     .run_peak = run_peak,
 };

@@ -1,6 +1,7 @@
 /* What the kernel tables of AVX2 and above share: everything but the multiplication. */
 #include "quantize/avx2_rows.h"
 
+#include "quantize/gate_loops.h"
 #include "quantize/row_loops.h"
 #include "runtime/simd_avx2.h"
 
@@ -64,3 +65,11 @@ void sl_quantize_avx2_narrow_row(const int16_t *q, int64_t count, int8_t *high, 
 }
 
 int32_t sl_quantize_avx2_sum_row(const int8_t *q, int64_t count) { return sl_loop_sum_row(q, count); }
+
+void sl_quantize_avx2_lstm_gates(const float *x, const float *h, int64_t size, float *cell, float *out) {
+  sl_loop_lstm_gates(x, h, size, cell, out);
+}
+
+void sl_quantize_avx2_gru_gates(const float *x, const float *h, int64_t size, float *state) {
+  sl_loop_gru_gates(x, h, size, state);
+}

@@ -11,5 +11,7 @@ void sl_quantize_avx2_quantize_row(const float *x, int64_t count, float inverse,
 void sl_quantize_avx2_narrow_row(const int16_t *q, int64_t count, int8_t *high, int8_t *low);
 int32_t sl_quantize_avx2_sum_row(const int8_t *q, int64_t count);
 void sl_quantize_avx2_finish(const sl_quantize_finish *finish);
+void sl_quantize_avx2_lstm_gates(const float *x, const float *h, int64_t size, float *cell, float *out);
+void sl_quantize_avx2_gru_gates(const float *x, const float *h, int64_t size, float *state);
 
 #endif

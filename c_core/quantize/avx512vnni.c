@@ -104,5 +104,7 @@ const sl_quantize_kernel sl_quantize_avx512vnni = {
     .multiply8 = multiply8,
     .multiply4 = multiply4,
     .finish = sl_quantize_avx2_finish,
+    .lstm_gates = sl_quantize_avx2_lstm_gates,
+    .gru_gates = sl_quantize_avx2_gru_gates,
     .run_peak = run_peak,
 };

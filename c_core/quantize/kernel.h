@@ -72,6 +72,11 @@ typedef struct sl_quantize_kernel {
   void (*multiply8_unpacked)(const sl_quantize_tile *tile);
 
   void (*finish)(const sl_quantize_finish *finish);
+
+  /* A step of a recurrent layer, ops/sluice/quantize_recurrent.h: x and h, [gates, size], are its two products, biases
+   * added. cell and state are those of the step before, and written. */
+  void (*lstm_gates)(const float *x, const float *h, int64_t size, float *cell, float *out);
+  void (*gru_gates)(const float *x, const float *h, int64_t size, float *state);
   int64_t (*run_peak)(int64_t count); /* sl_quantize_run_peak */
 } sl_quantize_kernel;
 

@@ -2,8 +2,8 @@
 #include <stddef.h>
 #include <string.h>
 
+#include "quantize/linear.h"
 #include "quantize/panel.h"
-#include "quantize/rows.h"
 #include "quantize/validate.h"
 #include "runtime/executor.h"
 #include "runtime/status.h"
@@ -14,25 +14,6 @@ enum {
   TASKS = 16,              /* at least so many, so that workers of unequal speed end together */
   MOST_TASK_ROWS = 8,
 };
-
-typedef struct linear_run {
-  const sl_linear_dynamic_args *args;
-  const sl_quantize_kernel *kernel;
-  bool wide;         /* rows are int16_t or, of at most 7 bits, int8_t, in one plane; else int8_t, in one or two */
-  int64_t row_bytes; /* of a row, both planes */
-  int64_t segments, block_rows, column_chunks;
-  int64_t task_rows; /* rows that a task quantises */
-  sl_rows rows;
-  /* Workspace. */
-  char *activations; /* [rows, row_bytes] */
-  float *scale;      /* [rows, 2]: of each plane, 0 for a plane that isn't there */
-  int32_t *sums;     /* [rows, 2, segments], of int8_t rows */
-  int8_t *bits;      /* [rows] */
-  float *outliers;   /* [rows, most outliers] */
-  int16_t *integers; /* [workers, padded inputs] */
-  char *scratch;     /* [workers, scratch_bytes] */
-  int64_t scratch_bytes;
-} linear_run;
 
 /* A worker's scratch memory in a row block times a panel. */
 typedef struct block_scratch {
@@ -45,7 +26,7 @@ typedef struct block_scratch {
   char *unpacked;           /* SL_PANEL_SCRATCH bytes */
 } block_scratch;
 
-static block_scratch cut_scratch(const linear_run *run, sl_arena *arena) {
+static block_scratch cut_scratch(const sl_linear_run *run, sl_arena *arena) {
   int64_t most = run->rows.outlier_ratio > 0 ? sl_most_outliers(run->rows.columns) : 0, rows = run->block_rows * 2;
   block_scratch scratch;
   scratch.tile = sl_arena_take(arena, rows * SL_QUANTIZE_PANEL, sizeof(float));
@@ -58,9 +39,10 @@ static block_scratch cut_scratch(const linear_run *run, sl_arena *arena) {
   return scratch;
 }
 
-static sl_status prepare(const sl_linear_dynamic_args *args, sl_arena *arena, linear_run *run) {
+sl_status sl_linear_prepare(const sl_linear_dynamic_args *args, sl_dtype out_dtype, sl_arena *arena,
+                            sl_linear_run *run) {
   memset(run, 0, sizeof *run);
-  run->args = args;
+  run->args = args, run->out_dtype = out_dtype;
   run->kernel = sl_quantize_find_kernel();
   run->wide = sl_rows_are_wide(run->kernel, args->weight.bits);
   int64_t inputs = sl_padded_inputs(&args->weight), rows = args->rows;
@@ -106,13 +88,13 @@ sl_status sl_linear_dynamic_workspace_size(const sl_linear_dynamic_args *args, s
   SL_REQUIRE(bytes, SL_INVALID_ARGUMENT, "bytes is NULL");
   SL_CHECK(sl_quantize_validate_linear(args, false));
   sl_arena arena = sl_arena_make(NULL, 0);
-  linear_run run;
-  SL_CHECK(prepare(args, &arena, &run));
+  sl_linear_run run;
+  SL_CHECK(sl_linear_prepare(args, args->dtype, &arena, &run));
   *bytes = arena.used;
   return SL_OK;
 }
 
-static void quantize_row(const linear_run *run, int64_t worker, int64_t row) {
+void sl_linear_quantize_row(const sl_linear_run *run, int64_t worker, int64_t row) {
   const sl_quantized_weight *weight = &run->args->weight;
   int64_t inputs = sl_padded_inputs(weight), columns = weight->in_features;
   char *activations = run->activations + row * run->row_bytes;
@@ -138,13 +120,13 @@ static void quantize_row(const linear_run *run, int64_t worker, int64_t row) {
 }
 
 static void quantize_task(void *context, int64_t worker, int64_t task) {
-  const linear_run *run = context;
+  const sl_linear_run *run = context;
   int64_t end = (task + 1) * run->task_rows < run->args->rows ? (task + 1) * run->task_rows : run->args->rows;
-  for (int64_t row = task * run->task_rows; row < end; ++row) quantize_row(run, worker, row);
+  for (int64_t row = task * run->task_rows; row < end; ++row) sl_linear_quantize_row(run, worker, row);
 }
 
 /* Columns of the panel that belong to outlier channels, as float32. */
-static void read_outlier_weights(const linear_run *run, int64_t panel, float *out) {
+static void read_outlier_weights(const sl_linear_run *run, int64_t panel, float *out) {
   const sl_quantized_weight *weight = &run->args->weight;
   for (int64_t i = 0; i < run->rows.outliers; ++i) {
     int64_t input = run->rows.outlier_channels[i];
@@ -157,7 +139,7 @@ static void read_outlier_weights(const linear_run *run, int64_t panel, float *ou
 }
 
 /* The rows of a block that are int8_t, then those that are int16_t; returns how many the first are. */
-static int64_t list_wide_rows(const linear_run *run, int64_t first, int64_t rows, const block_scratch *scratch) {
+static int64_t list_wide_rows(const sl_linear_run *run, int64_t first, int64_t rows, const block_scratch *scratch) {
   const sl_quantized_weight *weight = &run->args->weight;
   int64_t narrow = 0, listed = 0;
   for (int wide = 0; wide < 2; ++wide) {
@@ -175,7 +157,7 @@ static int64_t list_wide_rows(const linear_run *run, int64_t first, int64_t rows
 }
 
 /* The rows of a block as planes, for sl_multiply_panel(); returns how many planes each has. */
-static int list_planes(const linear_run *run, int64_t first, int64_t rows, const block_scratch *scratch) {
+static int list_planes(const sl_linear_run *run, int64_t first, int64_t rows, const block_scratch *scratch) {
   int planes = 1;
   for (int64_t i = 0; i < rows; ++i) {
     if (run->args->bits[first + i] == 16) planes = 2;
@@ -194,12 +176,12 @@ static int list_planes(const linear_run *run, int64_t first, int64_t rows, const
   return planes;
 }
 
-static void multiply_task(void *context, int64_t worker, int64_t task) {
-  const linear_run *run = context;
+void sl_linear_multiply(const sl_linear_run *run, int64_t worker, int64_t task, int64_t all_rows) {
   const sl_linear_dynamic_args *args = run->args;
   const sl_quantized_weight *weight = &args->weight;
   int64_t block = task / run->column_chunks, chunk = task % run->column_chunks;
-  int64_t first = block * run->block_rows, rows = args->rows - first;
+  int64_t first = block * run->block_rows, rows = all_rows - first;
+  if (rows <= 0) return;
   if (rows > run->block_rows) rows = run->block_rows;
   int64_t panels = sl_ceil_divide(weight->out_features, SL_QUANTIZE_PANEL);
   sl_arena arena = sl_arena_make(run->scratch + worker * run->scratch_bytes, (size_t)run->scratch_bytes);
@@ -219,14 +201,14 @@ static void multiply_task(void *context, int64_t worker, int64_t task) {
   finish.place = run->wide ? scratch.place : NULL;
   finish.outliers = run->rows.outliers, finish.outlier_weight = scratch.outlier_weight;
   if (finish.outliers) finish.outlier = run->outliers + first * finish.outliers;
-  finish.dtype = args->dtype, finish.row_stride = weight->out_features, finish.channel_stride = 1;
+  finish.dtype = run->out_dtype, finish.row_stride = weight->out_features, finish.channel_stride = 1;
   int64_t end = panels * (chunk + 1) / run->column_chunks;
   for (int64_t panel = panels * chunk / run->column_chunks; panel < end; ++panel) {
     int64_t channel = panel * SL_QUANTIZE_PANEL, left = weight->out_features - channel;
     float bias[SL_QUANTIZE_PANEL];
     sl_set_panel_channels(&finish, left, args->bias ? args->bias + channel : NULL, bias);
     int64_t at = first * weight->out_features + channel;
-    finish.out = (char *)args->out + at * (int64_t)sl_value_size(args->dtype);
+    finish.out = (char *)args->out + at * (int64_t)sl_value_size(run->out_dtype);
     read_outlier_weights(run, panel, scratch.outlier_weight);
     if (product.rows > 0) sl_multiply_panel(&product, panel);
     if (wide.rows > 0) sl_multiply_panel(&wide, panel);
@@ -234,21 +216,30 @@ static void multiply_task(void *context, int64_t worker, int64_t task) {
   }
 }
 
-sl_status sl_linear_dynamic(const sl_linear_dynamic_args *args) {
-  SL_CHECK(sl_quantize_validate_linear(args, true));
-  sl_arena arena = sl_arena_make(args->workspace, args->workspace_size);
-  linear_run run;
-  SL_CHECK(prepare(args, &arena, &run));
-  SL_REQUIRE(args->workspace && arena.used <= args->workspace_size, SL_OUT_OF_MEMORY,
-             "workspace_size is %zu, expected at least %zu", args->workspace ? args->workspace_size : 0, arena.used);
-  if (args->rows == 0) return SL_OK;
+static void multiply_task(void *context, int64_t worker, int64_t task) {
+  const sl_linear_run *run = context;
+  sl_linear_multiply(run, worker, task, run->args->rows);
+}
+
+void sl_linear_run_all(sl_linear_run *run) {
+  const sl_linear_dynamic_args *args = run->args;
+  if (args->rows == 0) return;
   sl_stage stages[SL_MEASURE_STAGES + 2];
-  int count = sl_list_measure_stages(&run.rows, stages);
-  stages[count++] = (sl_stage){sl_ceil_divide(args->rows, run.task_rows), quantize_task, NULL, &run};
-  int64_t blocks = sl_ceil_divide(args->rows, run.block_rows);
-  stages[count++] = (sl_stage){blocks * run.column_chunks, multiply_task, NULL, &run};
+  int count = sl_list_measure_stages(&run->rows, stages);
+  stages[count++] = (sl_stage){sl_ceil_divide(args->rows, run->task_rows), quantize_task, NULL, run};
+  stages[count++] = (sl_stage){sl_linear_blocks(run) * run->column_chunks, multiply_task, NULL, run};
   /* A multiplication is some thirty times as fast as the measure of an element that sl_executor_for() has in mind. */
   int64_t work = args->rows * args->weight.in_features * (args->weight.out_features / 32 + 1);
   sl_run_stages(sl_executor_for(args->executor, work), stages, count);
+}
+
+sl_status sl_linear_dynamic(const sl_linear_dynamic_args *args) {
+  SL_CHECK(sl_quantize_validate_linear(args, true));
+  sl_arena arena = sl_arena_make(args->workspace, args->workspace_size);
+  sl_linear_run run;
+  SL_CHECK(sl_linear_prepare(args, args->dtype, &arena, &run));
+  SL_REQUIRE(args->workspace && arena.used <= args->workspace_size, SL_OUT_OF_MEMORY,
+             "workspace_size is %zu, expected at least %zu", args->workspace ? args->workspace_size : 0, arena.used);
+  sl_linear_run_all(&run);
   return SL_OK;
 }

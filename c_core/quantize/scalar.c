@@ -1,6 +1,7 @@
 /* The kernel table in plain C, which every machine has. */
 #include <stddef.h>
 
+#include "quantize/gate_loops.h"
 #include "quantize/row_loops.h"
 
 static void load_row(sl_dtype dtype, const void *x, int64_t count, float *out) {
@@ -75,6 +76,14 @@ static void multiply4(const sl_quantize_tile *tile) {
 
 static void finish(const sl_quantize_finish *work) { sl_loop_finish(work); }
 
+static void lstm_gates(const float *x, const float *h, int64_t size, float *cell, float *out) {
+  sl_loop_lstm_gates(x, h, size, cell, out);
+}
+
+static void gru_gates(const float *x, const float *h, int64_t size, float *state) {
+  sl_loop_gru_gates(x, h, size, state);
+}
+
 static int64_t run_peak(int64_t count) {
   enum { LANES = 64 };
   int32_t sums[LANES] = {0};
@@ -107,5 +116,7 @@ const sl_quantize_kernel sl_quantize_scalar = {
     .multiply8 = multiply8,
     .multiply4 = multiply4,
     .finish = finish,
+    .lstm_gates = lstm_gates,
+    .gru_gates = gru_gates,
     .run_peak = run_peak,
 };

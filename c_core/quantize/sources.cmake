@@ -1,6 +1,6 @@
 target_sources(sluice_objects PRIVATE
   quantize/conv2d.c quantize/kernels.c quantize/linear.c quantize/lookup.c quantize/pack.c quantize/panel.c quantize/quantize.c
-  quantize/reference.c quantize/rows.c quantize/scalar.c quantize/validate.c)
+  quantize/recurrent.c quantize/reference.c quantize/rows.c quantize/scalar.c quantize/validate.c)
 
 # Overlays; kernels.def names them.
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$" OR SLUICE_EMULATED)

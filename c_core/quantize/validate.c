@@ -47,6 +47,12 @@ static sl_status check_choice(const char *name, int32_t bits, double target_sqnr
   return SL_OK;
 }
 
+static sl_status check_outlier_ratio(double ratio) {
+  SL_REQUIRE(ratio >= 0 && isfinite(ratio), SL_INVALID_ARGUMENT,
+             "outlier_ratio is %g, expected a number above 0, or 0 for no outlier channels", ratio);
+  return SL_OK;
+}
+
 sl_status sl_quantize_validate_weight(const sl_quantized_weight *weight, bool data) {
   SL_REQUIRE(weight, SL_INVALID_ARGUMENT, "weight is NULL");
   SL_CHECK(check_size("groups", weight->groups, 1));
@@ -95,8 +101,7 @@ sl_status sl_quantize_validate_linear(const sl_linear_dynamic_args *args, bool d
   SL_CHECK(check_count("out", args->rows, args->weight.out_features));
   SL_CHECK(sl_quantize_validate_dtype("x", args->dtype));
   SL_CHECK(check_choice("activation_bits", args->activation_bits, args->target_sqnr));
-  SL_REQUIRE(args->outlier_ratio >= 0 && isfinite(args->outlier_ratio), SL_INVALID_ARGUMENT,
-             "outlier_ratio is %g, expected a number above 0, or 0 for no outlier channels", args->outlier_ratio);
+  SL_CHECK(check_outlier_ratio(args->outlier_ratio));
   SL_CHECK(check_executor(args->executor));
   if (!data) return SL_OK;
   SL_CHECK(check_pointer("x", args->x, args->rows == 0 || args->weight.in_features == 0));
@@ -174,4 +179,69 @@ sl_status sl_quantize_validate_lookup(const sl_lookup_weight_args *args) {
                (long long)args->rows[i], (long long)i, (long long)args->weight.out_features);
   }
   return SL_OK;
+}
+
+static sl_status check_matrix(const char *name, const sl_quantized_weight *weight, int64_t outputs, int64_t inputs,
+                              bool data) {
+  SL_CHECK(sl_quantize_validate_weight(weight, data));
+  SL_REQUIRE(weight->groups == 1, SL_INVALID_ARGUMENT, "groups of the %s weight is %lld, expected 1", name,
+             (long long)weight->groups);
+  SL_REQUIRE(weight->out_features == outputs && weight->in_features == inputs, SL_INVALID_ARGUMENT,
+             "the %s weight is [%lld, %lld], expected [%lld, %lld]", name, (long long)weight->out_features,
+             (long long)weight->in_features, (long long)outputs, (long long)inputs);
+  return SL_OK;
+}
+
+static sl_status check_batch_sizes(const sl_recurrent_dynamic_args *args) {
+  int64_t most = args->batch, rows = 0;
+  for (int64_t step = 0; step < args->steps; ++step) {
+    int64_t size = args->batch_sizes[step];
+    SL_REQUIRE(size >= 1 && size <= most, SL_INVALID_ARGUMENT,
+               "batch_sizes[%lld] is %lld, expected at least 1 and at most %s, which is %lld", (long long)step,
+               (long long)size, step ? "the one before" : "the batch of h0", (long long)most);
+    most = size, rows += size;
+  }
+  SL_REQUIRE(rows == args->rows, SL_INVALID_ARGUMENT, "x has %lld rows, expected the sum of batch_sizes, %lld",
+             (long long)args->rows, (long long)rows);
+  return SL_OK;
+}
+
+sl_status sl_quantize_validate_recurrent(const sl_recurrent_dynamic_args *args, int gates, bool data) {
+  SL_REQUIRE(args, SL_INVALID_ARGUMENT, "args is NULL");
+  SL_CHECK(check_size("steps", args->steps, 0));
+  SL_CHECK(check_size("batch", args->batch, 0));
+  SL_CHECK(check_size("rows", args->rows, 0));
+  SL_CHECK(check_size("hidden_size", args->hidden_size, 0));
+  bool lstm = gates == 4;
+  SL_REQUIRE(lstm || !args->project, SL_INVALID_ARGUMENT, "project is true, expected false for a GRU");
+  int64_t outputs = gates * args->hidden_size;
+  int64_t state = args->project ? args->projection.out_features : args->hidden_size;
+  SL_CHECK(check_matrix("input", &args->input, outputs, args->input.in_features, data));
+  SL_CHECK(check_matrix("hidden", &args->hidden, outputs, state, data));
+  if (args->project) SL_CHECK(check_matrix("projection", &args->projection, state, args->hidden_size, data));
+  int64_t columns = args->input.in_features > outputs ? args->input.in_features : outputs;
+  SL_CHECK(check_count("x or its product", args->rows, columns));
+  SL_CHECK(check_count("the state", args->batch, outputs));
+  SL_CHECK(sl_quantize_validate_dtype("x", args->dtype));
+  SL_CHECK(check_choice("activation_bits", args->activation_bits, args->target_sqnr));
+  SL_CHECK(check_choice("state_bits", args->state_bits, args->target_sqnr));
+  SL_CHECK(check_outlier_ratio(args->outlier_ratio));
+  SL_CHECK(check_executor(args->executor));
+  if (!data) return SL_OK;
+  if (args->batch_sizes) {
+    SL_CHECK(check_batch_sizes(args));
+  } else {
+    /* Neither is above 2^31, so that the product stays within 64 bits. */
+    SL_REQUIRE(args->rows == args->steps * args->batch, SL_INVALID_ARGUMENT,
+               "x has %lld rows, expected steps * batch, %lld * %lld", (long long)args->rows, (long long)args->steps,
+               (long long)args->batch);
+  }
+  SL_CHECK(check_pointer("x", args->x, args->rows == 0 || args->input.in_features == 0));
+  SL_CHECK(check_pointer("out", args->out, args->rows == 0 || state == 0));
+  SL_CHECK(check_pointer("h0", args->h0, args->batch == 0 || state == 0));
+  SL_CHECK(check_pointer("hn", args->hn, args->batch == 0 || state == 0));
+  bool no_cell = !lstm || args->batch == 0 || args->hidden_size == 0;
+  SL_CHECK(check_pointer("c0", args->c0, no_cell));
+  SL_CHECK(check_pointer("cn", args->cn, no_cell));
+  return check_pointer("bits", args->bits, args->rows == 0);
 }

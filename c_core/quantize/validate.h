@@ -2,6 +2,8 @@
 #ifndef SL_QUANTIZE_VALIDATE_H
 #define SL_QUANTIZE_VALIDATE_H
 
+#include <sluice/quantize_recurrent.h>
+
 #include "quantize/kernel.h"
 
 /* The sizes of a weight; with data, also its pointers. */
@@ -14,6 +16,8 @@ sl_status sl_quantize_validate_conv2d(const sl_conv2d_dynamic_args *args, bool d
 
 /* All of the arguments, every row, too. */
 sl_status sl_quantize_validate_lookup(const sl_lookup_weight_args *args);
+
+sl_status sl_quantize_validate_recurrent(const sl_recurrent_dynamic_args *args, int gates, bool data);
 
 sl_status sl_quantize_validate_dtype(const char *name, sl_dtype dtype);
 

@@ -102,3 +102,44 @@ void sl_run_stages(const sl_executor *executor, const sl_stage *stages, int coun
   if (most == 0) return;
   executor->parallel_for(executor->self, workers < most ? workers : most, drain_stages, &queue);
 }
+
+/* All tasks of all rounds are numbered in the order in which they may begin. */
+typedef struct round_queue {
+  const sl_stage *stages;
+  int count;
+  int64_t round_tasks, tasks;
+  _Atomic int64_t next, ended;
+} round_queue;
+
+/* The tasks below a stage's first have all ended where as many have ended at all: none of the others may have begun.
+ * No worker can wait for ever: what it waits for was taken before, and is being worked on. */
+static void drain_rounds(void *context, int64_t begin, int64_t end) {
+  round_queue *queue = context;
+  for (int64_t worker = begin; worker < end; ++worker) {
+    for (;;) {
+      int64_t task = atomic_fetch_add_explicit(&queue->next, 1, memory_order_relaxed);
+      if (task >= queue->tasks) break;
+      int64_t round = task / queue->round_tasks, first = round * queue->round_tasks;
+      const sl_stage *stage = queue->stages;
+      for (; task >= first + stage->count; ++stage) first += stage->count;
+      for (int64_t turn = 0; atomic_load_explicit(&queue->ended, memory_order_acquire) < first; ++turn) {
+        sl_wait_a_turn(turn);
+      }
+      stage->function(stage->context, worker, round * stage->count + task - first);
+      atomic_fetch_add_explicit(&queue->ended, 1, memory_order_acq_rel);
+    }
+  }
+}
+
+void sl_run_rounds(const sl_executor *executor, const sl_stage *stages, int count, int64_t rounds) {
+  if (!executor) executor = sl_serial_executor();
+  round_queue queue = {stages, count, 0, 0, 0, 0};
+  int64_t workers = sl_executor_workers(executor), most = 0;
+  for (int i = 0; i < count; ++i) {
+    queue.round_tasks += stages[i].count;
+    most = stages[i].count > most ? stages[i].count : most;
+  }
+  queue.tasks = queue.round_tasks * rounds;
+  if (queue.tasks == 0) return;
+  executor->parallel_for(executor->self, workers < most ? workers : most, drain_rounds, &queue);
+}

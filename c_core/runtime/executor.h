@@ -28,6 +28,11 @@ enum { SL_MOST_STAGES = 4 };
  * Workers that find no task left wait for those that still have one. */
 void sl_run_stages(const sl_executor *executor, const sl_stage *stages, int count);
 
+/* Runs count stages one after the other, and all of them again, rounds times in all, in one parallel region. Task t of
+ * a stage in round r is its task number r * stage.count + t, so that the function knows both. There may be any number
+ * of stages, without after. */
+void sl_run_rounds(const sl_executor *executor, const sl_stage *stages, int count, int64_t rounds);
+
 /* What a loop that waits for another thread does in its turn 0, 1, 2, ... */
 void sl_wait_a_turn(int64_t turn);
 

@@ -15,6 +15,7 @@
 #include <sluice/gated_attention.h>
 #include <sluice/prune.h>
 #include <sluice/quantize.h>
+#include <sluice/quantize_recurrent.h>
 #include <sluice/status.h>
 #include <sluice/types.h>
 #include <sluice/version.h>

@@ -189,6 +189,51 @@ TEST(Executor, AStageBeginsWhenTheOneBeforeHasEnded) {
   }
 }
 
+// Rounds: every task knows how many must have ended before it, and how many may at most have.
+struct RoundStage {
+  std::atomic<int64_t> *ended;
+  std::atomic<int> *wrong;
+  std::vector<std::atomic<int>> *runs;
+  int64_t count, before, round_tasks;
+};
+
+void run_round_task(void *context, int64_t, int64_t task) {
+  auto *stage = static_cast<RoundStage *>(context);
+  int64_t first = task / stage->count * stage->round_tasks + stage->before, ended = *stage->ended;
+  if (ended < first || ended >= first + stage->count) ++*stage->wrong;
+  for (int turn = 0; turn < 20; ++turn) std::this_thread::yield();  // others go on meanwhile, if they may
+  ++(*stage->runs)[static_cast<size_t>(first + task % stage->count)];
+  ++*stage->ended;
+}
+
+TEST(Executor, RoundsOfStagesRunInOrder) {
+  const sl_executor backwards = {run_backwards, nullptr, 3};
+  ThreadExecutor two(2), eight(8);
+  for (const sl_executor *executor : {sl_serial_executor(), two.get(), eight.get(), &backwards}) {
+    for (const auto &counts : std::vector<std::vector<int64_t>>{{1}, {5, 3}, {1, 40, 2, 7, 1}, {0, 4, 0, 2}, {0}, {}}) {
+      for (int64_t rounds : {0, 1, 30}) {
+        std::atomic<int64_t> ended{0};
+        std::atomic<int> wrong{0};
+        std::vector<RoundStage> contexts;
+        int64_t total = 0;
+        for (int64_t count : counts) total += count;
+        std::vector<std::atomic<int>> runs(static_cast<size_t>(total * rounds));
+        int64_t before = 0;
+        for (int64_t count : counts) {
+          contexts.push_back({&ended, &wrong, &runs, count, before, total});
+          before += count;
+        }
+        std::vector<sl_stage> stages;
+        for (auto &context : contexts) stages.push_back({context.count, run_round_task, nullptr, &context});
+        sl_run_rounds(executor, stages.data(), static_cast<int>(stages.size()), rounds);
+        EXPECT_EQ(wrong, 0);
+        EXPECT_EQ(ended, total * rounds);
+        for (const auto &count : runs) ASSERT_EQ(count, 1);
+      }
+    }
+  }
+}
+
 TEST(Executor, StagesWithoutTasksRunNothing) {
   for (const auto &counts : std::vector<std::vector<int64_t>>{{}, {0}, {0, 0}}) {
     ThreadExecutor executor(2);

@@ -13,6 +13,7 @@ from benchmarks import (
     gated_attention,
     import_time,
     monitor_overhead,
+    quantize_recurrent,
     recall,
 )
 
@@ -143,3 +144,16 @@ def test_recall_names_a_bad_size(capsys):
     with pytest.raises(SystemExit):
         recall.main(["--n=20"])
     assert "--n is 20, expected at least 48" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_quantize_recurrent(rows_of, capsys):
+    rows = rows_of(quantize_recurrent, "--hidden", 24, "--batch", 2, "--steps", 3, "--repeats", 1)
+    assert [row["kind"] for row in rows] == ["lstm", "gru"]
+    for row in rows:
+        assert (row["hidden"], row["batch"], row["steps"], row["state_bits"]) == (24, 2, 3, [16])
+        assert row["peers"].keys() == {"fp32", "fbgemm"}
+        assert row["ratio"] == row["ratios"]["fp32"] == pytest.approx(row["peers"]["fp32"] / row["seconds"])
+        assert 0 < row["error"] < 0.03
+        assert 0 < row["linear_error"] < 0.03
+    assert "peer / sluice" in capsys.readouterr().out

@@ -182,6 +182,17 @@ def test_a_quantised_product_counts_both_passes_of_sixteen_bits():
     assert counted == (dense, dense)
 
 
+def test_a_quantised_recurrent_layer_counts_each_of_its_products():
+    x, h, c = torch.randn(5, 2, 16), torch.randn(2, 6), torch.randn(2, 8)
+    widths = torch.full((3, 10), 8, dtype=torch.int8)
+    widths[1] = 16  # the state
+    products = 2 * 16 * 32, 2 * 6 * 32, 2 * 8 * 6
+    counted = formulas._lstm_dynamic(x, h, c, None, None, None, None, x, out_val=(x, h, c, widths))
+    assert counted == (10 * (sum(products) + products[1]), 10 * sum(products))
+    counted = formulas._gru_dynamic(x, c, None, out_val=(x, c, widths[:2]))
+    assert counted == (10 * (2 * 16 * 24 + 2 * 2 * 8 * 24), 10 * (2 * 16 * 24 + 2 * 8 * 24))
+
+
 def _train(monitored):
     torch.manual_seed(3)
     model = nn.Sequential(torch_sluice.GatedAttention(16, 2), nn.Dropout(0.5))

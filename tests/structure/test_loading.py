@@ -52,8 +52,8 @@ for name in names:
     print(name, *(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in ("CPU", "CUDA")), built())
 """
 CPU_ONLY = (  # on other devices torch serves norms, and nothing quantises
-    *("channel_norms", "conv2d_dynamic", "linear_dynamic", "pack_conv2d_weight", "pack_linear_weight"),
-    *("quantize_dynamic", "unpack_linear_weight", "lookup_linear_weight"),
+    *("channel_norms", "conv2d_dynamic", "gru_dynamic", "linear_dynamic", "lstm_dynamic", "pack_conv2d_weight"),
+    *("pack_linear_weight", "quantize_dynamic", "unpack_linear_weight", "lookup_linear_weight"),
 )
 OPERATORS = sorted(
     (*CPU_ONLY, "accumulate_", "gated_attention", "gated_attention_backward", "measure_gradient", "read_accumulator")

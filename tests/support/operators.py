@@ -34,8 +34,17 @@ CALLS = {
         *(torch.randn(1, 2, 5, 8), *attention_inputs(), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5)),
         *(True, 0, 0, 0.3),
     ],
+    "gru_dynamic": lambda: [
+        *(torch.ones(5, 9), torch.ones(3, 4), *packed_weight(12, 9), *packed_weight(12, 4)),
+        *(torch.ones(12), torch.ones(12), torch.tensor([3, 2]), [8, 8], [0, 0], False, 8, 8, 0.0, 0.0),
+    ],
     "linear_dynamic": lambda: [torch.ones(2, 9), *packed_weight(5, 9), torch.ones(5), 5, 8, 0, 8, 0.0, True, 0.0],
     "lookup_linear_weight": lambda: [torch.tensor([4, 0]), *packed_weight(5, 9), 5, 9, 8, 0],
+    "lstm_dynamic": lambda: [
+        *(torch.ones(5, 9), torch.ones(3, 2), torch.ones(3, 4), *packed_weight(16, 9), *packed_weight(16, 2)),
+        *(*packed_weight(2, 4), torch.ones(16), torch.ones(16), torch.tensor([3, 2]), [8, 8, 8], [0, 0, 0]),
+        *(False, 8, 8, 0.0, 0.0),
+    ],
     "measure_gradient": lambda: [torch.ones(5, 3)],
     "pack_conv2d_weight": lambda: [torch.ones(4, 2, 3, 3), 8, 0, 1],
     "pack_linear_weight": lambda: [torch.ones(5, 9), 8, 0],

@@ -63,6 +63,28 @@ def _conv2d_dynamic(
     return round(dense * _passes(out_val)), dense
 
 
+def _lstm_dynamic(
+    x, h0, c0, packed_ih, scale_ih, packed_hh, scale_hh, packed_hr, *options, out_val=None
+) -> tuple[int, int]:
+    """2 (inputs + state) 4 hidden a row, and the projection's 2 hidden state."""
+    hidden, state = c0.shape[1], h0.shape[1]
+    each = [2 * x.shape[-1] * 4 * hidden, 2 * state * 4 * hidden]
+    return _recurrent([*each, *([] if packed_hr is None else [2 * hidden * state])], out_val[-1])
+
+
+def _gru_dynamic(x, h0, *options, out_val=None) -> tuple[int, int]:
+    """2 (inputs + hidden) 3 hidden a row."""
+    hidden = h0.shape[1]
+    return _recurrent([2 * x.shape[-1] * 3 * hidden, 2 * hidden * 3 * hidden], out_val[-1])
+
+
+def _recurrent(each: list[int], bits) -> tuple[int, int]:
+    """each: operations of each product for a row; bits [products, rows]."""
+    rows = bits.shape[1]
+    executed = sum(round(rows * count * _passes((None, widths))) for count, widths in zip(each, bits, strict=True))
+    return executed, rows * sum(each)
+
+
 def _passes(out_val) -> float:
     bits = out_val[1]
     known = bits.numel() and bits.device.type != "meta" and not isinstance(bits, torch._subclasses.FakeTensor)
@@ -75,7 +97,14 @@ def _present(formulas: dict[str, object]) -> dict:
 
 # Both give (executed, dense-equivalent).
 GATED = _present({"gated_attention": _gated_attention, "gated_attention_backward": _gated_attention_backward})
-QUANTISED = _present({"linear_dynamic": _linear_dynamic, "conv2d_dynamic": _conv2d_dynamic})
+QUANTISED = _present(
+    {
+        "linear_dynamic": _linear_dynamic,
+        "conv2d_dynamic": _conv2d_dynamic,
+        "lstm_dynamic": _lstm_dynamic,
+        "gru_dynamic": _gru_dynamic,
+    }
+)
 
 # Only our counter uses these; torch's own table has the forms that ``_register`` gives it.
 OVERRIDES = {**GATED, **QUANTISED}

@@ -34,13 +34,15 @@ def _check_sizes(name, tensor, shape):
         torch._check_value(got == wanted, lambda: f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
 
 
-def _check_weight(packed, scale, out_features, in_features, bits, group_size, groups=1):
+def _check_weight(
+    packed, scale, out_features, in_features, bits, group_size, groups=1, names=("packed", "weight_scale")
+):
     if bits not in (4, 8):
         raise ValueError(f"bits of the weight is {bits}, expected 8 or 4")
     size, scale_shape = packed_sizes(out_features, in_features, bits, group_size, groups)
     for name, tensor, dtype, shape in (
-        ("packed", packed, torch.uint8, (size,)),
-        ("weight_scale", scale, torch.float32, scale_shape),
+        (names[0], packed, torch.uint8, (size,)),
+        (names[1], scale, torch.float32, scale_shape),
     ):
         if tensor.dtype != dtype:
             raise ValueError(f"{name} is {tensor.dtype}, expected {dtype}")
@@ -48,14 +50,12 @@ def _check_weight(packed, scale, out_features, in_features, bits, group_size, gr
         _check_sizes(name, tensor, shape)
 
 
-def _check_bias(bias, out_features):
+def _check_bias(bias, out_features, name="bias"):
     if bias is None:
         return
-    _check_values("bias", bias)
-    _check_rank("bias", bias, 1, f"[{out_features}]")
-    torch._check_value(
-        bias.shape[0] == out_features, lambda: f"bias has shape {list(bias.shape)}, expected [{out_features}]"
-    )
+    _check_values(name, bias)
+    _check_rank(name, bias, 1, f"[{out_features}]")
+    _check_sizes(name, bias, [out_features])
 
 
 @register_fake("quantize_dynamic")
@@ -158,3 +158,84 @@ def _fake_conv2d(
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     out = torch.empty((images, out_channels, *out_sizes), dtype=x.dtype, device=x.device, memory_format=memory_format)
     return out, x.new_empty((images,), dtype=torch.int8)
+
+
+def _fake_recurrent(gates, x, h0, hidden_size, matrices, biases, batch_sizes, weight_bits, group_size):
+    """out, hn and bits of both recurrent layers. matrices: (name, packed, scale, outputs, inputs) of each weight."""
+    _check_values("x", x)
+    if batch_sizes is None:
+        _check_rank("x", x, 3, "[steps, batch, inputs], or [rows, inputs] with batch_sizes")
+        torch._check_value(
+            h0.shape[0] == x.shape[1],
+            lambda: f"h0 has shape {list(h0.shape)}, expected {x.shape[1]} rows, the batch of x",
+        )
+    else:
+        _check_rank("x", x, 2, "[rows, inputs] with batch_sizes")
+        if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1:
+            raise ValueError(f"batch_sizes is {batch_sizes.dtype} {list(batch_sizes.shape)}, expected int64 [steps]")
+    for name, values in (("weight_bits", weight_bits), ("group_size", group_size)):
+        if len(values) != len(matrices):
+            raise ValueError(f"{name} has {len(values)} numbers, expected {len(matrices)}, one for each weight")
+    for (name, packed, scale, outputs, inputs), bits, size in zip(matrices, weight_bits, group_size, strict=True):
+        _check_weight(packed, scale, outputs, inputs, bits, size, names=(f"packed_{name}", f"scale_{name}"))
+    for name, bias in zip(("bias_ih", "bias_hh"), biases, strict=True):
+        _check_bias(bias, gates * hidden_size, name)
+    out = x.new_empty((*x.shape[:-1], h0.shape[1]))
+    bits = x.new_empty((len(matrices), math.prod(x.shape[:-1])), dtype=torch.int8)
+    return out, x.new_empty(h0.shape), bits
+
+
+def _check_state(name, state, x):
+    _check_rank(name, state, 2, "[batch, size]")
+    if state.dtype != x.dtype:
+        raise ValueError(f"{name} is {state.dtype}, expected {x.dtype}, as x is")
+
+
+@register_fake("lstm_dynamic")
+def _fake_lstm(
+    x,
+    h0,
+    c0,
+    packed_ih,
+    scale_ih,
+    packed_hh,
+    scale_hh,
+    packed_hr,
+    scale_hr,
+    bias_ih,
+    bias_hh,
+    batch_sizes,
+    weight_bits,
+    group_size,
+    *options,
+):
+    _check_state("h0", h0, x)
+    _check_state("c0", c0, x)
+    hidden, state = c0.shape[1], h0.shape[1]
+    matrices = [("ih", packed_ih, scale_ih, 4 * hidden, x.shape[-1]), ("hh", packed_hh, scale_hh, 4 * hidden, state)]
+    if packed_hr is not None:
+        matrices.append(("hr", packed_hr, scale_hr, state, hidden))
+    biases = bias_ih, bias_hh
+    out, hn, bits = _fake_recurrent(4, x, h0, hidden, matrices, biases, batch_sizes, weight_bits, group_size)
+    return out, hn, x.new_empty(c0.shape), bits
+
+
+@register_fake("gru_dynamic")
+def _fake_gru(
+    x,
+    h0,
+    packed_ih,
+    scale_ih,
+    packed_hh,
+    scale_hh,
+    bias_ih,
+    bias_hh,
+    batch_sizes,
+    weight_bits,
+    group_size,
+    *options,
+):
+    _check_state("h0", h0, x)
+    hidden = h0.shape[1]
+    matrices = [("ih", packed_ih, scale_ih, 3 * hidden, x.shape[-1]), ("hh", packed_hh, scale_hh, 3 * hidden, hidden)]
+    return _fake_recurrent(3, x, h0, hidden, matrices, (bias_ih, bias_hh), batch_sizes, weight_bits, group_size)
