@@ -106,16 +106,19 @@ def _candidates(couplings: Couplings) -> tuple[list[list[ChannelGroup]], list[st
     closing = couplings.closing()
     roots = couplings.find(np.arange(couplings.original_count))
     atoms = _atoms(couplings, roots)
-    splits = [
-        (axis, couplings.find(axis.numpy().ravel()).reshape(axis.shape))
-        for axis in [*couplings.splits, *couplings.parts]
-    ]
+    splits = []
+    for axis in (*couplings.splits, *couplings.parts):
+        numbers = couplings.find(axis.numpy().ravel()).reshape(axis.shape)
+        splits.append((axis, numbers, frozenset(numbers.ravel().tolist())))
     found, notes, seen = [], [], set()
     for source in couplings.sources:
         if not _makes_channels(couplings, source):
             continue
         own = roots[source.first : source.first + source.size]
-        name = source.name.rpartition(".")[0] if source.name.endswith(".weight") else source.name
+        if not _can_leave(closing, own):
+            notes.append(f"{_label(source.name)}: stays, because {closing.why_frozen(own.tolist())}")
+            continue
+        name = _label(source.name)
         ways, frozen = [], None
         for units, rows in _partitions(closing, own, splits):
             frozen = frozen or closing.why_frozen(set().union(*units))
@@ -135,6 +138,15 @@ def _candidates(couplings: Couplings) -> tuple[list[list[ChannelGroup]], list[st
     return found, notes
 
 
+def _label(name: str) -> str:
+    """By which a parameter's layer is called in groups and notes."""
+    return name.rpartition(".")[0] if name.endswith(".weight") else name
+
+
+def _can_leave(closing: Closing, own: np.ndarray) -> bool:
+    return not all(root in closing.frozen for root in own.tolist())
+
+
 def _makes_channels(couplings: Couplings, source: Source) -> bool:
     """Whether a dimension is that of a layer's outputs."""
     if couplings.tensors[source.name].dim() < 2 or not couplings.tensors[source.name].is_floating_point():
@@ -151,12 +163,12 @@ def _atoms(couplings: Couplings, roots: np.ndarray) -> dict[int, list[tuple[int,
     return atoms
 
 
-def _partitions(closing: Closing, own: np.ndarray, splits: list[tuple[Tensor, np.ndarray]]):
+def _partitions(closing: Closing, own: np.ndarray, splits):
     """Ways to form units from the channels of a layer, with the numbers of rows that these ways know of: by the rows of
     every array that they were arranged in, or each for itself where they never were."""
     mine, touching = set(own.tolist()), []
-    for axis, roots in splits:
-        if not mine.isdisjoint(roots.ravel().tolist()):
+    for axis, roots, all_roots in splits:
+        if not mine.isdisjoint(all_roots):
             touching.append((axis, roots))
     if not touching:
         yield _units(closing, [[root] for root in dict.fromkeys(own.tolist())]), []
@@ -174,16 +186,19 @@ def _partitions(closing: Closing, own: np.ndarray, splits: list[tuple[Tensor, np
 
 def _units(closing: Closing, sets: list[list[int]]) -> list[frozenset[int]]:
     """What leaves with each of these; those that share something are one unit."""
-    units: list[frozenset[int]] = []
-    for own in sets:
+    units: dict[int, frozenset[int]] = {}  # by place, in order
+    owner: dict[int, int] = {}
+    for place, own in enumerate(sets):
         closed = closing.close(own)
-        shared = [unit for unit in units if unit & closed]
-        if len(shared) == 1 and closed <= shared[0]:
+        shared = {owner[root] for root in closed if root in owner}
+        if len(shared) == 1 and closed <= units[next(iter(shared))]:
             continue
-        place = units.index(shared[0]) if shared else len(units)
-        units = [unit for unit in units if unit not in shared]
-        units.insert(place, closing.close(closed.union(*shared)))
-    return units
+        if shared:
+            closed = closing.close(closed.union(*(units.pop(other) for other in shared)))
+            place = min(shared)
+        units[place] = closed
+        owner.update(dict.fromkeys(closed, place))
+    return [units[place] for place in sorted(units)]
 
 
 def _make_group(name, units, rows, atoms, couplings: Couplings) -> ChannelGroup | None:
@@ -192,7 +207,10 @@ def _make_group(name, units, rows, atoms, couplings: Couplings) -> ChannelGroup 
     for place, unit in enumerate(units):
         for root in unit:
             for source, index in atoms.get(root, ()):
-                indices.setdefault(source, [[] for _ in units])[place].append(index)
+                of_units = indices.get(source)
+                if of_units is None:
+                    of_units = indices[source] = [[] for _ in units]
+                of_units[place].append(index)
     members, counts, most = [], set(), 1
     attended = False
     for number, of_unit in sorted(indices.items()):

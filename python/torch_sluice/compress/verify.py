@@ -83,20 +83,22 @@ def _without_overlaps(groups: list[ChannelGroup]) -> list[ChannelGroup]:
 
 def _prove_together(model, groups: list[ChannelGroup], inputs, report) -> set[int]:
     """ids of the groups that hold, found by halving."""
-    proved: set[int] = set()
+    proved: dict[int, ChannelGroup] = {}
     work = [groups] if groups else []
     while work:
-        part = work.pop()
+        part = [group for group in work.pop() if _is_free(group, list(proved.values()))]
+        if not part:
+            continue
         report(part[0].name)
         whole = _without_overlaps(part)
         rest = [group for group in part if not any(group is other for other in whole)]
         if rest:
-            work.append(rest)
+            work.insert(0, rest)  # last: most leave with units that are proved by then
         if _difference(model, whole, inputs) is None:
-            proved.update(id(group) for group in whole)
+            proved.update((id(group), group) for group in whole)
         elif len(whole) > 1:
             work += [whole[len(whole) // 2 :], whole[: len(whole) // 2]]
-    return proved
+    return set(proved)
 
 
 def _all_together(model, groups, inputs) -> tuple[list[ChannelGroup], list[str]]:
