@@ -202,15 +202,15 @@ def _answers(tensors: list[Tensor]) -> int:
 
 
 @contextlib.contextmanager
-def noised(model: nn.Module, share: float = 1.0):
-    """Within it, the model's weights carry noise of this share of their own spread."""
+def noised(model: nn.Module, seed: int):
+    """Within it, the model's weights carry noise as large as their own spread."""
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     before = [p.detach().clone() for p in parameters]
     try:
-        with torch.no_grad(), seeded():
+        with torch.no_grad(), seeded(seed):
             for parameter in parameters:
                 spread = parameter.float().std(correction=0) if parameter.numel() > 1 else parameter.float().abs()
-                parameter.add_((share * spread * torch.randn(parameter.shape)).to(parameter))
+                parameter.add_((spread * torch.randn(parameter.shape)).to(parameter))
         yield model
     finally:
         with torch.no_grad():

@@ -194,19 +194,18 @@ class Measure:
         metric, parts = self._blocks.metric, self._blocks.parts[:2]
         batches = as_batches([piece for _, part in parts for piece in part]) or self._batches
         try:
-            before = run_metric(metric, original, batches)
-            with noised(original):
-                after = run_metric(metric, original, batches)
-            with noised(original, 0.3):
-                slightly = run_metric(metric, original, batches)
+            before, noisy = run_metric(metric, original, batches), []
+            for seed in (0, 1):
+                with noised(original, seed):
+                    noisy.append(run_metric(metric, original, batches))
         except Exception:
             return
-        counts = [value * sum(count_rows(inputs) or 1 for inputs, _ in batches) for value in (before, after, slightly)]
+        counts = [value * sum(count_rows(inputs) or 1 for inputs, _ in batches) for value in (before, *noisy)]
         if all(abs(count - round(count)) < 1e-6 for count in counts):
             return  # a share of samples, which is no loss, and by chance may be more
-        if 0 < _LOSS * before < min(after, slightly):
+        if 0 < _LOSS * before < min(noisy):
             raise ValueError(
-                f"metric returned {before:.4g} for the original model and {after:.4g} for one with noise on its "
+                f"metric returned {before:.4g} for the original model and {noisy[0]:.4g} for one with noise on its "
                 "weights, expected higher for the better: return an accuracy or a correlation, not a loss (exp(-loss) "
                 "does)"
             )

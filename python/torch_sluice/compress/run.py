@@ -80,7 +80,7 @@ class Run:
         self.pruner: Pruner | None = None
         self.evaluations = 0
         self.failures: Counter[str] = Counter()
-        self.call_seconds = measure_latency(self.original, example_inputs).median
+        self.call_seconds = measure_latency(self.original, example_inputs, 7, 0.3).median
         self._foresee_all()
 
     def finish(self) -> nn.Module:
