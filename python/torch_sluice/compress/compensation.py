@@ -6,9 +6,12 @@ x over the data, x_r is close to m_r + A (x_k - m_k), A = C_rk (C_kk + lambda I)
 c becomes c + W_r (m_r - A m_k). A layer without c uses second moments instead of the covariance, and no mean.
 A convolution does so at every tap; the channels at one position stand for x.
 
-lambda is the mean variance times the unknowns, |k|, for each independent row that C was taken from: what it should be
-where half of x_r can be told. Positions of a sample are not independent rows: how many the rows are worth is measured,
-by how much C differs between two halves of the data. With fewer than one row for four unknowns A is 0.
+lambda is the mean variance times |k| / n, the unknowns for each independent row that C was taken from, times
+s / (1 - s), where s is the share of x_r that cannot be told: what is best if all unknowns are alike. s is what a first
+fit leaves, corrected by its degrees of freedom, or 1/2 with fewer than 1.5 rows for each unknown; with fewer than 1/4,
+A is 0.
+Positions of a sample are not independent rows: how many they are worth is measured, by how much C differs between two
+halves of the data.
 """
 
 import math
@@ -238,10 +241,22 @@ def find_updates(
 def _estimate(part: Part, rows: float, kept: Tensor, gone: Tensor, centred: bool) -> Tensor:
     """A, float64 [gone, kept]."""
     moment = part.covariance(centred)
-    inner = moment[kept][:, kept]
-    ridge = max(_RIDGE, len(kept) / rows) * inner.diagonal().mean().clamp_min(1e-30)
+    inner, outer, unknowns = moment[kept][:, kept], moment[kept][:, gone], len(kept)
+    scale = inner.diagonal().mean().clamp_min(1e-30)
+    estimate = _solve(inner, outer, _RIDGE * scale)
+    untold = 0.5
+    if rows > 1.5 * unknowns:  # else the fit leaves next to nothing, whatever is true
+        variance = moment.diagonal()[gone].sum().clamp_min(1e-30)
+        untold = float(1 - (estimate * outer.T).sum() / variance) * rows / (rows - unknowns)
+        untold = min(max(untold, 0.0), 0.9)
+    ridge = unknowns / rows * untold / (1 - untold)
+    return estimate if ridge <= 2 * _RIDGE else _solve(inner, outer, ridge * scale)
+
+
+def _solve(inner: Tensor, outer: Tensor, ridge: Tensor) -> Tensor:
+    inner = inner.clone()
     inner.diagonal().add_(ridge)
-    return torch.cholesky_solve(moment[kept][:, gone], torch.linalg.cholesky(inner)).T
+    return torch.cholesky_solve(outer, torch.linalg.cholesky(inner)).T
 
 
 def compensate(pruned: nn.Module, original: nn.Module, lost: dict[tuple[str, str], set[int]], moments: Moments) -> None:
