@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import torch_sluice
+from torch_sluice.compress import measure as measure_module
 from torch_sluice.compress import quantization
 from torch_sluice.compress.choice import choose_layers
 from torch_sluice.compress.estimate import Score
@@ -49,9 +50,10 @@ def test_loss_tells_apart_what_the_metric_cannot():
     assert 0 == losses[0] < losses[1] < losses[2] < 1e-4
 
 
-def test_loss_is_the_relative_squared_error_on_pieces_of_the_last_fold():
+def test_loss_is_the_relative_squared_error_on_pieces_of_the_last_fold(monkeypatch):
     model, batches = model_and_batches()
     other = moved(model, 0.01)
+    monkeypatch.setattr(measure_module, "_ACCURACY", 0.0)
     for metric in (accuracy, lambda model, batches: 1.0, None):
         measure = Measure(model, batches, metric)
         last = [piece for piece in measure.pieces if piece.fold == measure.folds[-1]][:8]
@@ -62,6 +64,20 @@ def test_loss_is_the_relative_squared_error_on_pieces_of_the_last_fold():
         mean = (y if metric is not None else everything).mean(0)
         formula = (y - z).square().sum() / (y - mean).square().sum()
         assert measure.loss(other)[0] == pytest.approx(float(formula), rel=1e-5)
+
+
+def test_loss_looks_at_no_more_than_it_needs():
+    """All samples lose alike: the first pieces tell it."""
+    model, batches = model_and_batches(100)
+    measure, runs = Measure(model, batches, None), []
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[2].weight *= 0.9
+        other[2].bias *= 0.9
+    other.register_forward_hook(lambda *_: runs.append(1))
+    loss, _ = measure.loss(other)
+    assert len(runs) == 2
+    assert loss == pytest.approx(1 - measure.score(other).kept, rel=0.5)
 
 
 def test_loss_falls_back_on_the_metric_where_inputs_are_not_the_models():
