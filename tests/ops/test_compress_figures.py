@@ -216,7 +216,7 @@ def test_a_metric_that_fails_on_parts_is_taken_as_measured():
     data = [(x, model(x).argmax(1)) for x in torch.randn(64, 16).split(8)]
 
     def metric(model, batches):
-        if len(batches) < 8:
+        if sum(len(y) for _, y in batches) < 64:
             raise ZeroDivisionError
         return accuracy(model, batches)
 
@@ -388,3 +388,49 @@ def test_a_forward_that_draws_numbers_is_compared_with_itself():
     report = torch_sluice.compress(model, data[0][0], data, keep=0.5, **QUIET).compression_report
     assert any("differ from run to run in eval mode" in note for note in report.notes)
     assert Measure(model, data, None).score(copy.deepcopy(model)).kept == 1
+
+
+def test_a_metric_that_small_blocks_lack_a_class_for():
+    """It is asked about all but a block; and about both halves of the data."""
+    model = small_model()
+    x = torch.randn(400, 16)
+    with torch.no_grad():
+        score = model(x)[:, 0]
+        target = (score + 0.2 * torch.randn(400) * score.std() > score.quantile(0.8)).long()
+    order = target.argsort(stable=True)
+
+    @torch.no_grad()
+    def area(model, batches):
+        score, target = torch.cat([model(x)[:, 0] for x, _ in batches]), torch.cat([y for _, y in batches])
+        positive, negative = score[target == 1], score[target == 0]
+        if not len(positive) or not len(negative):
+            raise ValueError("only one class")
+        return float((positive[:, None] > negative).float().mean())
+
+    for rows in (torch.arange(400), order):
+        data = list(zip(x[rows].split(16), target[rows].split(16), strict=True))
+        measure = Measure(model, data, area)
+        assert measure.known
+        assert measure.folds == [0, 1]
+        found = measure.score(moved(model, 0.1))
+        assert found.kept == pytest.approx(area(moved(model, 0.1), data) / area(model, data))
+        assert 0.001 < found.kept - found.low < 0.1
+
+
+def test_a_metric_that_calls_the_model_in_its_own_way_is_not_asked_over_and_over():
+    model = small_model()
+    model.encode = lambda x: model[2](model[1](model[0](x)))
+    data = [(x, x[:, 0]) for x in torch.randn(200, 16).split(10)]
+    asked = []
+
+    @torch.no_grad()
+    def correlation(candidate, batches):
+        asked.append(len(batches))
+        out = torch.cat([candidate[2](candidate[1](candidate[0](x)))[:, 0] for x, _ in batches])
+        return float(torch.corrcoef(torch.stack([out, torch.cat([y for _, y in batches])]))[0, 1].abs())
+
+    measure = Measure(model, data, correlation)
+    assert not measure.known
+    asked.clear()
+    measure.score(copy.deepcopy(model))
+    assert asked == [20]

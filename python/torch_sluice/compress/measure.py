@@ -35,7 +35,8 @@ _PIECES = {True: 8, False: 20}  # that few batches are cut into: to divide them;
 _FEWEST, _ACCURACY = 16, 0.1  # samples and relative standard error with which a loss is known well enough
 _EARLY = 4  # values after which a candidate may be given up
 _PATIENCE = 3  # times the distance to its lower bound, above which it would have to rise
-_LOSS = 1.5  # a metric that rises by this factor under noise is a loss
+_LOSS = 1.5  # a metric that rises by this factor under noise is a loss,
+_MORE = 1.01  # and one that rises by this may be
 
 METRICS = {"fidelity": Fidelity, "agreement": Agreement}
 Maker = Callable[[int], AbstractContextManager[nn.Module]]  # fold -> the model to be measured on it, fitted to others
@@ -209,6 +210,11 @@ class Measure:
                 f"metric returned {before:.4g} for the original model and {noisy[0]:.4g} for one with noise on its "
                 "weights, expected higher for the better: return an accuracy or a correlation, not a loss (exp(-loss) "
                 "does)"
+            )
+        if 0 < _MORE * before < min(noisy):
+            self.notes.append(
+                f"the metric is {min(noisy) / before - 1:.1%} higher for a model with noise on its weights: if lower "
+                "is better, it is a loss, of which exp(-loss) can be kept"
             )
 
     def score(self, candidate: nn.Module, floor: float | None = None) -> Score:

@@ -1,6 +1,5 @@
 """The stages of a compression: measure, find channels, prune, quantise, report."""
 
-import copy
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from torch_sluice.compress import quantization
-from torch_sluice.compress.calling import check_example, describe_error, evaluating
+from torch_sluice.compress.calling import check_example, copy_model, describe_error, evaluating
 from torch_sluice.compress.candidates import Layers, Stage, Workshop
 from torch_sluice.compress.changes import describe_changes
 from torch_sluice.compress.choice import choose_layers
@@ -62,12 +61,7 @@ class Run:
 
     def __init__(self, model: nn.Module, example_inputs: Any, data, metric, settings: Settings, progress: Progress):
         self.begin, self.settings, self.progress = time.monotonic(), settings, progress
-        try:
-            self.original = copy.deepcopy(model).eval()
-        except Exception as error:
-            raise ValueError(
-                f"model cannot be copied, expected one that copy.deepcopy takes: {describe_error(error)}"
-            ) from error
+        self.original = copy_model(model)
         self.example = example_inputs
         with evaluating(self.original):
             check_example(self.original, example_inputs)
@@ -382,7 +376,7 @@ class Run:
                 self.failures[reason] += 1
         if not changed or reason is not None:
             self.notes.append(self._why_nothing())
-            result, score = copy.deepcopy(self.original), Score(1.0, 1.0, self.measure.samples)
+            result, score = copy_model(self.original), Score(1.0, 1.0, self.measure.samples)
             before = after = measure_latency(self.original, self.example)
             for layer in self.layers:
                 if layer.action in ("pruned", "quantized", "folded"):
