@@ -114,3 +114,33 @@ def test_weights_that_others_use_are_not_compensated():
     groups, _ = find_groups(model, x)
     assert groups
     assert "head" not in reading_layers(model, groups)
+
+
+class Three(nn.Module):
+    """Two layers that read the same, one that reads it changed in place, and one that is used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        x = x.relu()
+        y = self.layers[0](x) + self.layers[1](x)
+        y = y + self.layers[3](x) + self.layers[3](y)
+        return self.layers[2](x.mul_(2)) + y
+
+
+def test_layers_that_read_the_same_share_their_moments():
+    torch.manual_seed(0)
+    model, x = Three().eval(), torch.randn(50, 8)
+    paths = [f"layers.{i}" for i in range(4)]
+    moments = measure_moments(model, x.split(10), paths)
+    product = x.relu().T @ x.relu()
+    torch.testing.assert_close(moments.product["layers.0"], product)
+    assert moments.product["layers.1"] is moments.product["layers.0"]
+    torch.testing.assert_close(moments.product["layers.2"], 4 * product)
+    assert "layers.3" not in moments.count or moments.count["layers.3"] == 100
+    joint = join([measure_moments(model, part.split(10), paths) for part in x.split(30)])
+    assert joint.product["layers.1"] is joint.product["layers.0"]
+    assert joint.rows["layers.1"] == joint.rows["layers.0"]
+    torch.testing.assert_close(joint.product["layers.0"], product)

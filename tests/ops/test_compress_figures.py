@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,6 +119,21 @@ def test_a_random_model_whose_channels_all_count(rows):
         assert any(layer.action == "pruned" for layer in report.layers)
     if rows == 64:
         assert any("compensated by means alone" in note for note in report.notes)
+
+
+def test_the_first_example_of_the_documentation_gives_what_it_says():
+    text = (Path(__file__).parents[2] / "docs" / "infer.md").read_text("utf-8")
+    code = text.split("```python\n")[1].split("```")[0]
+    torch.manual_seed(0)
+    names = {}
+    exec("\n".join(line for line in code.splitlines() if "compress.save" not in line and ".load(" not in line), names)
+    report, x = names["small"].compression_report, torch.randn(4000, 64)
+    assert report.bytes_after < 0.9 * report.bytes_before
+    with torch.no_grad():
+        expected, got = names["model"](x), names["small"](x)
+    kept = 1 - float((got - expected).square().sum() / (expected - expected.mean(0)).square().sum())
+    assert kept >= 0.9
+    assert kept == pytest.approx(report.kept, abs=0.02)
 
 
 def test_fidelity_does_not_depend_on_how_data_is_cut():
