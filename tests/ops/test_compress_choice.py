@@ -8,7 +8,10 @@ import torch
 from torch import nn
 
 import torch_sluice
+from torch_sluice.compress import measure as measure_module
 from torch_sluice.compress import quantization
+from torch_sluice.compress.choice import choose_layers
+from torch_sluice.compress.estimate import Score
 from torch_sluice.compress.latency import Latency
 from torch_sluice.compress.measure import Measure
 from torch_sluice.compress.progress import Progress
@@ -42,20 +45,39 @@ def test_loss_tells_apart_what_the_metric_cannot():
     model, batches = model_and_batches()
     measure = Measure(model, batches, accuracy)
     near, far = moved(model, 1e-5), moved(model, 1e-4)
-    assert measure.share(near) == measure.share(far) == 1
-    assert 0 == measure.loss(model) < measure.loss(near) < measure.loss(far) < 1e-4
+    assert measure.score(near).kept == measure.score(far).kept == 1
+    losses = [measure.loss(other)[0] for other in (model, near, far)]
+    assert 0 == losses[0] < losses[1] < losses[2] < 1e-4
 
 
-def test_loss_is_the_relative_squared_error_on_the_first_batches():
+def test_loss_is_the_relative_squared_error_on_pieces_of_the_last_fold(monkeypatch):
     model, batches = model_and_batches()
     other = moved(model, 0.01)
+    monkeypatch.setattr(measure_module, "_ACCURACY", 0.0)
+    for metric in (accuracy, lambda model, batches: 1.0, None):
+        measure = Measure(model, batches, metric)
+        last = [piece for piece in measure.pieces if piece.fold == measure.folds[-1]][:8]
+        assert last
+        with torch.no_grad():
+            everything = torch.cat([model(x) for x, _ in batches]).double()
+            y, z = (torch.cat([m(piece.inputs) for piece in last]).double() for m in (model, other))
+        mean = (y if metric is not None else everything).mean(0)
+        formula = (y - z).square().sum() / (y - mean).square().sum()
+        assert measure.loss(other)[0] == pytest.approx(float(formula), rel=1e-5)
+
+
+def test_loss_looks_at_no_more_than_it_needs():
+    """All samples lose alike: the first pieces tell it."""
+    model, batches = model_and_batches(100)
+    measure, runs = Measure(model, batches, None), []
+    other = copy.deepcopy(model)
     with torch.no_grad():
-        pairs = [(model(x).double(), other(x).double()) for x, _ in batches[:8]]
-    formula = sum((y - z).square().sum() for y, z in pairs) / sum((y - y.mean(0)).square().sum() for y, _ in pairs)
-    for metric in (accuracy, lambda model, batches: 1.0):
-        assert Measure(model, batches, metric).loss(other) == pytest.approx(float(formula), rel=1e-6)
-    few = Measure(model, batches[:3], None)
-    assert few.loss(other) == pytest.approx(1 - few.share(other))
+        other[2].weight *= 0.9
+        other[2].bias *= 0.9
+    other.register_forward_hook(lambda *_: runs.append(1))
+    loss, _ = measure.loss(other)
+    assert len(runs) == 2
+    assert loss == pytest.approx(1 - measure.score(other).kept, rel=0.5)
 
 
 def test_loss_falls_back_on_the_metric_where_inputs_are_not_the_models():
@@ -67,7 +89,11 @@ def test_loss_falls_back_on_the_metric_where_inputs_are_not_the_models():
 
     measure = Measure(model, wrapped, metric)
     other = moved(model, 2.0)
-    assert measure.loss(other) == 1 - measure.share(other) > 0
+    assert measure.loss(other)[0] == 1 - measure.score(other).kept > 0
+    report = torch_sluice.compress(
+        model, batches[0][0], wrapped, keep=0.5, metric=metric, quantize=False, progress=False
+    ).compression_report
+    assert any("not compensated: the model does not run on data" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("fault", ["NaN", "shape"])
@@ -78,7 +104,9 @@ def test_loss_of_a_candidate_that_fails_is_infinite(fault):
         nn.init.constant_(broken[2].bias, math.nan)
     else:
         broken[2] = nn.Linear(31, 4)
-    assert measure.loss(broken) == math.inf
+    loss, reason = measure.loss(broken)
+    assert loss == math.inf
+    assert reason.startswith("its outputs are not finite" if fault == "NaN" else "RuntimeError: mat1 and mat2")
 
 
 def test_a_large_layer_need_not_become_much_faster_and_none_may_become_slower(monkeypatch):
@@ -123,19 +151,26 @@ def test_layers_are_timed_within_calls_of_the_model_which_stays_as_it_is():
 
 
 def test_of_layers_that_cost_too_much_the_worst_stay():
-    model, batches = model_and_batches()
-    model.insert(1, nn.Linear(32, 32))
-    with torch.no_grad():
-        batches = [(x, model(x).argmax(1)) for x, _ in batches]
-    good, bad = (QuantizedLinear.from_float(model[i], **OPTIONS) for i in (0, 1))
-    bad.weight_scale.neg_()
-    candidates = [Candidate("1", bad, 3e-3, 1e-3, 100), Candidate("0", good, 2e-3, 1e-3, 100)]
-    chosen, stay = quantization.choose(model, candidates, Measure(model, batches, accuracy), 0.9, Progress(False))
-    assert [candidate.name for candidate in chosen] == ["0"]
-    (decision,) = stay
-    assert (decision.name, decision.action) == ("1", "float")
-    assert decision.output_error > 0.1
-    assert "alone it moves the outputs by" in decision.reason
+    """And those with which the model fails; the score is that of the choice."""
+    losses = {"good": 0.001, "fair": 0.01, "bad": 0.2, "broken": math.inf}
+    candidates = [Candidate(name, nn.Identity(), 2e-3, 1e-3, 100) for name in reversed(losses)]
+
+    def score(chosen):
+        low = 1 - sum(losses[c.name] for c in chosen)
+        return Score(low + 0.005, low)
+
+    def loss(chosen):
+        return sum(losses[c.name] for c in chosen), "ValueError: no"
+
+    chosen, stay, found = choose_layers(candidates, score, loss, 0.95, Progress(False))
+    assert [candidate.name for candidate in chosen] == ["good", "fair"]
+    assert found.low == pytest.approx(0.989)
+    assert {decision.name: decision.reason for decision in stay} == {
+        "bad": "quantised alone it moves the outputs by 20.00%",
+        "broken": "the model fails with it quantised: ValueError: no",
+    }
+    assert choose_layers(candidates[1:], score, loss, 0.5, Progress(False))[0] == candidates[1:]
+    assert choose_layers([], score, loss, 0.5, Progress(False)) == ([], [], None)
 
 
 def compress_with_relaxed_gain(monkeypatch, gain, **options):
@@ -176,4 +211,4 @@ def test_bits_stay_where_fewer_cost_too_much(monkeypatch):
         relaxed = any(getattr(layer, "target_sqnr", 30) < 30 for layer in model.modules())
         return 0.5 if relaxed else 1.0
 
-    assert compress_with_relaxed_gain(monkeypatch, 1.2, metric=metric)[0] == {30.0}
+    assert compress_with_relaxed_gain(monkeypatch, 1.2, metric=metric, keep=0.9)[0] == {30.0}

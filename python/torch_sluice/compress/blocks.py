@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from torch_sluice.compress.calling import seeded
 from torch_sluice.compress.estimate import Score, lower_bound, score_blocks
-from torch_sluice.compress.remember import remembering
+from torch_sluice.compress.remember import Calls, remembering
 from torch_sluice.compress.samples import Piece, fold_numbers, tensors_of
 
 Metric = Callable[[nn.Module, list], float]
-_DIVISIONS = ((4, 5), (2, 10), (2, 5), (2, 3), (2, 1), (1, 10), (1, 5))  # folds, and blocks in each
+Parts = list[tuple[int, list[Piece]]]  # blocks, with the folds that they belong to
+# Folds, and blocks in each, that are tried: for a mean over samples, and for what must be measured on a whole fold.
+_MEANS = ((4, 5), (2, 10), (2, 5), (2, 3))
+_OTHERS = ((2, 10), (2, 5), (2, 3), (2, 1), (1, 10), (1, 5), (1, 3))
 _SAME = 1e-6  # relative difference below which blocks make up the whole
 
 
@@ -44,8 +47,8 @@ class Blocks:
 
     def __init__(self, metric: Metric, original: nn.Module, whole: list[tuple[Any, Any]], pieces: list[Piece]):
         self.metric, self.samples = metric, sum(piece.samples for piece in pieces)
-        self.parts: list[tuple[int, list[Piece]]] = []
-        self.additive, self.unit = False, 1 / self.samples  # unit: what a sample counts
+        self.parts: Parts = []
+        self.additive, self.known = False, False
         self._values: list[float] = []
         self._weights: list[float] = []
         self._whole = whole
@@ -56,57 +59,70 @@ class Blocks:
                     f"metric returned {self.before} for the original model, expected a finite number: check it on "
                     "the uncompressed model first"
                 )
-            for folds, count in _DIVISIONS:
-                if folds > len(fold_numbers(pieces)) or not self._take(original, pieces, folds, count):
-                    continue
-                if self.additive or folds <= 2:  # else a value on a quarter says little about one on all
-                    break
-            self.known = len(self.parts) > 2
-            if not self.additive and self.known:
-                ran = calls.run
-                self._whole_before = {fold: self._leave_out(original, fold) for fold in self._selections()}
-                # Asking about everything but one block is only to be had if the model does not run again for it.
-                self.known = calls.run == ran and all(map(math.isfinite, self._all_before()))
-        if not self.additive and not self.known:
-            self._whole_before = {fold: [self._on(original, fold)] for fold in self._selections()}
+            self._divide(original, pieces, calls)
 
-    def merge_folds(self) -> None:
-        """Makes two folds of four."""
-        self.parts = [(fold % 2, part) for fold, part in self.parts]
+    def _divide(self, original: nn.Module, pieces: list[Piece], calls: Calls) -> None:
+        """Finds blocks that tell how well the metric is known, and takes the original's values."""
+        most = len(fold_numbers(pieces))
+        if not any(
+            self._take_mean(original, _deal_out(pieces, folds, count)) for folds, count in _MEANS if folds <= most
+        ):
+            self.unit = 1 / self.samples
+            if not any(
+                self._take_whole(original, _deal_out(pieces, folds, count), calls)
+                for folds, count in _OTHERS
+                if folds <= most
+            ):
+                self.parts, self.known, self._whole_before = [], False, {None: [self.before]}
+        for fold, part in self.parts:
+            for piece in part:
+                piece.fold = fold
 
-    def _selections(self) -> tuple[int | None, ...]:
-        return (None, *sorted({fold for fold, _ in self.parts}))
-
-    def _all_before(self) -> list[float]:
-        return [value for values in self._whole_before.values() for value in values]
-
-    def _take(self, original: nn.Module, pieces: list[Piece], folds: int, count: int) -> bool:
-        """Sets the blocks, if the metric can be had on each of them."""
-        parts = [(fold, part) for fold in range(folds) for part in _deal(pieces, fold, folds, count)]
-        if len(parts) < 2:
+    def _take_mean(self, original: nn.Module, parts: Parts) -> bool:
+        """Sets the blocks if the metric is a mean over them."""
+        if len(parts) < 3:
             return False
         try:
             values = [run_metric(self.metric, original, as_batches(part)) for _, part in parts]
         except Exception:
             return False
-        if not all(map(math.isfinite, values)):
-            return False
-        for fold, part in parts:
-            for piece in part:
-                piece.fold = fold
-        self.parts, self._values = parts, values
         for weigh in (_count_samples, _count_answers, _count_batches):
             weights = [weigh(part) for _, part in parts]
             mean = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
-            if abs(mean - self.before) <= _SAME * abs(self.before):
-                self.additive, self._weights = True, weights
+            if abs(mean - self.before) <= _SAME * abs(self.before):  # false for NaN
+                self.additive = self.known = True
+                self.parts, self._values, self._weights = parts, values, weights
                 # What one sample is worth, or one answer where a sample has several.
-                answers = max(self.samples, sum(_count_answers(part) for _, part in parts))
-                self.unit = 1 / answers
+                self.unit = 1 / max(self.samples, sum(_count_answers(part) for _, part in parts))
                 return True
-        self._weights = [_count_samples(part) for _, part in parts]
-        self.unit = 1 / self.samples
-        return True
+        return False
+
+    def _take_whole(self, original: nn.Module, parts: Parts, calls: Calls) -> bool:
+        """Sets the blocks if the metric can be had on each fold; known if also without any of its blocks, where the
+        model need not run again for that."""
+        if len(parts) < 2:
+            return False
+        self.parts = parts
+        try:
+            self.known = len(parts) > 2 and self._is_remembered(original, calls)
+            self._whole_before = {
+                fold: self._leave_out(original, fold) if self.known else [self._on(original, fold)]
+                for fold in (None, *sorted({fold for fold, _ in parts}))
+            }
+        except Exception:
+            return False
+        return all(math.isfinite(value) for values in self._whole_before.values() for value in values)
+
+    def _is_remembered(self, original: nn.Module, calls: Calls) -> bool:
+        """Whether the metric asks for ``model(inputs)``, so that the model need not run again for another question."""
+        self._on(original, None)
+        ran, repeated = calls.run, calls.repeated
+        self._on(original, None)
+        return calls.run == ran and calls.repeated > repeated
+
+    def merge_folds(self) -> None:
+        """Makes two folds of four."""
+        self.parts = [(fold % 2, part) for fold, part in self.parts]
 
     def value(self, model: nn.Module, number: int) -> float:
         return run_metric(self.metric, model, as_batches(self.parts[number][1]))
@@ -122,7 +138,7 @@ class Blocks:
             # Where many blocks show no difference at all, their spread says nothing about rare ones.
             self.unit * unchanged, self.samples,
         )  # fmt: skip
-        return score if self.known else Score(score.kept, score.kept, self.samples, score.reason, False)
+        return score
 
     def _pieces(self, fold: int | None, without: int | None = None) -> list[Piece]:
         return [piece for n in self.numbers(fold) if n != without for piece in self.parts[n][1]]
@@ -170,16 +186,18 @@ def as_batches(pieces: list[Piece]) -> list[tuple[Any, Any]]:
     return [(piece.inputs, piece.target) for piece in pieces for _ in range(piece.copies)]
 
 
-def _deal(pieces: list[Piece], fold: int, folds: int, count: int) -> list[list[Piece]]:
-    """The pieces of a fold, of so many, in up to ``count`` runs of about as many samples."""
-    own = [piece for piece in pieces if piece.fold % folds == fold]
-    total, parts, filled = sum(piece.samples for piece in own), [], 0
-    for piece in own:
-        place = min(count - 1, filled * count // max(1, total))
-        if place >= len(parts):
-            parts.append([])
-        parts[-1].append(piece)
-        filled += piece.samples
+def _deal_out(pieces: list[Piece], folds: int, count: int) -> Parts:
+    """The pieces of each fold, of so many, in up to ``count`` runs of about as many samples."""
+    parts: Parts = []
+    for fold in range(folds):
+        own = [piece for piece in pieces if piece.fold % folds == fold]
+        total, runs, filled = sum(piece.samples for piece in own), [], 0
+        for piece in own:
+            if not runs or min(count - 1, filled * count // total) >= len(runs):
+                runs.append([])
+            runs[-1].append(piece)
+            filled += piece.samples
+        parts += [(fold, run) for run in runs]
     return parts
 
 
@@ -202,15 +220,15 @@ def _answers(tensors: list[Tensor]) -> int:
 
 
 @contextlib.contextmanager
-def noised(model: nn.Module, share: float = 1.0):
-    """Within it, the model's weights carry noise of this share of their own spread."""
+def noised(model: nn.Module, seed: int):
+    """Within it, the model's weights carry noise as large as their own spread."""
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     before = [p.detach().clone() for p in parameters]
     try:
-        with torch.no_grad(), seeded():
+        with torch.no_grad(), seeded(seed):
             for parameter in parameters:
                 spread = parameter.float().std(correction=0) if parameter.numel() > 1 else parameter.float().abs()
-                parameter.add_((share * spread * torch.randn(parameter.shape)).to(parameter))
+                parameter.add_((spread * torch.randn(parameter.shape)).to(parameter))
         yield model
     finally:
         with torch.no_grad():

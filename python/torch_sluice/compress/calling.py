@@ -1,6 +1,7 @@
 """How a model is called on what the user gave: one tensor, a tuple, or a dict; and what is checked about it."""
 
 import contextlib
+import copy
 import random
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -8,6 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A copy in eval mode. A tensor that a hook computed, as that of ``nn.utils.spectral_norm``, is copied as a value,
+    which the copy's own hook computes anew.
+
+    Raises:
+        ValueError: something in the model cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    try:
+        return copy.deepcopy(model, memo).eval()
+    except Exception as error:
+        raise ValueError(
+            f"model cannot be copied, expected one that copy.deepcopy takes: {describe_error(error)}"
+        ) from error
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:

@@ -6,9 +6,12 @@ x over the data, x_r is close to m_r + A (x_k - m_k), A = C_rk (C_kk + lambda I)
 c becomes c + W_r (m_r - A m_k). A layer without c uses second moments instead of the covariance, and no mean.
 A convolution does so at every tap; the channels at one position stand for x.
 
-lambda is the mean variance times the unknowns, |k|, for each independent row that C was taken from: what it should be
-where half of x_r can be told. Positions of a sample are not independent rows: how many the rows are worth is measured,
-by how much C differs between two halves of the data. With fewer than one row for four unknowns A is 0.
+lambda is the mean variance times |k| / n, the unknowns for each independent row that C was taken from, times
+s / (1 - s), where s is the share of x_r that cannot be told: what is best if all unknowns are alike. s is what a first
+fit leaves, corrected by its degrees of freedom, or 1/2 with fewer than 1.5 rows for each unknown; with fewer than 1/4,
+A is 0.
+Positions of a sample are not independent rows: how many they are worth is measured, by how much C differs between two
+halves of the data.
 """
 
 import math
@@ -18,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from torch_sluice.compress.calling import call_model, evaluating, seeded
 from torch_sluice.compress.graph import ChannelGroup
@@ -49,6 +53,18 @@ class Moments:
         self.total[path] = self.total.get(path, 0) + rows.sum(0, dtype=torch.float64)
         self.product[path] = self.product.get(path, 0) + rows.T @ rows
 
+    def share(self, path: str, other: str) -> None:
+        """A layer reads the very inputs of another, whose moments serve both."""
+        for own in (self.count, self.total, self.product, self.rows):
+            if other in own:
+                own[path] = own[other]
+        if other in self.refused:
+            self.refused.add(path)
+
+    def drop(self, path: str) -> None:
+        for own in (self.count, self.total, self.product):
+            own.pop(path, None)
+
     def rows_for_unknown(self) -> float:
         """Independent rows for each channel of the layer that has fewest."""
         return min((rows / len(self.total[path]) for path, rows in self.rows.items()), default=math.inf)
@@ -56,8 +72,13 @@ class Moments:
 
 def join(folds: Sequence[Moments]) -> Moments:
     """The moments of all of them, which are of different samples, with ``rows`` and ``refused``."""
-    joint = Moments()
+    joint, known = Moments(), {}
     for path in set.intersection(*(set(fold.count) for fold in folds)):
+        inputs = tuple(id(fold.product[path]) for fold in folds)
+        first = known.setdefault(inputs, path)
+        if first != path:
+            joint.share(path, first)
+            continue
         joint.count[path] = sum(fold.count[path] for fold in folds)
         joint.total[path] = sum(fold.total[path] for fold in folds)
         joint.product[path] = sum(fold.product[path] for fold in folds)
@@ -149,17 +170,29 @@ def count_moment_bytes(model: nn.Module, paths: list[str]) -> int:
 def measure_moments(
     model: nn.Module, batches: Iterable[Any], paths: list[str], report: Callable[[str], None] = lambda text: None
 ) -> Moments:
-    """Runs the model over the inputs of the batches and takes the moments of what these layers read."""
+    """Runs the model over the inputs of the batches and takes the moments of what these layers read. Layers that read
+    the same, such as those of queries, keys and values, share them."""
     moments, hooks = Moments(), []
+    mates: dict[str, str] = {}  # layers that read what another does
+    seen = WeakIdKeyDictionary()  # tensor -> {version: (number, the layer that read it first)}
+    read: dict[str, list[int]] = {}  # numbers of the tensors that a layer read in one call of the model
 
     def record(path: str):
         def hook(module, args, kwargs):
             x = args[0] if args else kwargs.get("input")
-            if isinstance(x, Tensor):
+            if not isinstance(x, Tensor):
+                return
+            version = 0 if x.is_inference() else x._version
+            number, first = seen.setdefault(x, {}).setdefault(version, (sum(map(len, read.values())), path))
+            read.setdefault(path, []).append(number)
+            if first == path or (path in moments.count and path not in mates):
                 moments.add(path, _rows_of(module, x.detach()))
+            else:
+                mates.setdefault(path, first)
 
         return hook
 
+    unlike: set[str] = set()
     try:
         for path in paths:
             hooks.append(model.get_submodule(path).register_forward_pre_hook(record(path), with_kwargs=True))
@@ -168,9 +201,16 @@ def measure_moments(
                 report("activations")
                 with seeded():
                     call_model(model, inputs)
+                unlike |= {path for path, other in mates.items() if read.get(path) != read.get(other)}
+                seen.clear(), read.clear()
     finally:
         for hook in hooks:
             hook.remove()
+    for path, other in mates.items():
+        if path in unlike:  # the same here and not there: rare, and then nothing is known
+            moments.drop(path)
+        elif other in moments.count:
+            moments.share(path, other)
     return moments
 
 
@@ -238,10 +278,22 @@ def find_updates(
 def _estimate(part: Part, rows: float, kept: Tensor, gone: Tensor, centred: bool) -> Tensor:
     """A, float64 [gone, kept]."""
     moment = part.covariance(centred)
-    inner = moment[kept][:, kept]
-    ridge = max(_RIDGE, len(kept) / rows) * inner.diagonal().mean().clamp_min(1e-30)
+    inner, outer, unknowns = moment[kept][:, kept], moment[kept][:, gone], len(kept)
+    scale = inner.diagonal().mean().clamp_min(1e-30)
+    estimate = _solve(inner, outer, _RIDGE * scale)
+    untold = 0.5
+    if rows > 1.5 * unknowns:  # else the fit leaves next to nothing, whatever is true
+        variance = moment.diagonal()[gone].sum().clamp_min(1e-30)
+        untold = float(1 - (estimate * outer.T).sum() / variance) * rows / (rows - unknowns)
+        untold = min(max(untold, 0.0), 0.9)
+    ridge = unknowns / rows * untold / (1 - untold)
+    return estimate if ridge <= 2 * _RIDGE else _solve(inner, outer, ridge * scale)
+
+
+def _solve(inner: Tensor, outer: Tensor, ridge: Tensor) -> Tensor:
+    inner = inner.clone()
     inner.diagonal().add_(ridge)
-    return torch.cholesky_solve(moment[kept][:, gone], torch.linalg.cholesky(inner)).T
+    return torch.cholesky_solve(outer, torch.linalg.cholesky(inner)).T
 
 
 def compensate(pruned: nn.Module, original: nn.Module, lost: dict[tuple[str, str], set[int]], moments: Moments) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from torch_sluice.compress.blocks import Blocks, Metric, as_batches, noised, run_metric
 from torch_sluice.compress.calling import call_model, describe_error, evaluating, float_outputs, seeded
-from torch_sluice.compress.estimate import Score, failed, score_losses
+from torch_sluice.compress.estimate import Score, failed, ratio_error, score_losses
 from torch_sluice.compress.outputs import Agreement, Fidelity, run_original
 from torch_sluice.compress.samples import (
     Piece,
@@ -32,9 +32,11 @@ from torch_sluice.compress.samples import (
 _COMPARED = 8  # pieces on which outputs are compared
 _MOST_ELEMENTS = 1 << 26  # of outputs that are compared
 _PIECES = {True: 8, False: 20}  # that few batches are cut into: to divide them; to see a metric's spread
+_FEWEST, _ACCURACY = 16, 0.1  # samples and relative standard error with which a loss is known well enough
 _EARLY = 4  # values after which a candidate may be given up
 _PATIENCE = 3  # times the distance to its lower bound, above which it would have to rise
-_LOSS = 1.5  # a metric that rises by this factor under noise is a loss
+_LOSS = 1.5  # a metric that rises by this factor under noise is a loss,
+_MORE = 1.01  # and one that rises by this may be
 
 METRICS = {"fidelity": Fidelity, "agreement": Agreement}
 Maker = Callable[[int], AbstractContextManager[nn.Module]]  # fold -> the model to be measured on it, fitted to others
@@ -194,21 +196,25 @@ class Measure:
         metric, parts = self._blocks.metric, self._blocks.parts[:2]
         batches = as_batches([piece for _, part in parts for piece in part]) or self._batches
         try:
-            before = run_metric(metric, original, batches)
-            with noised(original):
-                after = run_metric(metric, original, batches)
-            with noised(original, 0.3):
-                slightly = run_metric(metric, original, batches)
+            before, noisy = run_metric(metric, original, batches), []
+            for seed in (0, 1):
+                with noised(original, seed):
+                    noisy.append(run_metric(metric, original, batches))
         except Exception:
             return
-        counts = [value * sum(count_rows(inputs) or 1 for inputs, _ in batches) for value in (before, after, slightly)]
+        counts = [value * sum(count_rows(inputs) or 1 for inputs, _ in batches) for value in (before, *noisy)]
         if all(abs(count - round(count)) < 1e-6 for count in counts):
             return  # a share of samples, which is no loss, and by chance may be more
-        if 0 < _LOSS * before < min(after, slightly):
+        if 0 < _LOSS * before < min(noisy):
             raise ValueError(
-                f"metric returned {before:.4g} for the original model and {after:.4g} for one with noise on its "
+                f"metric returned {before:.4g} for the original model and {noisy[0]:.4g} for one with noise on its "
                 "weights, expected higher for the better: return an accuracy or a correlation, not a loss (exp(-loss) "
                 "does)"
+            )
+        if 0 < _MORE * before < min(noisy):
+            self.notes.append(
+                f"the metric is {min(noisy) / before - 1:.1%} higher for a model with noise on its weights: if lower "
+                "is better, it is a loss, of which exp(-loss) can be kept"
             )
 
     def score(self, candidate: nn.Module, floor: float | None = None) -> Score:
@@ -244,7 +250,7 @@ class Measure:
         with evaluating(model), torch.no_grad():
             if self._blocks is not None and not self._blocks.additive:
                 taken["whole"][fold] = self._blocks.measure_whole(model, fold)
-                return False
+                return floor is not None and self.known and self._is_out_of_reach(taken, floor)
             for number in self._numbers(fold):
                 if self._blocks is None:
                     piece = self.pieces[number]
@@ -271,6 +277,9 @@ class Measure:
     def _is_hopeless(self, taken: dict, floor: float) -> bool:
         if len(taken["values"]) < _EARLY or not self.known:
             return False
+        return self._is_out_of_reach(taken, floor)
+
+    def _is_out_of_reach(self, taken: dict, floor: float) -> bool:
         score = self._end(taken)
         return score.kept + _PATIENCE * (score.kept - score.low) < floor
 
@@ -317,16 +326,26 @@ class Measure:
         comparison, chosen = self._closeness
         try:
             with evaluating(candidate), torch.no_grad():
-                taken = []
+                losses = scales = torch.zeros(0, dtype=torch.float64)
                 for place, number in enumerate(chosen):
                     place = number if comparison is self._comparison else place
                     with seeded():
-                        taken.append(comparison.losses(candidate, place, self.pieces[number]))
-            losses, scales = (float(sum(part.sum() for part in parts)) for parts in zip(*taken, strict=True))
+                        more = comparison.losses(candidate, place, self.pieces[number])
+                    losses, scales = torch.cat([losses, more[0]]), torch.cat([scales, more[1]])
+                    if _is_enough(losses, scales):
+                        break
         except Exception as error:
             return math.inf, describe_error(error)
-        value = losses / scales if scales else (0.0 if losses == 0 else math.inf)
+        lost, whole = float(losses.sum()), float(scales.sum())
+        value = lost / whole if whole else (0.0 if lost == 0 else math.inf)
         return (value, None) if math.isfinite(value) else (math.inf, "its outputs are not finite")
+
+
+def _is_enough(losses: torch.Tensor, scales: torch.Tensor) -> bool:
+    """Whether a loss is known well enough to compare candidates by it, which meet the same samples."""
+    if len(losses) < _FEWEST or not float(scales.sum()) > 0:
+        return False
+    return ratio_error(losses, scales) <= _ACCURACY * float(losses.sum() / scales.sum())
 
 
 def _share_rows(inputs: Any, target: Any) -> bool:

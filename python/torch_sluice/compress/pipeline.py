@@ -139,8 +139,10 @@ def _check_model(model: Any) -> nn.Module:
 
 def _calls_operators(graph: torch.fx.GraphModule) -> bool:
     """Whether a graph calls operators on weights, and not layers: then no layer is left to be seen."""
-    operators = any(isinstance(node.target, torch._ops.OpOverload) for node in graph.graph.nodes)
-    return operators and not any(node.op == "call_module" for node in graph.graph.nodes)
+    layers = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)
+    return any(isinstance(node.target, torch._ops.OpOverload) for node in graph.graph.nodes) and not any(
+        isinstance(module, layers) for module in graph.modules()
+    )
 
 
 def _check_share(keep: Any) -> float:

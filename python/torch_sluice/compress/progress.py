@@ -55,8 +55,10 @@ class Progress:
 
     def skip(self, steps: int) -> None:
         """So many steps of the phase will not be needed."""
-        if self._total is not None:
-            self._total = max(self._done, self._total - steps)
+        if self._total:
+            left = max(self._done, self._total - steps)
+            self._budget *= left / self._total
+            self._total = left
 
     @property
     def elapsed(self) -> float:

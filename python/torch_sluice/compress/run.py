@@ -1,6 +1,5 @@
 """The stages of a compression: measure, find channels, prune, quantise, report."""
 
-import copy
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from torch_sluice.compress import quantization
-from torch_sluice.compress.calling import check_example, describe_error, evaluating
+from torch_sluice.compress.calling import check_example, copy_model, describe_error, evaluating
 from torch_sluice.compress.candidates import Layers, Stage, Workshop
 from torch_sluice.compress.changes import describe_changes
 from torch_sluice.compress.choice import choose_layers
@@ -22,19 +21,10 @@ from torch_sluice.compress.graph import ChannelGroup, find_groups
 from torch_sluice.compress.latency import compare_latency, measure_latency
 from torch_sluice.compress.measure import Measure
 from torch_sluice.compress.progress import Progress
-from torch_sluice.compress.pruning import (
-    FRACTIONS,
-    Plan,
-    Pruner,
-    Sensitivity,
-    choose_by_quantile,
-    choose_by_sensitivity,
-    measure_sensitivity,
-    order_moves,
-)
+from torch_sluice.compress.pruning import Pruner
 from torch_sluice.compress.report import CompressionReport, LayerDecision, count_bytes
+from torch_sluice.compress.stages import SLACK, describe_pruning, find_stages
 
-SLACK = 1e-9  # of shares, for rounding
 _PLENTY = 16  # rows for each unknown, of which half are as good
 _MOST_MOMENTS = 1 << 26  # bytes for which data is divided into more than two folds
 _RISE = 1.2  # a metric that a candidate raises by this is looked at twice
@@ -62,12 +52,7 @@ class Run:
 
     def __init__(self, model: nn.Module, example_inputs: Any, data, metric, settings: Settings, progress: Progress):
         self.begin, self.settings, self.progress = time.monotonic(), settings, progress
-        try:
-            self.original = copy.deepcopy(model).eval()
-        except Exception as error:
-            raise ValueError(
-                f"model cannot be copied, expected one that copy.deepcopy takes: {describe_error(error)}"
-            ) from error
+        self.original = copy_model(model)
         self.example = example_inputs
         with evaluating(self.original):
             check_example(self.original, example_inputs)
@@ -80,7 +65,7 @@ class Run:
         self.pruner: Pruner | None = None
         self.evaluations = 0
         self.failures: Counter[str] = Counter()
-        self.call_seconds = measure_latency(self.original, example_inputs).median
+        self.call_seconds = measure_latency(self.original, example_inputs, 7, 0.3).median
         self._foresee_all()
 
     def finish(self) -> nn.Module:
@@ -92,12 +77,12 @@ class Run:
         self.workshop = Workshop(self.original, self.pruner)
         if self.pruner is not None:
             floor = min(1.0, settings.keep + self._margin_of_quantisation())
-            stages, curves, score = self._prune(floor)
+            stages, curves, score = find_stages(self, floor)
         stage, result = stages[-1], None
         if settings.quantize:
             stage, result, score = self._quantise(stages, score)
         if self.pruner is not None:
-            self._describe_pruning(stage.kept, {curve.group: curve for curve in curves})
+            describe_pruning(self, stage.kept, {curve.group: curve for curve in curves})
         return self._report(stage, result, score)
 
     def _foresee_all(self) -> None:
@@ -109,14 +94,16 @@ class Run:
             if settings.compensate:
                 self.progress.foresee("measuring", 1.2 * measured)
             if settings.policy == "sensitivity":
-                self.progress.foresee("sensitivity of", 4 * layers * self._loss_seconds())
+                self.progress.foresee("sensitivity of", 4 * layers * self.loss_seconds)
             self.progress.foresee("pruning", 4 * measured)
         if settings.quantize:
             self.progress.foresee("timing", 2 * 3 * 6 * call)
             self.progress.foresee("quantising", 2 * measured)
         self.progress.foresee("measuring the result", measured + min(2.0, 60 * call))
 
-    def _loss_seconds(self) -> float:
+    @property
+    def loss_seconds(self) -> float:
+        """That comparing the outputs of a candidate takes."""
         return self.measure.seconds * self.measure.compared_share
 
     def _find_channels(self) -> None:
@@ -163,7 +150,7 @@ class Run:
             few = ", ".join(sorted(moments.refused))
             self.notes.append(f"compensated by means alone, because data has too few independent rows: {few}")
 
-    def _score(self, stage: Stage, layers: Layers | None = None, floor: float | None = None) -> Score:
+    def score(self, stage: Stage, layers: Layers | None = None, floor: float | None = None) -> Score:
         """What a candidate keeps: where data shaped it, of data that did not."""
         self.evaluations += 1
         if self.workshop.is_fitted(stage):
@@ -196,7 +183,7 @@ class Run:
         self.progress.foresee("timing", time.monotonic() - begin)  # of the pruned model
         if not layers.chosen:
             return 0.0
-        kept = self._score(Stage({}), layers).kept
+        kept = self.score(Stage({}), layers).kept
         return min(max(0.0, 1 - kept), (1 - self.settings.keep) / 2)
 
     def _find_layers(self, stage: Stage) -> tuple[Layers, list[LayerDecision], nn.Module]:
@@ -214,100 +201,6 @@ class Run:
             self.notes.append(f"not quantised: the model fails with quantised layers: {describe_error(error)}")
         return layers, stay, folded
 
-    def _prune(self, floor: float) -> tuple[list[Stage], list[Sensitivity], Score]:
-        """The stages of pruning, each within ``floor``, the first being the original; what sensitivity showed; and the
-        last stage's score."""
-        settings, pruner, progress = self.settings, self.pruner, self.progress
-        accepted: list[tuple[Plan, Score]] = []
-
-        def accept(kept: Plan) -> bool:
-            progress.step(f"{len(kept)} groups")
-            score = self._score(Stage(kept), None, floor)
-            if score.low < floor - SLACK:
-                return False
-            accepted.append((kept, score))
-            return True
-
-        now, total = self.call_seconds, pruner.predict_seconds({})
-
-        def enough(kept: Plan) -> bool:
-            return settings.budget is not None and now - total + pruner.predict_seconds(kept) <= settings.budget
-
-        curves: list[Sensitivity] = []
-        if settings.budget is not None and now <= settings.budget:
-            self.notes.append(f"the model meets the budget of {settings.budget * 1e3:.2f} ms unpruned")
-            chosen: Plan = {}
-        elif settings.policy == "quantile":
-            progress.start("pruning", 5)
-            chosen = choose_by_quantile(pruner, accept, settings.round_to)
-        else:
-            # Where closeness is the metric, what is far below the floor is of no use; a metric of the user's may not
-            # mind that outputs move.
-            most = 3 * (1 - floor) + SLACK if self.measure.fidelity and settings.finetune is None else 1.0
-            choices = sum(len(g.kept_choices(FRACTIONS, settings.round_to)) for g in pruner.groups)
-            progress.foresee("sensitivity of", 0.7 * choices * self._loss_seconds())
-            curves = measure_sensitivity(pruner, self.measure, most, settings.round_to, progress)
-            self.evaluations += sum(len(curve.kept) for curve in curves)
-            chosen = choose_by_sensitivity(pruner, curves, accept, enough, progress)
-        plans = [(kept, score) for kept, score in accepted if _within(kept, chosen, pruner.groups)]
-        plans.sort(key=lambda plan: -pruner.predict_seconds(plan[0]))
-        stages, score = [Stage({})], Score(1.0, 1.0, self.measure.samples)
-        if plans:
-            stages, score = stages + [Stage(kept) for kept, _ in plans], plans[-1][1]
-        if settings.finetune is not None and curves:
-            further, last = self._finetune(curves, stages[-1], floor, enough)
-            stages, score = stages + further, last or score
-        return stages, curves, score
-
-    def _finetune(self, curves, start: Stage, floor: float, enough) -> tuple[list[Stage], Score | None]:
-        """Rounds that each prune about a sixth of the predicted time further and train; one that stays below ``floor``
-        is undone and tried at half the size."""
-        pruner, settings = self.pruner, self.settings
-        plans = [plan for plan in order_moves(pruner, curves) if _within(start.kept, plan, pruner.groups)]
-        total, stages, stage, part, last = pruner.predict_seconds({}), [], start, 1 / 6, None
-        self.progress.start("fine-tuning", None)
-        while not enough(stage.kept) and part > 0.05:
-            goal = pruner.predict_seconds(stage.kept) - part * total
-            following = [plan for plan in plans if _within(stage.kept, plan, pruner.groups) and plan != stage.kept]
-            if not following:
-                break
-            plan = next((plan for plan in following if pruner.predict_seconds(plan) <= goal), following[-1])
-            candidate = pruner.build_further(self.workshop.build(stage), stage.kept, plan).train()
-            for step in range(settings.finetune_steps):
-                self.progress.step(f"{len(plan)} groups, step {step + 1}")
-                settings.finetune(candidate, step)
-            further = Stage(plan, candidate.eval())
-            score = self._score(further, None, floor)
-            if score.low >= floor - SLACK:
-                stage, last = further, score
-                stages.append(stage)
-            else:
-                part /= 2
-        return stages, last
-
-    def _describe_pruning(self, chosen: Plan, curves: dict[int, Sensitivity]) -> None:
-        pruner = self.pruner
-        base = pruner.predict_seconds({})
-        for g, group in enumerate(pruner.groups):
-            kept = chosen.get(g)
-            size = group.channels if group.kind == "channels" else 1
-            curve = curves.get(g)
-            if kept is not None:
-                cost = curve.losses[curve.kept.index(kept)] if curve and kept in curve.kept else None
-                saved = base - pruner.predict_seconds({g: kept})
-                reason = f"predicted to save {saved * 1e3:.2f} ms"
-                if cost is not None:
-                    reason += f", alone moves the outputs by {cost:.2%}"
-                decision = LayerDecision(group.name, "pruned", reason, group.width * size, kept * size, saved, cost)
-            else:
-                reason = "not worth what it would cost"
-                if curve is not None and not curve.kept:
-                    reason = "its smallest cut alone moves the outputs too far"
-                    if curve.reason is not None:
-                        reason = f"the model fails with its smallest cut: {curve.reason}"
-                decision = LayerDecision(group.name, "kept", reason, group.width * size)
-            self.layers.append(decision)
-
     def _quantise(self, stages: list[Stage], score: Score) -> tuple[Stage, nn.Module | None, Score]:
         """The last stage that keeps enough when quantised; layers stay in floating point where it takes that."""
         floor = self.settings.keep - SLACK
@@ -319,7 +212,7 @@ class Run:
 
             chosen, costly, best = choose_layers(
                 found.chosen,
-                lambda some, stage=stage: self._score(stage, layers(some), floor),
+                lambda some, stage=stage: self.score(stage, layers(some), floor),
                 lambda some, stage=stage: self._loss(stage, layers(some)),
                 floor,
                 self.progress,
@@ -331,7 +224,7 @@ class Run:
             break
         self.layers += stay + costly
         if best is None and found.pairs:  # folded alone
-            best = self._score(stage, Layers(found.pairs), floor)
+            best = self.score(stage, Layers(found.pairs), floor)
         if best is None or best.low < floor:  # folding alone moves the last bits of a metric at its limit
             if found.chosen:
                 self.notes.append(f"not quantised: {self.settings.keep:.1%} of the metric would not be sure")
@@ -358,7 +251,7 @@ class Run:
         if relaxed is None:
             return result, score
         layers.target_sqnr = quantization.RELAXED_SQNR
-        found = self._score(stage, layers, floor)
+        found = self.score(stage, layers, floor)
         if found.low < floor:
             return result, score
         self.notes.append(f"activations take fewer bits than by default: {relaxed[1]:.2f} times as fast")
@@ -382,7 +275,7 @@ class Run:
                 self.failures[reason] += 1
         if not changed or reason is not None:
             self.notes.append(self._why_nothing())
-            result, score = copy.deepcopy(self.original), Score(1.0, 1.0, self.measure.samples)
+            result, score = copy_model(self.original), Score(1.0, 1.0, self.measure.samples)
             before = after = measure_latency(self.original, self.example)
             for layer in self.layers:
                 if layer.action in ("pruned", "quantized", "folded"):
@@ -414,8 +307,3 @@ class Run:
         if self.pruner is None and not any(layer.action == "float" for layer in self.layers):
             text = "the model has no layer that could be pruned or quantised"
         return f"{text}: this is a copy of the original model"
-
-
-def _within(smaller: Plan, larger: Plan, groups: list[ChannelGroup]) -> bool:
-    """Whether the plan ``larger`` prunes each group at least as far."""
-    return all(larger.get(g, groups[g].width) <= kept for g, kept in smaller.items())
