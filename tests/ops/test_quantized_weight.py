@@ -46,6 +46,7 @@ def test_it_takes_fewer_bytes(name):
         {"4 bits": nn.Linear(256, 256), "convolution": nn.Conv2d(64, 64, 3)}.get(name, nn.Linear(256, 256))
     )
     assert stored_bytes(layer) < 0.3 * 4 * layer.weight.numel()
+    assert layer.weight.nbytes == layer.weight.packed.nbytes + layer.weight.scale.nbytes
 
 
 @pytest.mark.parametrize("name", NAMES)

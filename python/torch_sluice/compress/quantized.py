@@ -154,9 +154,10 @@ class QuantizedWeight(Tensor):
         options.check()
         self._set_options(options)
 
-    def stored_bytes(self) -> int:
+    @property
+    def nbytes(self) -> int:
         """Of memory: integers and scales."""
-        return sum(part.numel() * part.element_size() for part in (self.packed, self.scale))
+        return self.packed.nbytes + self.scale.nbytes
 
     def __tensor_flatten__(self):
         return ["packed", "scale"], self.options
