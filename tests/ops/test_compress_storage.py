@@ -187,7 +187,7 @@ def test_tied_weights_are_stored_once(tmp_path):
 
 def test_state_that_is_no_tensor_is_saved_if_it_is_plain(tmp_path):
     class Counting(nn.Linear):
-        extra = {"calls": 3, "names": ["a"]}
+        extra = None
 
         def get_extra_state(self):
             return self.extra
@@ -196,6 +196,7 @@ def test_state_that_is_no_tensor_is_saved_if_it_is_plain(tmp_path):
             self.read = state
 
     model, x = nn.Sequential(Counting(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(4, 8)
+    model[0].extra = {"calls": 3, "names": ["a"]}
     small = torch_sluice.compress(model, x, [(x, None)] * 2, keep=0.5, prune=False, progress=False)
     torch_sluice.compress.save(small, tmp_path / "x")
     assert torch_sluice.compress.load(tmp_path / "x", model)[0].read == {"calls": 3, "names": ["a"]}

@@ -145,8 +145,7 @@ def repacked(model: nn.Module, candidate: Candidate, options: dict) -> Candidate
     """The candidate with the weight that the model has now, as where it was compensated by other data."""
     kind, former = candidate.weight.kind, candidate.weight.options
     options = {k: v for k, v in options.items() if kind != "rows" or k not in ("weight_bits", "group_size")}
-    place = (candidate.places or [f"{candidate.name}.weight"])[0]
-    weight = QuantizedWeight.from_float(model.get_parameter(place), kind, groups=former.groups, **options)
+    weight = QuantizedWeight.from_float(model.get_parameter(candidate.places[0]), kind, groups=former.groups, **options)
     return replace(candidate, weight=weight)
 
 
