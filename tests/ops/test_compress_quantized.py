@@ -199,7 +199,7 @@ def test_a_failure_on_other_batches_stays_out_too():
     assert type(small.second.weight) is nn.Parameter
     (decision,) = [layer for layer in small.compression_report.layers if layer.name == "second"]
     assert decision.action == "float"
-    assert "quantised alone it fails on data: " in decision.reason
+    assert "AssertionError" in decision.reason
 
 
 def test_the_model_is_as_it_was_after_candidates_were_tried(monkeypatch):
