@@ -37,7 +37,7 @@ class Direct(nn.Module):
         super().__init__()
         weight, options = layer.weight, layer.weight.options
         self.register_buffer("packed", weight.packed)
-        self.register_buffer("weight_scale", weight.scale)
+        self.register_buffer("weight_scale", weight.scale.squeeze(1) if weight.kind == "rows" else weight.scale)
         self.register_buffer("bias", getattr(layer, "bias", None))
         self.kind, self.counting, self.groups = weight.kind, False, options.groups
         self.weight_bits, self.group_size, self.policy = options.weight_bits, options.group_size, options.policy
@@ -48,13 +48,14 @@ class Direct(nn.Module):
 
     def forward(self, x):
         if self.kind == "rows":
-            return torch.embedding(self.packed, x) * torch.embedding(self.weight_scale, x)
+            return F.embedding(x, self.packed).to(torch.float32) * self.weight_scale[x].unsqueeze(-1)
         if self.kind == "conv2d":
             out, bits = torch.ops.sluice.conv2d_dynamic.default(
                 x, self.packed, self.weight_scale, self.bias, self.outputs, self.kernel_size, self.stride,
                 self.padding, self.dilation, self.groups, self.weight_bits, self.group_size, POLICIES[self.policy],
                 self.target_sqnr,
             )  # fmt: skip
+            out = out if x.dim() == 4 else out[0]
         else:
             out, bits = torch.ops.sluice.linear_dynamic.default(
                 x, self.packed, self.weight_scale, self.bias, self.outputs, self.weight_bits, self.group_size,

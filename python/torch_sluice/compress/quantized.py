@@ -128,7 +128,7 @@ class QuantizedWeight(Tensor):
         # What the operators take behind their tensors, since making it at each call would take longer than the call.
         if options.kind == "conv2d":
             self.arguments = (options.groups, *numbers)
-            self.columns = (options.shape[1] * options.groups,)
+            self.columns, self.geometry = (options.shape[1] * options.groups,), (options.shape[0], options.shape[2:])
         else:
             outputs, inputs = options.matrix()
             self.arguments = (outputs, *numbers, True, float(options.outlier_ratio))

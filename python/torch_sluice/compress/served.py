@@ -99,28 +99,28 @@ def _pair(value):
     return value if type(value) is tuple and len(value) == 2 else torch.nn.modules.utils._pair(value)
 
 
-def _same_padding(weight: QuantizedWeight, dilation: list[int]) -> list[int] | None:
-    """Padding "same" in numbers, or None where it is not the same on both sides."""
-    total = [spread * (kernel - 1) for spread, kernel in zip(dilation, weight.options.shape[2:], strict=True)]
-    return None if total[0] % 2 or total[1] % 2 else [total[0] // 2, total[1] // 2]
+def _padding(weight: QuantizedWeight, padding, dilation):
+    """Padding in numbers, or None where "same" is not the same on both sides."""
+    if padding == "valid":
+        return 0, 0
+    if padding != "same":
+        return None if isinstance(padding, str) else _pair(padding)
+    total = [spread * (kernel - 1) for spread, kernel in zip(_pair(dilation), weight.geometry[1], strict=True)]
+    return None if total[0] % 2 or total[1] % 2 else (total[0] // 2, total[1] // 2)
 
 
 def _conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     """``F.conv2d``."""
-    if type(weight) is not QuantizedWeight or weight.kind != "conv2d" or groups != weight.options.groups:
-        around = None
-    elif isinstance(padding, str):
-        around = [0, 0] if padding == "valid" else _same_padding(weight, _pair(dilation)) if padding == "same" else None
-    else:
-        around = _pair(padding)
+    served = type(weight) is QuantizedWeight and weight.kind == "conv2d" and groups == weight.arguments[0]
+    around = _padding(weight, padding, dilation) if served else None
     if around is None or input.dtype not in FLOATS or input.shape[-3:-2] != weight.columns:
         return F.conv2d(unpacked(input), unpacked(weight), unpacked(bias), stride, padding, dilation, groups)
     if torch.is_grad_enabled():
         _refuse_gradient(input, bias)
     batched = input.dim() == 4
     out, bits = _CONV2D(
-        input if batched else input[None], weight.packed, weight.scale, bias, weight.options.shape[0],
-        weight.options.shape[2:], _pair(stride), around, _pair(dilation), *weight.arguments,
+        input if batched else input[None], weight.packed, weight.scale, bias, *weight.geometry, _pair(stride), around,
+        _pair(dilation), *weight.arguments,
     )  # fmt: skip
     if widths.listeners or weight.counting:
         _note(bits, weight)
