@@ -93,7 +93,8 @@ TEST(QuantizeLookup, ErrorsNameTheArgument) {
   };
   using Args = sl_lookup_weight_args &;
   const int64_t high[2] = {0, 5}, low[2] = {-1, 0};
-  refused([&](Args a) { a.rows = high; }, "rows has 5 at 1, expected at least 0 and less than out_features, which is 5");
+  refused([&](Args a) { a.rows = high; },
+          "rows has 5 at 1, expected at least 0 and less than out_features, which is 5");
   refused([&](Args a) { a.rows = low; }, "rows has -1 at 0");
   refused([](Args a) { a.rows = nullptr; }, "rows is NULL");
   refused([](Args a) { a.values = nullptr; }, "values is NULL");

@@ -13,6 +13,7 @@ from benchmarks import (
     gated_attention,
     import_time,
     monitor_overhead,
+    quantize_dispatch,
     quantize_recurrent,
     recall,
 )
@@ -110,6 +111,15 @@ def test_monitor_overhead(rows_of, capsys):
     assert row["monitor_share"] == pytest.approx(row["monitor_seconds"] / row["peers"]["without"])
     assert row["mfu"] > 0
     assert "monitor's own code" in capsys.readouterr().out
+
+
+def test_quantize_dispatch(rows_of, capsys):
+    rows = rows_of(quantize_dispatch, "--repeats", 1)
+    assert [row["case"] for row in rows] == list(quantize_dispatch.CASES)
+    for row in rows:
+        assert row["peers"].keys() == {"direct", "float", "subclass", "torchao"}
+        assert row["overhead"] == pytest.approx(row["seconds"] - row["peers"]["direct"])
+    assert "overhead" in capsys.readouterr().out
 
 
 def test_channel_norms(rows_of, monkeypatch, capsys):

@@ -214,3 +214,12 @@ def _train(monitored):
 def test_a_monitor_changes_no_bit_of_the_training():
     for one, other in zip(_train(True), _train(False), strict=True):
         assert torch.equal(one, other)
+
+
+def test_layers_with_quantised_weights_are_heard_by_their_own_monitor():
+    layer = torch_sluice.compress.quantize_layer(nn.Linear(8, 4))
+    monitor, other = watch(layer), watch(nn.Linear(8, 4))
+    with monitor, other, monitor.step(), other.step(), torch.no_grad():
+        layer(torch.randn(3, 8))
+    assert sum(monitor.summary()["bits"].values()) == pytest.approx(1)
+    assert not other.summary()["bits"]

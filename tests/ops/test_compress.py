@@ -9,7 +9,7 @@ from support.compress_models import Branches, Convolutions, call_all_faster, gat
 from torch import nn
 
 import torch_sluice
-from torch_sluice.compress import QuantizedLinear, pruning, quantization, run
+from torch_sluice.compress import QuantizedWeight, pruning, quantization, run
 from torch_sluice.compress.latency import Latency
 
 QUIET = {"progress": False}
@@ -61,7 +61,7 @@ def test_the_promise_holds_by_a_metric_of_the_users(policy):
     assert report.bytes_after < 0.5 * report.bytes_before
     actions = {decision.action for decision in report.layers}
     assert {"pruned", "quantized"} <= actions
-    assert isinstance(small[2], QuantizedLinear)
+    assert isinstance(small[2].weight, QuantizedWeight)
     assert not any(parameter.requires_grad for parameter in small.parameters())
     assert f"{report.kept:.1%} kept, at least" in str(report)
     assert "(95 %, 192 samples)" in str(report)

@@ -13,10 +13,11 @@ from torch_sluice.compress import quantization
 from torch_sluice.compress.choice import choose_layers
 from torch_sluice.compress.estimate import Score
 from torch_sluice.compress.latency import Latency
+from torch_sluice.compress.layers import quantized_weights
 from torch_sluice.compress.measure import Measure
 from torch_sluice.compress.progress import Progress
 from torch_sluice.compress.quantization import Candidate
-from torch_sluice.compress.quantized import QuantizedLinear
+from torch_sluice.compress.quantized import QuantizedWeight
 
 OPTIONS = {"policy": "sqnr", "target_sqnr": 30.0, "weight_bits": 8, "group_size": 0}
 
@@ -139,7 +140,7 @@ def test_layers_are_timed_within_calls_of_the_model_which_stays_as_it_is():
     model, x = Twice().eval(), torch.randn(64, 512)
     before = copy.deepcopy(model.state_dict())
     layers = [
-        Candidate(name, QuantizedLinear.from_float(getattr(model, name), **OPTIONS), 0.0, 0.0)
+        Candidate(name, QuantizedWeight.from_float(getattr(model, name).weight, **OPTIONS), [f"{name}.weight"])
         for name in ("small", "large")
     ]
     quantization._time_in_place(model, layers, x, Progress(False))
@@ -153,7 +154,7 @@ def test_layers_are_timed_within_calls_of_the_model_which_stays_as_it_is():
 def test_of_layers_that_cost_too_much_the_worst_stay():
     """And those with which the model fails; the score is that of the choice."""
     losses = {"good": 0.001, "fair": 0.01, "bad": 0.2, "broken": math.inf}
-    candidates = [Candidate(name, nn.Identity(), 2e-3, 1e-3, 100) for name in reversed(losses)]
+    candidates = [Candidate(name, nn.Identity(), [], 2e-3, 1e-3, 100) for name in reversed(losses)]
 
     def score(chosen):
         low = 1 - sum(losses[c.name] for c in chosen)
@@ -181,9 +182,9 @@ def compress_with_relaxed_gain(monkeypatch, gain, **options):
     monkeypatch.setattr(quantization, "_GAIN", 0.0)
     monkeypatch.setattr(quantization, "compare_latency", lambda *_: (Latency(gain, gain), Latency(1.0, 1.0)))
     small = torch_sluice.compress(model, batches[0][0], batches, prune=False, progress=False, **options)
-    layers = [layer for layer in small.modules() if isinstance(layer, QuantizedLinear)]
-    assert layers
-    return {layer.target_sqnr for layer in layers}, small.compression_report
+    weights = [weight for _, weight in quantized_weights(small)]
+    assert weights
+    return {weight.options.target_sqnr for weight in weights}, small.compression_report
 
 
 def test_activations_take_fewer_bits_where_that_is_faster(monkeypatch):
@@ -208,7 +209,7 @@ def test_bits_stay_where_fewer_are_no_faster(monkeypatch):
 
 def test_bits_stay_where_fewer_cost_too_much(monkeypatch):
     def metric(model, batches):
-        relaxed = any(getattr(layer, "target_sqnr", 30) < 30 for layer in model.modules())
+        relaxed = any(weight.options.target_sqnr < 30 for _, weight in quantized_weights(model))
         return 0.5 if relaxed else 1.0
 
     assert compress_with_relaxed_gain(monkeypatch, 1.2, metric=metric, keep=0.9)[0] == {30.0}

@@ -199,7 +199,7 @@ def test_a_failure_on_other_batches_stays_out_too():
     assert type(small.second.weight) is nn.Parameter
     (decision,) = [layer for layer in small.compression_report.layers if layer.name == "second"]
     assert decision.action == "float"
-    assert "quantised alone it fails on data: " in decision.reason
+    assert "AssertionError" in decision.reason
 
 
 def test_the_model_is_as_it_was_after_candidates_were_tried(monkeypatch):
@@ -233,14 +233,11 @@ def test_quantised_copies_do_not_copy_what_they_replace(monkeypatch):
 
 def test_a_compressed_model_can_be_compressed_again(tmp_path):
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8), nn.Bilinear(8, 8, 4)), torch.randn(16, 32)
-    model = nn.Sequential(*model[:3])
-    small = torch_sluice.compress(model, x, [(x, None)] * 2, keep=0.9, progress=False)
-    try:
-        smaller = torch_sluice.compress(small, x, [(x, None)] * 2, keep=0.9, progress=False)
-    except ValueError as error:
-        assert "its weight is quantised already" in str(error)  # one sentence that says why not
-        return
+    model, x = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8)), torch.randn(16, 32)
+    small = torch_sluice.compress(model, x, [(x, None)] * 2, keep=0.9, prune=False, progress=False)
+    smaller = torch_sluice.compress(small, x, [(x, None)] * 2, keep=0.9, prune=False, progress=False)
+    reasons = {layer.name: layer.reason for layer in smaller.compression_report.layers}
+    assert reasons == {"0": "its weight is quantised already", "2": "its weight is quantised already"}
     with torch.no_grad():
         assert torch.equal(smaller(x), small(x))
     torch_sluice.compress.save(smaller, tmp_path / "x")

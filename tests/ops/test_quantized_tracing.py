@@ -1,4 +1,4 @@
-"""Layers with quantised weights under torch.compile, torch.export, AOTInductor, TorchScript; and ONNX, which refuses."""
+"""Quantised weights under torch.compile, torch.export, AOTInductor and TorchScript; and ONNX, which refuses."""
 
 import copy
 

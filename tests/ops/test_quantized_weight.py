@@ -42,10 +42,9 @@ def test_a_layer_stays_what_it_is_and_its_weight_answers_as_before(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_takes_fewer_bytes(name):
-    layer = quantize_layer(
-        {"4 bits": nn.Linear(256, 256), "convolution": nn.Conv2d(64, 64, 3)}.get(name, nn.Linear(256, 256))
-    )
+    layer = quantize_layer(nn.Conv2d(64, 64, 3) if name == "convolution" else nn.Linear(256, 256))
     assert stored_bytes(layer) < 0.3 * 4 * layer.weight.numel()
+    assert layer.weight.nbytes == layer.weight.packed.nbytes + layer.weight.scale.nbytes
 
 
 @pytest.mark.parametrize("name", NAMES)

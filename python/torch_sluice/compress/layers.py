@@ -94,10 +94,7 @@ def unpack_weights(model: nn.Module) -> nn.Module:
 
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of the parameters and buffers, shared ones once, quantised ones as they are packed."""
-    sizes = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        packed = isinstance(tensor, QuantizedWeight)
-        sizes[tensor.data_ptr()] = tensor.stored_bytes() if packed else tensor.numel() * tensor.element_size()
+    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
     return sum(sizes.values())
 
 

@@ -1,9 +1,9 @@
 """Keeps the scale of norms that lost channels: a mean of squares over fewer channels is another mean.
 
 A norm divides each row x by the root of the mean of its squares (of its squared distances from its mean, for a layer
-norm). Over the channels that stay that mean is, on average over data, r times as large; multiplying the norm's weight by
-sqrt(r) undoes it. Channels that are 0 leave n / n' of the mean, so that cutting them out of an RMS norm changes nothing.
-Which modules are such norms, and how they use their weight, is measured on their own inputs, not read from their names.
+norm). Over the channels that stay that mean is, on average over data, r times as large; multiplying the norm's weight
+by sqrt(r) undoes it. Channels that are 0 leave n / n' of the mean, so that cutting them from an RMS norm changes
+nothing. Which modules are such norms, and how they use their weight, is measured on their inputs, not read from names.
 """
 
 from collections.abc import Callable, Iterable

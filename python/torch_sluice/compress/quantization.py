@@ -5,7 +5,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class Candidate:
 
     name: str  # of the layer whose ``weight`` it is, or else of the parameter
     weight: QuantizedWeight
-    places: list[str] = field(default_factory=list)  # names of the parameters that it is: several where it is tied
+    places: list[str]  # names of the parameters that it is: several where it is tied
     before: float = 0.0  # seconds in a call of the model on the example
     after: float = 0.0
     bytes: int = 0  # won
@@ -75,7 +75,7 @@ def find_candidates(
             except Exception as error:
                 reason = _first_line(error)
             else:
-                won = parameter.numel() * parameter.element_size() - weight.stored_bytes()
+                won = parameter.nbytes - weight.nbytes
                 possible.append(Candidate(layer_name(name), weight, places, bytes=won))
                 continue
         if use is not None or _is_known_layer(model, name):
@@ -145,8 +145,7 @@ def repacked(model: nn.Module, candidate: Candidate, options: dict) -> Candidate
     """The candidate with the weight that the model has now, as where it was compensated by other data."""
     kind, former = candidate.weight.kind, candidate.weight.options
     options = {k: v for k, v in options.items() if kind != "rows" or k not in ("weight_bits", "group_size")}
-    place = (candidate.places or [f"{candidate.name}.weight"])[0]
-    weight = QuantizedWeight.from_float(model.get_parameter(place), kind, groups=former.groups, **options)
+    weight = QuantizedWeight.from_float(model.get_parameter(candidate.places[0]), kind, groups=former.groups, **options)
     return replace(candidate, weight=weight)
 
 
@@ -157,7 +156,7 @@ def placed(model: nn.Module, candidates: list[Candidate]) -> Iterator[nn.Module]
     try:
         for candidate in candidates:
             weight = nn.Parameter(candidate.weight, requires_grad=False)
-            for place in candidate.places or [f"{candidate.name}.weight"]:
+            for place in candidate.places:
                 owner, _, leaf = place.rpartition(".")
                 module = model.get_submodule(owner)
                 undo.append((module, leaf, module._parameters[leaf]))
@@ -206,7 +205,7 @@ def _time_in_place(model: nn.Module, candidates: list[Candidate], example_inputs
     """
     if not candidates:
         return
-    names = {candidate.name: (candidate.places or [f"{candidate.name}.weight"])[0] for candidate in candidates}
+    names = {candidate.name: candidate.places[0] for candidate in candidates}
     before: dict[str, float] = {}
     after: dict[str, float] = {}
     progress.start("timing", _TURNS)
@@ -228,7 +227,7 @@ def apply(model: nn.Module, candidates: list[Candidate]) -> nn.Module:
     # What deepcopy believes to have copied already it takes as it is: the floating-point weights are not copied.
     memo: dict[int, Any] = {}
     for candidate in candidates:
-        place = (candidate.places or [f"{candidate.name}.weight"])[0]
+        place = candidate.places[0]
         memo[id(model.get_parameter(place))] = nn.Parameter(copy.deepcopy(candidate.weight), requires_grad=False)
     quantized = copy.deepcopy(model, memo)
     if candidates:

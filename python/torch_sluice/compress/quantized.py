@@ -89,7 +89,7 @@ class Options(NamedTuple):
 
         outputs, inputs = self.matrix()
         if self.kind == "rows":
-            return (torch.int8, (outputs, inputs)), (torch.float32, (outputs,))
+            return (torch.int8, (outputs, inputs)), (torch.float32, (outputs, 1))
         size, scales = packed_sizes(outputs, inputs, self.weight_bits, self.group_size, self.groups)
         return (torch.uint8, (size,)), (torch.float32, tuple(int(number) for number in scales))
 
@@ -128,10 +128,11 @@ class QuantizedWeight(Tensor):
         # What the operators take behind their tensors, since making it at each call would take longer than the call.
         if options.kind == "conv2d":
             self.arguments = (options.groups, *numbers)
+            self.columns, self.geometry = (options.shape[1] * options.groups,), (options.shape[0], options.shape[2:])
         else:
             outputs, inputs = options.matrix()
             self.arguments = (outputs, *numbers, True, float(options.outlier_ratio))
-            self.columns = (inputs,)  # the last dimension of an input
+            self.columns = (inputs,)  # the size of the dimension of an input that is summed over
 
     @classmethod
     def from_float(cls, weight: Tensor, kind: str = "linear", *, groups: int = 1, **options) -> "QuantizedWeight":
@@ -154,9 +155,10 @@ class QuantizedWeight(Tensor):
         options.check()
         self._set_options(options)
 
-    def stored_bytes(self) -> int:
+    @property
+    def nbytes(self) -> int:
         """Of memory: integers and scales."""
-        return sum(part.numel() * part.element_size() for part in (self.packed, self.scale))
+        return self.packed.nbytes + self.scale.nbytes
 
     def __tensor_flatten__(self):
         return ["packed", "scale"], self.options
@@ -189,7 +191,7 @@ class QuantizedWeight(Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        serve = served.FUNCTIONS.get(func)
+        serve = _SERVED.get(func)
         if serve is None:
             return served.call(func, args, {} if kwargs is None else kwargs)
         return serve(*args) if kwargs is None else serve(*args, **kwargs)
@@ -218,15 +220,15 @@ def _pack_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """w becomes round(w / scale) with scale = max |w| of the row / 127."""
     if not weight.isfinite().all():
         raise ValueError("weight has NaN or infinity, expected finite values")
-    scale = weight.abs().amax(1) / 127 if weight.shape[1] else weight.new_zeros(weight.shape[0])
-    units = scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    scale = weight.abs().amax(1, keepdim=True) / 127 if weight.shape[1] else weight.new_zeros(weight.shape[0], 1)
+    units = scale.clamp_min(torch.finfo(torch.float32).tiny)
     return (weight / units).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
 def unpack(packed: Tensor, scale: Tensor, options: Options) -> Tensor:
     """The floating-point weight, of operators of torch and sluice only, so that it can be traced."""
     if options.kind == "rows":
-        return (packed.to(torch.float32) * scale[:, None]).to(options.dtype)
+        return (packed * scale).to(options.dtype)
     outputs, inputs = options.matrix()
     padded = scale.shape[1]  # with the empty outputs that fill up the last panel of each group
     rows = outputs if options.groups == 1 else padded
@@ -265,3 +267,5 @@ def rebuild(packed: Tensor, scale: Tensor, values: tuple, is_parameter: bool) ->
 torch.serialization.add_safe_globals([rebuild, QuantizedWeight])
 
 from torch_sluice.compress import served  # noqa: E402  it needs the class
+
+_SERVED = served.FUNCTIONS

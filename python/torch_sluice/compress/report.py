@@ -4,13 +4,20 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def count_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters and buffers, shared ones once."""
-    seen = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
-    return sum(seen.values())
+    """Bytes of the parameters and buffers as they are stored, shared ones once."""
+    tensors = [part for tensor in (*model.parameters(), *model.buffers()) for part in _stored(tensor)]
+    return sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
+
+
+def _stored(tensor: Tensor) -> list[Tensor]:
+    """What a tensor holds: itself, or the parts of one that wraps others."""
+    if type(tensor) in (Tensor, nn.Parameter, nn.Buffer) or not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
 
 
 @dataclass

@@ -94,38 +94,37 @@ def _addmm(input, mat1, mat2, *, beta=1, alpha=1):
     return out if bias is not None else out + input
 
 
-def _pair(value) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value) * (2 if len(value) == 1 else 1)
+def _pair(value):
+    """Height and width."""
+    return value if type(value) is tuple and len(value) == 2 else torch.nn.modules.utils._pair(value)
 
 
-def _same_padding(weight: QuantizedWeight, dilation: list[int]) -> list[int] | None:
-    """Padding "same" in numbers, or None where it is not the same on both sides."""
-    total = [spread * (kernel - 1) for spread, kernel in zip(dilation, weight.options.shape[2:], strict=True)]
-    return None if total[0] % 2 or total[1] % 2 else [total[0] // 2, total[1] // 2]
+def _padding(weight: QuantizedWeight, padding, dilation):
+    """Padding in numbers, or None where "same" is not the same on both sides."""
+    if padding == "valid":
+        return 0, 0
+    if padding != "same":
+        return None if isinstance(padding, str) else _pair(padding)
+    total = [spread * (kernel - 1) for spread, kernel in zip(_pair(dilation), weight.geometry[1], strict=True)]
+    return None if total[0] % 2 or total[1] % 2 else (total[0] // 2, total[1] // 2)
 
 
 def _conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     """``F.conv2d``."""
-    served = type(weight) is QuantizedWeight and weight.kind == "conv2d" and groups == weight.options.groups
-    spread = _pair(dilation)
-    if served and isinstance(padding, str):
-        around = [0, 0] if padding == "valid" else _same_padding(weight, spread) if padding == "same" else None
-    else:
-        around = _pair(padding)
-    served = served and around is not None and input.dtype in FLOATS and input.dim() in (3, 4)
-    if not served or input.shape[-3] != weight.options.shape[1] * groups:
+    served = type(weight) is QuantizedWeight and weight.kind == "conv2d" and groups == weight.arguments[0]
+    around = _padding(weight, padding, dilation) if served else None
+    if around is None or input.dtype not in FLOATS or input.shape[-3:-2] != weight.columns:
         return F.conv2d(unpacked(input), unpacked(weight), unpacked(bias), stride, padding, dilation, groups)
     if torch.is_grad_enabled():
         _refuse_gradient(input, bias)
-    shape = weight.options.shape
-    x = input if input.dim() == 4 else input[None]
+    batched = input.dim() == 4
     out, bits = _CONV2D(
-        x, weight.packed, weight.scale, bias, shape[0], [shape[2], shape[3]], _pair(stride), around, spread,
-        *weight.arguments,
+        input if batched else input[None], weight.packed, weight.scale, bias, *weight.geometry, _pair(stride), around,
+        _pair(dilation), *weight.arguments,
     )  # fmt: skip
     if widths.listeners or weight.counting:
         _note(bits, weight)
-    return out if input.dim() == 4 else out[0]
+    return out if batched else out[0]
 
 
 def _embedding(
@@ -140,8 +139,8 @@ def _embedding(
         shape, bits, group_size = weight.options.shape, weight.options.weight_bits, weight.options.group_size
         return _LOOKUP(input, weight.packed, weight.scale, *shape, bits, group_size).to(weight.options.dtype)
     if weight.kind == "rows":
-        rows = F.embedding(input, weight.packed).to(torch.float32)
-        return (rows * weight.scale[input].unsqueeze(-1)).to(weight.options.dtype)
+        rows = torch.embedding(weight.packed, input) * torch.embedding(weight.scale, input)  # int8 by float32
+        return rows if weight.options.dtype is torch.float32 else rows.to(weight.options.dtype)
     return F.embedding(input, unpacked(weight), padding_idx)
 
 

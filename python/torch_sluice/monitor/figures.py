@@ -165,7 +165,7 @@ class Figures:
         """Of the parameters that the model has now."""
         with contextlib.suppress(RuntimeError):  # asked by a scrape while the model gets another module
             self._parameter_bytes = sum(
-                parameter.numel() * parameter.element_size()
+                parameter.nbytes
                 for parameter in self.model.parameters()
                 if not isinstance(parameter, UninitializedParameter)
             )

@@ -34,7 +34,8 @@ class ModelSampler:
     def start_step(self) -> None:
         if not self._listening and self._budget.open:
             with self._budget.spend():
-                self._modules = set(map(id, self._model.modules()))  # some may have been swapped in since the last look
+                # Some may have been swapped in since the last look.
+                self._modules = {*map(id, self._model.modules()), *map(id, self._model.parameters())}
             self._calls, self._widths, self._listening = [], [], True
             with _lock:
                 _listening.add(self)
@@ -73,8 +74,8 @@ class ModelSampler:
         if id(gate) in self._modules and len(self._calls) < _MOST_CALLS:
             self._calls.append(record._replace(a=record.a.detach(), b=record.b.detach()))
 
-    def hear_bits(self, widths: torch.Tensor, module: nn.Module | None) -> None:
-        if (module is None or id(module) in self._modules) and len(self._widths) < _MOST_CALLS:
+    def hear_bits(self, widths: torch.Tensor, source: nn.Module | torch.Tensor | None) -> None:
+        if (source is None or id(source) in self._modules) and len(self._widths) < _MOST_CALLS:
             self._widths.append(widths.detach())
 
     def _count_widths(self, heard: list[torch.Tensor]) -> dict[str, float]:
@@ -92,9 +93,9 @@ def _tell_attention(gate: Gate, record) -> None:
     _fall_silent()
 
 
-def _tell_bits(widths: torch.Tensor, module: nn.Module | None) -> None:
+def _tell_bits(widths: torch.Tensor, source: nn.Module | torch.Tensor | None) -> None:
     for sampler in list(_listening):
-        sampler.hear_bits(widths, module)
+        sampler.hear_bits(widths, source)
     _fall_silent()
 
 
