@@ -29,7 +29,7 @@ _HEADS = (
 )  # fmt: skip
 
 
-class Unbuildable(Exception):  # noqa: N818 - it is an answer
+class Unbuildable(Exception):
     """Why an architecture can't be built small or can't be run, in one sentence."""
 
 
@@ -101,10 +101,10 @@ def _classes(model_type: str, config_class: type) -> Iterator[type]:
                 seen.add(cls)
                 yield cls
     for cls in vars(home).values():  # parts of larger models are in no mapping
-        if inspect.isclass(cls) and issubclass(cls, PreTrainedModel) and cls.__module__ == home.__name__:
-            if getattr(cls, "config_class", None) is config_class and cls not in seen and "forward" in vars(cls):
-                seen.add(cls)
-                yield cls
+        is_model = inspect.isclass(cls) and issubclass(cls, PreTrainedModel) and "forward" in vars(cls)
+        if is_model and getattr(cls, "config_class", None) is config_class and cls not in seen:
+            seen.add(cls)
+            yield cls
 
 
 def make_transformer(model_type: str) -> tuple[nn.Module, Callable]:
