@@ -20,7 +20,7 @@ from benchmarks import zoo_configs, zoo_inputs
 from benchmarks.zoo_inputs import Plan
 
 ROWS = 2
-_ATTEMPTS = 24  # ways of calling a model that are tried
+_ATTEMPTS = 40  # ways of calling a model that are tried
 # Heads by preference; what none of them has is taken by any other, and last without a head.
 _HEADS = (
     "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SPEECH_SEQ_2_SEQ", "MASKED_LM", "CAUSAL_LM", "CTC",

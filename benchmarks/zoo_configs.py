@@ -20,40 +20,87 @@ def _same(value: int) -> int:
     return value
 
 
+def _power_of_two_at_most(limit: int):
+    return lambda value: 1 << (min(value, limit).bit_length() - 1) if value else 0
+
+
 # The first pattern that is found in a field's name says what becomes of its default; negative numbers stay.
 _RULES = [
-    (r"type_vocab_size|num_channels|chunk_size_feed_forward|num_stages|temporal|tubelet|merge|_ratio|^audio_channels", _same),
-    (r"kernel|stride|padding|dilation|sampling|^num_codebooks|num_feature_levels|_points$|interval|^num_labels", _same),
-    (r"coordinate_size|shape_size", _exactly(10)),
-    (r"(^|_)vocab_size|_vocab$|_labels$|codebook_size|num_embeddings$|hash_buckets|head_out_channels|vocab_offset", _at_most(VOCABULARY)),
-    (r"experts?_per_tok|top_?k$|moe_k$|num_selected|^topk|num_experts_per", _at_most(2)),
-    (r"shared_experts?$|n_group$|topk_group|first_k_dense|num_dense_layers|zero_expert_num", _at_most(1)),
-    (r"experts?$|expert_num$|num_codevectors_per_group", _at_most(4)),
+    (r"type_vocab_size|num_channels|chunk_size_feed_forward|num_stages|temporal|tubelet|merge|_ratio", _same),
+    (r"^audio_channels|kernel|stride|padding|dilation|sampling|^num_codebooks|num_feature_levels|_points$", _same),
+    (r"patch_embed_hidden_size|interval|^num_labels|^num_levels|_loss_|feat_strides", _same),
+    (r"coordinate_size", _exactly(10)),
+    (r"shape_size", _exactly(12)),
+    (r"codebook_size", _power_of_two_at_most(256)),
+    (r"(^|_)vocab_size|_vocab$|_labels$|num_embeddings$|hash_buckets|vocab_offset", _at_most(VOCABULARY)),
+    (r"head_out_channels", _at_most(VOCABULARY)),
+    (r"experts?_per_tok|(?<!index_)top_?k$|moe_k$|num_selected|^topk$|num_experts_per", _at_most(2)),
+    (r"shared_experts?$|n_groups?$|topk_group|first_k_dense|num_dense_layers|zero_expert_num", _at_most(1)),
+    (r"experts?$|expert_num$|num_codevectors_per_group|^num_groups$", _at_most(4)),
     (r"(key_value|kv|key)_heads$", _at_most(KEY_HEADS)),
-    (r"^head_dim$|head_dim$|d_kv|dim_head|attention_head_size|kv_channels|head_size$|rotary_dim|value_dim$|^key_dim", _at_most(HEAD_DIM)),
-    (r"heads?$|^attention_heads", _at_most(HEADS)),
-    (r"_rank$", _at_most(32)),
+    (r"head_dim$|d_kv|dim_head|attention_head_size|kv_channels|head_size$|rotary_dim|value_dim$", _at_most(HEAD_DIM)),
+    (r"^key_dim", _at_most(HEAD_DIM)),
+    (r"heads?(_per_stage)?$|^attention_heads", _power_of_two_at_most(HEADS)),
+    (r"_rank$|num_pos_feats", _at_most(WIDTH // 2)),
     (r"num_global_layers|_layer$|every_n|max_window_layers|_idx$", _at_most(1)),
-    (r"layers?$|num_blocks|^depths?$|^n_layer|_layers_|repeats|inner_group_num|depth$|layer_num|blocks$|num_loops|passes$", _at_most(LAYERS)),
-    (r"index(es)?$|indices$|indexes$|^extract_layers|hook_ids", None),
-    (r"intermediate|ffn_dim|d_ff$|ffn_hidden|mlp_dim|n_inner|d_inner|dim_ff|feedforward|feed_forward|mlp_hidden|ffn_embed", _at_most(HIDDEN)),
+    (r"layers?$|num_blocks|^depths?$|^n_layer|_layers_|repeats|inner_group_num|layer_num", _at_most(LAYERS)),
+    (r"depth$|blocks(_per_stage)?$|num_loops|passes$|_numb_of_layers", _at_most(LAYERS)),
+    (r"index(es)?$|indices$", None),
+    (r"intermediate|ffn_dim|d_ff$|ffn_hidden|mlp_dim|n_inner|d_inner|dim_ff|feed_?forward|mlp_hidden", _at_most(HIDDEN)),
+    (r"ffn_embed|_ffn$", _at_most(HIDDEN)),
     (r"max_source_positions|max_length$", _at_most(64)),
     (r"max_.*position|position_embeddings|max_seq|n_positions|^n_ctx|max_target|rel_extent", _at_most(POSITIONS)),
     (r"image_size|img_size|^resolution$|crop_size|spec_size", _at_most(IMAGE)),
     (r"patch_size", lambda value: PATCH if value >= 12 else value),
     (r"sliding_window|chunk_size|local_attention|attention_window|canvas_length|context_size", _at_most(8)),
-    (r"window_size", _at_most(4)),
+    (r"window_size", lambda value: _at_most(4)(value) if value < 64 else 64),
     (r"(image|mm|vision|audio).*(tokens_per_image|image_tokens|seq_length)", _at_most(4)),
     (r"num_queries|query_tokens|num_latents|num_query|proposals|num_denoising", _at_most(QUERIES)),
     (r"num_frames", _at_most(2)),
     (r"(state_size|d_state)$", _at_most(16)),
-    (r"hidden_size|d_model|n_embd|emb(ed|edding)?s?_(dim|size)|_dims?$|^dim$|_channels$|_units$|_filters$|width$|"
-     r"channels|hidden_dim|_size_out|^conv_dim|dims$|_planes", _at_most(WIDTH)),
+    (r"(num|n)_filters$", _at_most(8)),
+    (r"hidden_size|d_model|d_latents|n_embd|emb(ed|edding)?s?_(dim|size)|_dims?$|^dim$", _at_most(WIDTH)),
+    (r"_channels$|_units$", _at_most(WIDTH)),
+    (r"width$|channels|hidden_dim|_size_out|^conv_dim|dims$|_planes|dim_per_stage|upsample_groups", _at_most(WIDTH)),
 ]  # fmt: skip
 _RULES = [(re.compile(pattern), rule) for pattern, rule in _RULES]
 
-# Only where the rules give a configuration that can't be: model type -> fields, after the rules.
-OVERRIDES: dict[str, dict[str, Any]] = {}
+_INDICES = re.compile(r"index(es)?$|indices$|^extract_layers|hook_ids")
+
+# Only where the rules give a configuration that can't be: model type -> fields, in place of the rules'.
+_EFFICIENT = {"hidden_dim": 1280, "width_coefficient": 1.0, "depth_coefficient": 1.0}
+_PROTEIN = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "intermediate_size": HIDDEN,
+}
+_SERIES = {"prediction_length": 8, "context_length": 16}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "align_vision_model": _EFFICIENT,
+    "autoformer": _SERIES,
+    "cvt": {"depth": (1, 2, 3)},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "chameleon": {"vocabulary_map": {"<image>": 990}},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "emu3": {"vocabulary_map": {"<image>": 990}},
+    "esm": {"vocab_size": 100},
+    "efficientnet": _EFFICIENT,
+    "evolla": {"protein_encoder_config": _PROTEIN},
+    "EvollaModel": {"protein_encoder_config": _PROTEIN},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "informer": _SERIES,
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lilt": {"hidden_size": 96},
+    "mamba2": {"num_heads": 8},
+    "nemotron": {"num_key_value_heads": KEY_HEADS},
+    "reformer": {"axial_pos_embds_dim": (32, 32)},
+    "time_series_transformer": _SERIES,
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 3},
+    "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"]},
+}
 
 
 def _shrink(name: str, default: Any, layers: int | None) -> Any:
@@ -61,16 +108,10 @@ def _shrink(name: str, default: Any, layers: int | None) -> Any:
     if isinstance(default, bool):
         return default
     if isinstance(default, (list, tuple)):
-        if (
-            layers is not None
-            and len(default) == layers
-            and layers > LAYERS
-            and not re.search("dim|kernel|stride", name)
-        ):
-            return list(default[:LAYERS])  # one entry for each layer
-        if re.search(r"index(es)?$|indices$|^extract_layers|hook_ids|_layers$", name) and all(
-            type(v) is int for v in default
-        ):
+        by_layer = layers is not None and len(default) == layers > LAYERS
+        if by_layer and not re.search("dim|kernel|stride", name):
+            return list(default[:LAYERS])
+        if _INDICES.search(name) and all(type(value) is int for value in default):
             return sorted({min(value, number) for number, value in enumerate(default[:LAYERS])})
         small = [_shrink(name, value, None) for value in default]
         return small if isinstance(default, list) else tuple(small)
@@ -119,6 +160,15 @@ def small_fields(cls: type) -> dict[str, Any]:
         if value != default:
             changed[name] = value
     changed |= _special_tokens(fields)
+    if fields.get("head_dim", 0) is None and fields.get("hidden_size", 0) is not None:
+        changed["head_dim"] = HEAD_DIM
+    if "kv_lora_rank" in fields and "num_key_value_heads" in fields:
+        changed["num_key_value_heads"] = HEADS  # latent attention has a key for each head
+    if "mrope_section" in getattr(cls, "ignore_keys_at_rope_validation", ()):
+        part = fields.get("partial_rotary_factor") or 1.0
+        half = int(HEAD_DIM * part) // 2
+        section = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
+        changed["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section}
     changed |= {name: value for name, value in OVERRIDES.get(cls.model_type, {}).items() if not isinstance(value, dict)}
     return changed
 
@@ -135,12 +185,19 @@ def small_config(cls: type, overrides: dict[str, Any] | None = None, depth: int 
         inner = spec.config_class
         if not dataclasses.is_dataclass(inner) or inner.__name__ in ("PreTrainedConfig", "AutoConfig"):
             inner = spec.get_config_class(spec.model_type)
-        given = {key: value for key, value in spec.init_kwargs.items() if not _known(key)}
+        given = _given(inner, spec.init_kwargs)
         if name in overrides and overrides[name] is None:
             continue
         values[name] = small_config(inner, {**given, **overrides.get(name, {})}, depth + 1)
     return cls(**values)
 
 
-def _known(name: str) -> bool:
-    return any(pattern.search(name) for pattern, rule in _RULES if rule is not _same)
+def _given(cls: type, fields: dict[str, Any]) -> dict[str, Any]:
+    """What an outer configuration asks of an inner one, but for sizes; outputs of layers that it no longer has become
+    those of as many layers."""
+    given = {name: value for name, value in fields.items() if type(value) is not int and "sizes" not in name}
+    outputs = given.get("out_indices") or given.get("out_features")
+    if outputs and type(defaults(cls).get("num_hidden_layers")) is int:
+        given.pop("out_features", None)
+        given |= {"num_hidden_layers": len(outputs), "out_indices": list(range(1, len(outputs) + 1))}
+    return given

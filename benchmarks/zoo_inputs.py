@@ -206,6 +206,19 @@ VARIANTS: dict[str, list[Callable[[Draw], Any]]] = {
     "xpath_subs_seq": [lambda d: d.integers(0, 50, d.rows, d.length, lookup(d.config, "max_depth", default=50))],
     "image": [lambda d: d.normal(d.rows, 3, 224, 224)],
     "pixel_mask": [lambda d: torch.ones(d.rows, _image_size(d), _image_size(d), dtype=torch.int64)],
+    "pixel_attention_mask": [
+        lambda d: torch.ones(d.rows, 16, dtype=torch.int64),
+        lambda d: torch.ones(d.rows, 1, _image_size(d), _image_size(d), dtype=torch.int64),
+    ],
+    "spatial_shapes": [lambda d: torch.tensor([[4, 4]] * d.rows)],
+    "input_features_mask": [
+        lambda d: torch.ones(d.rows, FRAMES, dtype=torch.int64), lambda d: torch.ones(d.rows, FRAMES, dtype=torch.bool),
+    ],
+    "mm_token_type_ids": [
+        lambda d: torch.cat([torch.ones(d.rows, sum(d.special.values()), dtype=torch.int64),
+                             torch.zeros(d.rows, d.length, dtype=torch.int64)], 1)
+    ],
+    "qformer_input_ids": [lambda d: d.integers(10, 100, d.rows, 6)],
     "input_points": [lambda d: d.integers(0, 60, d.rows, 1, 1, 2).float()],
     "vision_pixel_values": [lambda d: d.normal(d.rows, 3, _image_size(d), _image_size(d))],
     "pixel_values_videos": [lambda d: d.normal(d.rows, _frames(d), _channels(d), _image_size(d), _image_size(d))],
@@ -247,9 +260,15 @@ def plans(model: nn.Module) -> Iterator[Plan]:
     with_text = [*(n for n in ("attention_mask", "bbox") if n in arguments and "input_ids" in first)]
     target = [n for n in ("decoder_input_ids",) if n in arguments and main != n and n not in first]
     extra = [n for n in ("input_ids", "pixel_values", "input_features", "visual_feats", "visual_pos") if n in arguments]
-    grids = [n for n in ("image_grid_thw", "image_sizes", "grid_thw", "noise") if n in arguments]
+    grids = [
+        n
+        for n in ("image_grid_thw", "image_sizes", "grid_thw", "noise", "mm_token_type_ids", "spatial_shapes")
+        if n in arguments
+    ]
     time = [n for n in ("past_time_features", "past_observed_mask", "future_time_features") if n in arguments]
     choices = []
+    if "visual_feats" in arguments:
+        first += ["visual_feats", "visual_pos"]
     if {"input_ids", "pixel_values"} <= set(arguments):
         choices += [[*first, *extra, *with_text, *grids, *target], [*first, *extra, *with_text, *target]]
     choices += [[*first, *extra[:1], *with_text, *target], [*first, *with_text, *target, *time, *grids]]
@@ -263,7 +282,7 @@ def plans(model: nn.Module) -> Iterator[Plan]:
             continue
         seen.add(names)
         yield Plan(dict.fromkeys(names, 0))
-        for name in names:
+        for name in names if len(names) < 3 else [name for name in names if name not in TEXTS] or names:
             for number in range(1, len(VARIANTS[name])):
                 yield Plan({**dict.fromkeys(names, 0), name: number})
 
