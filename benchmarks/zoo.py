@@ -24,8 +24,8 @@ _ATTEMPTS = 40  # ways of calling a model that are tried
 # Heads by preference; what none of them has is taken by any other, and last without a head.
 _HEADS = (
     "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SPEECH_SEQ_2_SEQ", "MASKED_LM", "CAUSAL_LM", "CTC",
-    "IMAGE_CLASSIFICATION", "VIDEO_CLASSIFICATION", "AUDIO_CLASSIFICATION", "SEMANTIC_SEGMENTATION",
-    "OBJECT_DETECTION", "DEPTH_ESTIMATION", "ZERO_SHOT_IMAGE_CLASSIFICATION", "SEQUENCE_CLASSIFICATION",
+    "ZERO_SHOT_IMAGE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "VIDEO_CLASSIFICATION", "AUDIO_CLASSIFICATION",
+    "SEMANTIC_SEGMENTATION", "OBJECT_DETECTION", "DEPTH_ESTIMATION", "SEQUENCE_CLASSIFICATION",
 )  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def _find_plan(model: nn.Module) -> Plan:
                 return plan
             except Exception as error:
                 first = first or error
-                asked = zoo_inputs.tokens_asked_for(error, model.config, ROWS)
+                asked = zoo_inputs.tokens_asked_for(error, model, ROWS)
                 if not asked or asked.items() <= plan.special.items():
                     break
                 plan.special |= asked

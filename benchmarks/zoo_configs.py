@@ -46,8 +46,8 @@ _RULES = [
     (r"layers?$|num_blocks|^depths?$|^n_layer|_layers_|repeats|inner_group_num|layer_num", _at_most(LAYERS)),
     (r"depth$|blocks(_per_stage)?$|num_loops|passes$|_numb_of_layers", _at_most(LAYERS)),
     (r"index(es)?$|indices$", None),
-    (r"intermediate|ffn_dim|d_ff$|ffn_hidden|mlp_dim|n_inner|d_inner|dim_ff|feed_?forward|mlp_hidden", _at_most(HIDDEN)),
-    (r"ffn_embed|_ffn$", _at_most(HIDDEN)),
+    (r"intermediate|ffn_dim|d_ff$|ffn_hidden|mlp_dim|n_inner|d_inner|dim_ff|feed_?forward", _at_most(HIDDEN)),
+    (r"mlp_hidden|ffn_embed|_ffn$", _at_most(HIDDEN)),
     (r"max_source_positions|max_length$", _at_most(64)),
     (r"max_.*position|position_embeddings|max_seq|n_positions|^n_ctx|max_target|rel_extent", _at_most(POSITIONS)),
     (r"image_size|img_size|^resolution$|crop_size|spec_size", _at_most(IMAGE)),
@@ -162,6 +162,8 @@ def small_fields(cls: type) -> dict[str, Any]:
     changed |= _special_tokens(fields)
     if fields.get("head_dim", 0) is None and fields.get("hidden_size", 0) is not None:
         changed["head_dim"] = HEAD_DIM
+    if "depths" in fields and type(fields.get("embed_dim")) is int:
+        changed["embed_dim"] = WIDTH // 4  # each stage doubles it
     if "kv_lora_rank" in fields and "num_key_value_heads" in fields:
         changed["num_key_value_heads"] = HEADS  # latent attention has a key for each head
     if "mrope_section" in getattr(cls, "ignore_keys_at_rope_validation", ()):

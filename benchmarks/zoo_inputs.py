@@ -85,7 +85,7 @@ def _tokens(draw: Draw, length: int | None = None) -> Tensor:
 
 def _mask(draw: Draw) -> Tensor:
     mask = torch.ones(draw.rows, draw.text_length(), dtype=torch.int64)
-    if draw.padded:
+    if draw.padded and not draw.special:  # a row that begins with an image has no place for padding
         for row in range(1, draw.rows, 2):
             mask[row, : int(draw.integers(1, 5, 1))] = 0
     return mask
@@ -240,7 +240,7 @@ class Plan:
         """Inputs by name for ``rows`` samples; a seed gives the same again."""
         draw = Draw(model, rows, torch.Generator().manual_seed(seed), padded, special=self.special)
         inputs = {name: VARIANTS[name][number](draw) for name, number in self.variants.items()}
-        if padded and "attention_mask" in inputs and "input_ids" in inputs:
+        if padded and not self.special and "attention_mask" in inputs and "input_ids" in inputs:
             pad = lookup(model.config, "pad_token_id", default=0)
             inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, max(pad, 0))
         return inputs
@@ -287,11 +287,14 @@ def plans(model: nn.Module) -> Iterator[Plan]:
                 yield Plan({**dict.fromkeys(names, 0), name: number})
 
 
-def tokens_asked_for(error: Exception, config: Any, rows: int) -> dict[int, int] | None:
+def tokens_asked_for(error: Exception, model: nn.Module, rows: int) -> dict[int, int] | None:
     """How many image or audio tokens a model misses in the text of one row, by the message of its error."""
     found = re.search(r"(image|audio|video) tokens do not match\D*?(\d+)\D+?(\d+)", str(error), re.IGNORECASE)
     if not found:
         return None
     kind, features = found[1].lower(), int(found[3])
-    token = lookup(config, f"{kind}_token_id", f"{kind}_token_index")
+    width = lookup(model.config, "hidden_size", default=64)
+    if features >= 8 * width and features % (rows * width) == 0:
+        features //= width  # some count the elements
+    token = lookup(model.config, f"{kind}_token_id", f"{kind}_token_index")
     return None if token is None or features % rows else {int(token): features // rows}

@@ -1,5 +1,5 @@
 """Runs a function on each entry of the zoo in a process of its own, within a time and a memory; and the options and
-the table that the programs of the zoo share.
+the table that the programs of the zoo share. Processor time counts, so that a busy machine ends no model.
 
 A process is forked from one that has imported everything, so that it starts at once. What it writes by ``note()`` is
 kept if it is ended: a row of a model that hangs says where.
@@ -24,7 +24,8 @@ import torch
 from benchmarks import harness, zoo
 
 Examine = Callable[[zoo.Entry, Callable[[dict], None]], dict]
-UNBUILT, ERROR = "unbuilt", "error"
+UNBUILT, ERROR, BUILDING = "unbuilt", "error", "building it"
+_PATIENCE = 10  # times the limit of processor time, after which a process that waits is ended
 
 
 def make_parser(description: str, seconds: float) -> argparse.ArgumentParser:
@@ -99,13 +100,17 @@ def run_each(entries: list[zoo.Entry], examine: Examine, options: argparse.Names
                 row |= json.loads(path.read_text())
                 path.unlink()
             if status:
-                where = row.pop("stage", "it was built")
-                row["status"] = ERROR
-                row["reason"] = f"not done after {options.seconds} s, while {where}"
-                if os.WIFSIGNALED(status) and os.WTERMSIG(status) != signal.SIGALRM:
-                    row["reason"] = f"ended by {signal.Signals(os.WTERMSIG(status)).name}, while {where}"
+                reason = _describe_end(status, row.get("stage", "starting"), options.seconds)
+                row |= {"status": UNBUILT if row.get("stage") == BUILDING else ERROR, "reason": reason}
             row.pop("stage", None)
             yield {**row, "seconds": round(row.get("seconds", time.monotonic() - begin), 2)}
+
+
+def _describe_end(status: int, stage: str, seconds: int) -> str:
+    number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    if number in (signal.SIGXCPU, signal.SIGKILL, signal.SIGALRM):
+        return f"not done after {seconds} s of processor time, while {stage}"
+    return f"ended by {signal.Signals(number).name if number else status}, while {stage}"
 
 
 def _import_everything() -> None:
@@ -127,8 +132,9 @@ def _start(entry: zoo.Entry, examine: Examine, path: Path, options: argparse.Nam
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
         os.dup2(silent, 2)
+        resource.setrlimit(resource.RLIMIT_CPU, (options.seconds,) * 2)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(options.seconds)
+        signal.alarm(_PATIENCE * options.seconds)
         torch.set_num_threads(options.threads)
         path_of_part = path.with_suffix(".part")
         found: dict = {}
@@ -139,7 +145,7 @@ def _start(entry: zoo.Entry, examine: Examine, path: Path, options: argparse.Nam
             path_of_part.rename(path)
 
         begin = time.monotonic()
-        note({"stage": "building it"})
+        note({"stage": BUILDING})
         try:
             note(examine(entry, note))
         except zoo.Unbuildable as error:
