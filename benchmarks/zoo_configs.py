@@ -59,8 +59,9 @@ _RULES = [
     (r"num_frames", _at_most(2)),
     (r"(state_size|d_state)$", _at_most(16)),
     (r"(num|n)_filters$", _at_most(8)),
+    (r"base_channels", _at_most(16)),
     (r"hidden_size|d_model|d_latents|n_embd|emb(ed|edding)?s?_(dim|size)|_dims?$|^dim$", _at_most(WIDTH)),
-    (r"_channels$|_units$", _at_most(WIDTH)),
+    (r"_channels?$|_units$|(fpn|mask)_feature_size", _at_most(WIDTH)),
     (r"width$|channels|hidden_dim|_size_out|^conv_dim|dims$|_planes|dim_per_stage|upsample_groups", _at_most(WIDTH)),
 ]  # fmt: skip
 _RULES = [(re.compile(pattern), rule) for pattern, rule in _RULES]
@@ -82,6 +83,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "cvt": {"depth": (1, 2, 3)},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "chameleon": {"vocabulary_map": {"<image>": 990}},
+    "dinov3_convnext": {"hidden_sizes": [32, 64, 64, 64], "depths": [1, 1, 2, 1]},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "emu3": {"vocabulary_map": {"<image>": 990}},
     "esm": {"vocab_size": 100},
@@ -94,6 +96,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lilt": {"hidden_size": 96},
     "mamba2": {"num_heads": 8},
+    "mobilenet_v1": {"depth_multiplier": 0.25},
+    "mobilenet_v2": {"depth_multiplier": 0.35},
     "nemotron": {"num_key_value_heads": KEY_HEADS},
     "reformer": {"axial_pos_embds_dim": (32, 32)},
     "time_series_transformer": _SERIES,
@@ -164,6 +168,8 @@ def small_fields(cls: type) -> dict[str, Any]:
         changed["head_dim"] = HEAD_DIM
     if "depths" in fields and type(fields.get("embed_dim")) is int:
         changed["embed_dim"] = WIDTH // 4  # each stage doubles it
+    if "downsampling_ratios" in fields and "encoder_hidden_size" in fields:
+        changed["encoder_hidden_size"] = WIDTH // 8  # likewise
     if "kv_lora_rank" in fields and "num_key_value_heads" in fields:
         changed["num_key_value_heads"] = HEADS  # latent attention has a key for each head
     if "mrope_section" in getattr(cls, "ignore_keys_at_rope_validation", ()):
