@@ -59,7 +59,7 @@ _RULES = [
     (r"num_frames", _at_most(2)),
     (r"(state_size|d_state)$", _at_most(16)),
     (r"(num|n)_filters$", _at_most(8)),
-    (r"base_channels", _at_most(16)),
+    (r"base_channels", _at_most(32)),
     (r"hidden_size|d_model|d_latents|n_embd|emb(ed|edding)?s?_(dim|size)|_dims?$|^dim$", _at_most(WIDTH)),
     (r"_channels?$|_units$|(fpn|mask)_feature_size", _at_most(WIDTH)),
     (r"width$|channels|hidden_dim|_size_out|^conv_dim|dims$|_planes|dim_per_stage|upsample_groups", _at_most(WIDTH)),
