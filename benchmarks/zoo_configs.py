@@ -53,7 +53,7 @@ _RULES = [
     (r"image_size|img_size|^resolution$|crop_size|spec_size", _at_most(IMAGE)),
     (r"patch_size", lambda value: PATCH if value >= 12 else value),
     (r"sliding_window|chunk_size|local_attention|attention_window|canvas_length|context_size", _at_most(8)),
-    (r"window_size", lambda value: _at_most(4)(value) if value < 64 else 64),
+    (r"window_size", lambda value: min(value, 2) if value < 64 else 64),
     (r"(image|mm|vision|audio).*(tokens_per_image|image_tokens|seq_length)", _at_most(4)),
     (r"num_queries|query_tokens|num_latents|num_query|proposals|num_denoising", _at_most(QUERIES)),
     (r"num_frames", _at_most(2)),

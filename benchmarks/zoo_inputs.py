@@ -172,8 +172,6 @@ VARIANTS: dict[str, list[Callable[[Draw], Any]]] = {
     ],
     "inputs_embeds": [lambda d: d.hidden(d.rows, d.length)],
     "encoder_hidden_states": [lambda d: d.hidden(d.rows, 8)],
-    "query_embeds": [lambda d: d.hidden(d.rows, 8)],
-    "context": [lambda d: d.hidden(d.rows, 16)],
     "past_values": [
         lambda d: d.normal(d.rows, _history(d)),
         lambda d: d.normal(d.rows, _history(d), lookup(d.config, "num_input_channels", "input_size", default=1)),
@@ -204,12 +202,12 @@ VARIANTS: dict[str, list[Callable[[Draw], Any]]] = {
     "padding_mask": [lambda d: torch.ones(d.rows, SAMPLES, dtype=torch.int64)],
     "xpath_tags_seq": [lambda d: d.integers(0, 50, d.rows, d.length, lookup(d.config, "max_depth", default=50))],
     "xpath_subs_seq": [lambda d: d.integers(0, 50, d.rows, d.length, lookup(d.config, "max_depth", default=50))],
-    "image": [lambda d: d.normal(d.rows, 3, 224, 224)],
-    "pixel_mask": [lambda d: torch.ones(d.rows, _image_size(d), _image_size(d), dtype=torch.int64)],
     "pixel_attention_mask": [
         lambda d: torch.ones(d.rows, 16, dtype=torch.int64),
         lambda d: torch.ones(d.rows, 1, _image_size(d), _image_size(d), dtype=torch.int64),
     ],
+    "feature_attention_mask": [lambda d: torch.ones(d.rows, FRAMES, dtype=torch.int64)],
+    "is_longer": [lambda d: torch.zeros(d.rows, 1, dtype=torch.bool)],
     "spatial_shapes": [lambda d: torch.tensor([[4, 4]] * d.rows)],
     "input_features_mask": [
         lambda d: torch.ones(d.rows, FRAMES, dtype=torch.int64), lambda d: torch.ones(d.rows, FRAMES, dtype=torch.bool),
@@ -220,10 +218,7 @@ VARIANTS: dict[str, list[Callable[[Draw], Any]]] = {
     ],
     "qformer_input_ids": [lambda d: d.integers(10, 100, d.rows, 6)],
     "input_points": [lambda d: d.integers(0, 60, d.rows, 1, 1, 2).float()],
-    "vision_pixel_values": [lambda d: d.normal(d.rows, 3, _image_size(d), _image_size(d))],
     "pixel_values_videos": [lambda d: d.normal(d.rows, _frames(d), _channels(d), _image_size(d), _image_size(d))],
-    "task_inputs": [lambda d: _tokens(d, 8)],
-    "text_inputs": [lambda d: _tokens(d, 8).unsqueeze(1)],
     "inputs": [lambda d: _tokens(d), lambda d: d.normal(d.rows, d.length, lookup(d.config, "d_model", default=64))],
 }  # fmt: skip
 TEXTS = {"input_ids", "decoder_input_ids", "bbox"}
@@ -271,6 +266,11 @@ def plans(model: nn.Module) -> Iterator[Plan]:
         first += ["visual_feats", "visual_pos"]
     if {"input_ids", "pixel_values"} <= set(arguments):
         choices += [[*first, *extra, *with_text, *grids, *target], [*first, *extra, *with_text, *target]]
+    sound = [
+        n for n in ("input_features", "is_longer", "input_features_mask", "feature_attention_mask") if n in arguments
+    ]
+    if sound and "input_ids" in arguments:
+        choices += [[*first, "input_ids", *sound, *with_text, *target], [*first, "input_ids", *sound[:1], *with_text]]
     choices += [[*first, *extra[:1], *with_text, *target], [*first, *with_text, *target, *time, *grids]]
     choices += [[*first, *with_text, *target], [*first, *with_text], [*first, *target], first, [*first, *grids]]
     if "inputs_embeds" in arguments and "input_ids" not in arguments:
