@@ -3,15 +3,15 @@
 ``python -m benchmarks.compress_zoo --json FILE``: the models are those of benchmarks/zoo.py, each in a process of its
 own with a limit of time and memory. A row: ``model``, ``family``, ``status``, ``reason``, ``seconds`` (of compress),
 ``class`` and ``parameters`` of the model, ``inputs`` (shapes), ``copy_error`` (of the copy that compress works on, to
-the original, relative to the largest output), ``kept`` and ``kept_low`` (as reported; the second None where the report
-has none), ``kept_fresh`` (on batches that compress has not seen, computed here), ``bytes`` (share of the original's),
-``pruned``, ``quantized``, ``stayed`` (names; those that stayed with their reasons), ``notes``.
+the original, relative to the largest output), ``kept`` and ``kept_low`` (as reported), ``kept_fresh`` (on batches that
+compress has not seen, computed here), ``bytes`` (share of the original's, counted here), ``pruned``, ``quantized``,
+``stayed`` (names; those that stayed with their reasons), ``notes``.
 
 Statuses: ``compressed``; ``unchanged``, a copy of the model, and why; ``refused``, compress raised ValueError or
 TypeError with a sentence of its own; ``error``, anything else: another exception, a result that gives other shapes, a
-model that was changed, fidelity on fresh batches that is more than a point below what was reported. ``unbuilt`` says
-why an architecture can't be built small or run at all (it has no weights without the network, it needs another package,
-its forward is random); it counts for nothing.
+copy or a model that gives other outputs than before, other bytes than reported, fidelity on fresh batches that is more
+than a point below what was reported. ``unbuilt`` says why an architecture can't be built small or run at all (it needs
+another package, or inputs that no rule draws; its forward is random); it counts for nothing.
 """
 
 import copy
@@ -59,6 +59,19 @@ def relative_error(expected: list[Tensor], found: list[Tensor]) -> float:
     return error / largest if largest else error
 
 
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared ones once; of a tensor that is made of others, of those."""
+    held: dict[int, int] = {}
+    waiting = [*model.parameters(), *model.buffers()]
+    while waiting:
+        tensor = waiting.pop()
+        if hasattr(tensor, "__tensor_flatten__"):
+            waiting += [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        elif tensor.numel():
+            held[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+    return sum(held.values())
+
+
 def is_own_sentence(error: BaseException) -> bool:
     """Whether compress itself raised it, and not torch or the model below."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -94,6 +107,10 @@ def examine(entry: zoo.Entry, note: Callable[[dict], None]) -> dict:
         return {"status": "refused" if own else "error", "reason": reason, "seconds": time.monotonic() - begin}
     note({"seconds": time.monotonic() - begin, "stage": "running the result"})
     row = describe_report(small.compression_report)
+    bytes_after = held_bytes(small)
+    row["bytes"] = bytes_after / max(1, held_bytes(model))
+    if row["status"] == "compressed" and row["bytes"] >= 1:
+        row |= {"status": "unchanged", "reason": "it takes as many bytes as before"}
     note(row)
     expected = [outputs(model, inputs) for inputs, _ in fresh]
     found = [outputs(small, inputs) for inputs, _ in fresh]
@@ -106,6 +123,8 @@ def examine(entry: zoo.Entry, note: Callable[[dict], None]) -> dict:
         wrong = f"keeps {kept:.4f} on fresh batches, where {promised:.4f} was reported"
     elif not promised >= KEEP - SLACK:
         wrong = f"{promised:.4f} was reported to be kept, where {KEEP} was asked for"
+    elif abs(small.compression_report.bytes_after - bytes_after) > SLACK * bytes_after:
+        wrong = f"reports {small.compression_report.bytes_after} bytes, where its tensors hold {bytes_after}"
     elif copied:
         wrong = f"its copy, which compress works on, gives outputs that differ by {copied:.2g}"
     elif relative_error(before, outputs(model, example)) > 0:
@@ -124,11 +143,10 @@ def describe_report(report: Any) -> dict:
     compressed = any(by.values())
     reason = "" if compressed else "; ".join([*report.notes, *stayed])[:300]
     return {
-        "status": "compressed" if compressed and report.bytes_after < report.bytes_before else "unchanged",
+        "status": "compressed" if compressed else "unchanged",
         "reason": reason,
         "kept": report.kept,
         "kept_low": getattr(report, "kept_low", None),
-        "bytes": report.bytes_after / report.bytes_before if report.bytes_before else None,
         "pruned": [f"{d.name}: {d.before} -> {d.after}" for d in by["pruned"]],
         "quantized": [d.name for d in by["quantized"]],
         "stayed": stayed[:40],

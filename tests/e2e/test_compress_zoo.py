@@ -174,3 +174,18 @@ def test_a_model_that_hangs_dies_or_raises_gets_a_row():
     (row,) = zoo_run.run_each([entry], exhaust, options)
     assert row["status"] == "error"
     assert "MemoryError" in row["reason"]
+
+
+def test_bytes_are_counted_in_what_a_tensor_is_made_of():
+    model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+    model[2].weight = nn.Parameter(torch.zeros(4, 4))
+    expected = sum(4 * t.numel() for t in (*model.parameters(), *model.buffers())) + 4  # the int64 counter
+    assert compress_zoo.held_bytes(model) == expected
+    model.tied = model[0].weight
+    assert compress_zoo.held_bytes(model) == expected
+    table = nn.Embedding(4096, 64)
+    with torch.no_grad():
+        small = torch_sluice.compress(
+            table, torch.arange(8), [(torch.arange(4096).view(8, 512)[i], None) for i in range(8)]
+        )
+    assert compress_zoo.held_bytes(small) < 0.3 * compress_zoo.held_bytes(table)
