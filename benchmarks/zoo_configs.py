@@ -47,7 +47,7 @@ _RULES = [
     (r"depth$|blocks(_per_stage)?$|num_loops|passes$|_numb_of_layers", _at_most(LAYERS)),
     (r"index(es)?$|indices$", None),
     (r"intermediate|ffn_dim|d_ff$|ffn_hidden|mlp_dim|n_inner|d_inner|dim_ff|feed_?forward", _at_most(HIDDEN)),
-    (r"mlp_hidden|ffn_embed|_ffn$", _at_most(HIDDEN)),
+    (r"mlp_hidden|ffn_embed|_ffn$|^dff$", _at_most(HIDDEN)),
     (r"max_source_positions|max_length$", _at_most(64)),
     (r"max_.*position|position_embeddings|max_seq|n_positions|^n_ctx|max_target|rel_extent", _at_most(POSITIONS)),
     (r"image_size|img_size|^resolution$|crop_size|spec_size", _at_most(IMAGE)),

@@ -31,7 +31,7 @@ def check(name):
     row = compress_zoo.examine(zoo.find(name), notes.update)
     assert row["status"] in ("compressed", "unchanged", "refused"), row["reason"]
     assert row["status"] == "compressed" or row["reason"]
-    assert notes["copy_error"] == 0
+    assert notes["copy_error"] <= compress_zoo.EQUAL
 
 
 @pytest.mark.parametrize("name", MODELS)
