@@ -25,7 +25,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from torch_sluice.compress.calling import call_model, evaluating, seeded
 from torch_sluice.compress.graph import ChannelGroup
-from torch_sluice.compress.slicing import Lost, is_depthwise
+from torch_sluice.compress.module_sizes import is_depthwise
+from torch_sluice.compress.slicing import Lost
 
 _MOST_CHANNELS = 4096  # whose moments, a square matrix, are kept
 _MOST_ROWS = 16384  # samples of x taken from one batch

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from torch_sluice.compress.calling import call_model, evaluating
 from torch_sluice.compress.couplings import Closing, Couplings, Source
 from torch_sluice.compress.labels import varying
 from torch_sluice.compress.slicing import Member, SizeMember
@@ -74,7 +75,8 @@ def find_groups(
     candidates, notes = _candidates(couplings)
     if unknown:
         notes.append(f"channels that reach {', '.join(sorted(unknown))} stay: these operators are not followed")
-    groups, refused = prove(model, candidates, [example_inputs, *list(batches)[:2]], report)
+    more = [inputs for inputs in batches if _runs(model, inputs)]  # a metric may call the model otherwise
+    groups, refused = prove(model, candidates, [example_inputs, *more], report)
     unreached = _unreached(model, couplings)
     if unreached:
         notes.append(
@@ -82,6 +84,15 @@ def find_groups(
             "data, or layers that are not used)"
         )
     return groups, notes + refused
+
+
+def _runs(model: nn.Module, inputs: Any) -> bool:
+    try:
+        with evaluating(model), torch.no_grad():
+            call_model(model, inputs)
+    except Exception:
+        return False
+    return True
 
 
 def _unreached(model: nn.Module, couplings: Couplings) -> list[str]:

@@ -53,8 +53,8 @@ def compare_latency(first: nn.Module, second: nn.Module, example_inputs: Any, ro
     return tuple(Latency(statistics.median(own), sorted(own)[min(len(own) - 1, int(len(own) * 0.95))]) for own in times)
 
 
-def measure_layers(model: nn.Module, example_inputs: Any, types: tuple[type, ...], rounds: int = 5) -> dict[str, float]:
-    """Seconds that each layer of these types takes within a call, the median of several; several uses add up."""
+def measure_layers(model: nn.Module, example_inputs: Any, paths: set[str], rounds: int = 5) -> dict[str, float]:
+    """Seconds that each of these modules takes within a call, the median of several; several uses add up."""
     started: dict[str, float] = {}
     spent: dict[str, list[float]] = {}
     hooks = []
@@ -70,7 +70,7 @@ def measure_layers(model: nn.Module, example_inputs: Any, types: tuple[type, ...
 
     try:
         for name, module in model.named_modules():
-            if isinstance(module, types):
+            if name in paths:
                 hooks.append(module.register_forward_pre_hook(before(name)))
                 hooks.append(module.register_forward_hook(after(name)))
         with evaluating(model), torch.inference_mode():

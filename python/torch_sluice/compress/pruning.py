@@ -17,12 +17,14 @@ from torch_sluice.compress.graph import ChannelGroup, lowest
 from torch_sluice.compress.importance import raw_norms, relative_norms
 from torch_sluice.compress.latency import measure_layers
 from torch_sluice.compress.measure import Measure
+from torch_sluice.compress.norm_scale import NormScale, scale_norms
+from torch_sluice.compress.prediction import Prediction
 from torch_sluice.compress.progress import Progress
-from torch_sluice.compress.slicing import Lost, Sizes, cut, gather, size_of
+from torch_sluice.compress.slicing import Lost, Sizes, cut, gather
+from torch_sluice.compress.verify import difference_of_cut
 
 FRACTIONS = (0.9375, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)  # shares of a group that are tried
 _RATIOS = tuple(i / 20 for i in range(19, 0, -1))  # of the quantile policy
-_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 Plan = dict[int, int]  # group number -> units that stay; groups that are not named stay whole
@@ -52,7 +54,9 @@ class Pruner:
     moments: Moments | None = None  # of all data
     folds: dict[int, Moments] = field(default_factory=dict)  # of each fold of it
     seconds: dict[str, float] = field(default_factory=dict)  # of each layer in a call
+    norms: dict[str, NormScale] = field(default_factory=dict)  # whose scale is kept (norm_scale.py)
     _sides: dict[tuple[int, int], Lost] = field(default_factory=dict, repr=False)
+    _prediction: Prediction | None = field(default=None, repr=False)
 
     @classmethod
     def with_scores(cls, model: nn.Module, groups: list[ChannelGroup], policy: str) -> "Pruner":
@@ -90,9 +94,10 @@ class Pruner:
         return any(indices and reading_layer(side) in readers for side, indices in self.lost(kept).items())
 
     def _updates(self, lost: Lost, left_out: int | None) -> list[Update]:
-        if self.moments is None:
-            return []
-        return find_updates(self.model, lost, self.moments, self.folds.get(left_out))
+        updates = [Update(path, change, None) for path, change in scale_norms(self.model, lost, self.norms)]
+        if self.moments is not None:
+            updates += find_updates(self.model, lost, self.moments, self.folds.get(left_out))
+        return updates
 
     @contextlib.contextmanager
     def pruned(self, kept: Plan, left_out: int | None = None) -> Iterator[nn.Module]:
@@ -118,19 +123,27 @@ class Pruner:
         cut(further, lost, self.sizes(kept, before))
         return further
 
+    @property
+    def prediction(self) -> Prediction:
+        if self._prediction is None:
+            self._prediction = Prediction(self.model, self.groups)
+        return self._prediction
+
     def time_layers(self, example_inputs: Any) -> None:
-        self.seconds = measure_layers(self.model, example_inputs, _LAYERS)
+        self.seconds = measure_layers(self.model, example_inputs, set(self.prediction.layers))
 
     def predict_seconds(self, kept: Plan) -> float:
-        """Seconds of all layers: a layer takes the share of its measured time that the product of the shares of inputs
-        and outputs tells which it keeps."""
-        shares: dict[str, float] = {}
-        for (name, dim), indices in self.lost(kept).items():
-            path, _, leaf = name.rpartition(".")
-            if path in self.seconds and leaf == "weight":
-                share = 1 - len(indices) / size_of(self.model, (name, dim))
-                shares[path] = shares.get(path, 1.0) * share
-        return sum(seconds * shares.get(path, 1.0) for path, seconds in self.seconds.items())
+        """Seconds of all layers that groups cut: each takes the share of its measured time that it keeps of its
+        weights."""
+        return self.prediction.seconds(self.seconds, kept)
+
+    def predict_saving(self, kept: Plan, g: int, count: int) -> float:
+        """Seconds that group g wins by keeping so many units beside what ``kept`` says."""
+        return self.prediction.saving(self.seconds, kept, g, count)
+
+    def why_wrong(self, kept: Plan, inputs: Any) -> str | None:
+        """What a cut so far does beyond taking its units out, or None (verify.py)."""
+        return difference_of_cut(self.model, self.lost(kept), self.sizes(kept), inputs)
 
 
 def kept_by_quantile(groups: list[ChannelGroup], scores: list[Tensor], ratio: float, round_to: int) -> Plan:
@@ -220,13 +233,12 @@ def order_moves(pruner: Pruner, curves: list[Sensitivity]) -> list[Plan]:
     place = [0] * len(curves)  # steps taken of each curve
     kept: Plan = {}
     plans = []
-    now = pruner.predict_seconds(kept)
     while True:
         best = None
         for i, curve in enumerate(curves):
             if place[i] == len(curve.kept):
                 continue
-            saved = now - pruner.predict_seconds({**kept, curve.group: curve.kept[place[i]]})
+            saved = pruner.predict_saving(kept, curve.group, curve.kept[place[i]])
             before = curve.losses[place[i] - 1] if place[i] else 0.0
             cost = max(curve.losses[place[i]] - before, 1e-6)
             if saved > 0 and (best is None or saved / cost > best[0]):
@@ -236,7 +248,6 @@ def order_moves(pruner: Pruner, curves: list[Sensitivity]) -> list[Plan]:
         i = best[1]
         kept = {**kept, curves[i].group: curves[i].kept[place[i]]}
         place[i] += 1
-        now = pruner.predict_seconds(kept)
         plans.append(kept)
 
 

@@ -20,11 +20,14 @@ from torch_sluice.compress.folding import find_pairs, fold_pairs
 from torch_sluice.compress.graph import ChannelGroup, find_groups
 from torch_sluice.compress.latency import compare_latency, measure_latency
 from torch_sluice.compress.measure import Measure
+from torch_sluice.compress.norm_scale import measure_norms, norms_of
 from torch_sluice.compress.progress import Progress
 from torch_sluice.compress.pruning import Pruner
 from torch_sluice.compress.report import CompressionReport, LayerDecision, count_bytes
 from torch_sluice.compress.stages import SLACK, describe_pruning, find_stages
 
+_PROVED = 2  # pieces of data on which groups are proved, beside the example
+_SCALED = 16  # pieces of data that say how large a norm's channels are: one number for each norm
 _PLENTY = 16  # rows for each unknown, of which half are as good
 _MOST_MOMENTS = 1 << 26  # bytes for which data is divided into more than two folds
 _RISE = 1.2  # a metric that a candidate raises by this is looked at twice
@@ -109,7 +112,8 @@ class Run:
     def _find_channels(self) -> None:
         leaves = sum(isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)) for m in self.original.modules())
         self.progress.start("finding channels", max(1, leaves))
-        self.groups, notes = find_groups(self.original, self.example, self.progress.step)
+        inputs = [piece.inputs for piece in self.measure.pieces]
+        self.groups, notes = find_groups(self.original, self.example, self.progress.step, inputs[:_PROVED])
         self.notes += notes
         if not self.groups:
             return
@@ -117,6 +121,7 @@ class Run:
         self.pruner = Pruner.with_scores(self.original, self.groups, settings.policy)
         if settings.compensate:
             self._take_moments()
+            self._take_scales(inputs[:_SCALED])
         self.pruner.time_layers(self.example)
 
     def _take_moments(self) -> None:
@@ -149,6 +154,12 @@ class Run:
         if moments.refused:
             few = ", ".join(sorted(moments.refused))
             self.notes.append(f"compensated by means alone, because data has too few independent rows: {few}")
+
+    def _take_scales(self, inputs: list[Any]) -> None:
+        try:
+            self.pruner.norms = measure_norms(self.original, inputs, norms_of(self.original, self.groups))
+        except Exception as error:
+            self.notes.append(f"norms keep their weights: the model does not run on data: {describe_error(error)}")
 
     def score(self, stage: Stage, layers: Layers | None = None, floor: float | None = None) -> Score:
         """What a candidate keeps: where data shaped it, of data that did not."""

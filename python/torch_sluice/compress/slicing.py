@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from torch_sluice.compress.module_sizes import is_depthwise, sizes_of  # noqa: F401
+from torch_sluice.compress.module_sizes import sizes_of
 
 if TYPE_CHECKING:
     from torch_sluice.compress.graph import ChannelGroup
@@ -153,11 +153,6 @@ def prune(model: nn.Module, removals: Iterable[tuple["ChannelGroup", list[int]]]
     pruned = copy.deepcopy(model)
     cut(pruned, lost, sizes)
     return pruned
-
-
-def size_of(model: nn.Module, side: tuple[str, int]) -> int:
-    """Indices of that dimension of a parameter."""
-    return _get(model, side[0]).shape[side[1]]
 
 
 def all_names(model: nn.Module) -> dict[int, list[str]]:

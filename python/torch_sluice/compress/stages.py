@@ -33,6 +33,10 @@ def find_stages(run: "Run", floor: float) -> tuple[list[Stage], list[Sensitivity
         score = run.score(Stage(kept), None, floor)
         if score.low < floor - SLACK:
             return False
+        wrong = pruner.why_wrong(kept, run.example)  # groups were proved by some of their units, not by these
+        if wrong is not None:
+            run.failures[wrong] += 1
+            return False
         accepted.append((kept, score))
         return True
 
