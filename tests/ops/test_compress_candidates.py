@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_sluice.compress import quantization
+from torch_sluice.compress import QuantizedWeight, quantization
 from torch_sluice.compress.candidates import Layers, Stage, Workshop
 from torch_sluice.compress.compensation import join, measure_moments, reading_layers
 from torch_sluice.compress.folding import find_pairs
@@ -65,13 +65,13 @@ def test_all_is_as_before_whatever_happens(workshop, pruned, left_out):
     everything = [*candidates]
     for name in ("second", "encoder.layers.0.linear1"):
         if name not in {c.name for c in everything}:
-            layer = quantization._quantize(built.get_submodule(name), OPTIONS)
-            everything.append(quantization.Candidate(name, layer, 2e-3, 1e-3))
+            weight = QuantizedWeight.from_float(built.get_submodule(name).weight, **OPTIONS)
+            everything.append(quantization.Candidate(name, weight, [f"{name}.weight"]))
     layers = Layers(pairs, everything, OPTIONS, 24.0)
     before, expected = snapshot(model), model(data[0])
     with pytest.raises(KeyError), shop.made(stage, left_out, layers) as candidate:
         assert isinstance(candidate.norm, nn.Identity)
-        assert candidate.second.target_sqnr == 24
+        assert candidate.second.weight.options.target_sqnr == 24
         assert candidate.first.out_features == (32 if pruned else 64)
         with torch.no_grad():
             out = candidate(data[0])

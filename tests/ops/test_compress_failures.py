@@ -8,7 +8,7 @@ from support.compress_models import call_all_faster, mlp
 from torch import nn
 
 import torch_sluice
-from torch_sluice.compress import quantization, run
+from torch_sluice.compress import QuantizedWeight, quantization, run
 from torch_sluice.compress.compensation import measure_moments
 from torch_sluice.compress.folding import find_pairs, fold_batch_norms, fold_pairs
 
@@ -76,7 +76,7 @@ def test_code_that_looks_into_a_quantised_layer(monkeypatch):
             self.first, self.second, self.third = nn.Linear(20, 64), nn.Linear(64, 64), nn.Linear(64, 4)
 
         def forward(self, x):
-            if hasattr(self.second, "weight_scale") or "Quantized" in type(self.second.weight).__name__:
+            if isinstance(self.second.weight, QuantizedWeight):
                 raise AttributeError("no such thing")
             return self.third(self.second(self.first(x).relu()).relu())
 
@@ -84,7 +84,7 @@ def test_code_that_looks_into_a_quantised_layer(monkeypatch):
     small = torch_sluice.compress(Looking().eval(), EXAMPLE, batches(), keep=0.5, prune=False, **QUIET)
     decisions = {layer.name: layer for layer in small.compression_report.layers}
     assert decisions["second"].action == "float"
-    assert "AttributeError: no such thing" in decisions["second"].reason
+    assert "no such thing" in decisions["second"].reason
     assert {decisions[name].action for name in ("first", "third")} == {"quantized"}
     with torch.no_grad():
         assert small(EXAMPLE).shape == (1, 4)

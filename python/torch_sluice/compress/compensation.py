@@ -31,6 +31,7 @@ from torch_sluice.compress.slicing import Lost
 _MOST_CHANNELS = 4096  # whose moments, a square matrix, are kept
 _MOST_ROWS = 16384  # samples of x taken from one batch
 _RIDGE = 1e-3  # lambda is at least this, relative to the mean variance
+_LOOKED_AT = 64  # removed channels of which a first fit tells how much of all can be told
 _FEWEST = 8  # independent rows for a mean
 _ROWS_FOR_UNKNOWN = 0.25
 
@@ -263,38 +264,49 @@ def find_updates(
         gone = torch.tensor(sorted(indices))
         centred = source.bias is not None
         weight = source.weight.detach().cpu().double()[_kept_rows(source, lost.get((name, 0), set()))][:, gone]
-        estimate = change = shift = None
+        change = shift = None
         # All channels count, so that a group is treated alike at all its sizes.
         if path not in moments.refused and rows >= _ROWS_FOR_UNKNOWN * channels:
-            estimate = _estimate(part, rows, kept, gone, centred)
-            change = torch.einsum("or...,rk->ok...", weight, estimate)
+            change = _make_up(part, rows, kept, gone, weight, centred)
         if centred:
-            mean = part.mean
-            known = mean[gone] if estimate is None else mean[gone] - estimate @ mean[kept]
-            shift = (weight.flatten(2).sum(2) if weight.dim() > 2 else weight) @ known
+            shift = _over_taps(weight) @ part.mean[gone]
+            if change is not None:
+                shift -= _over_taps(change) @ part.mean[kept]
         updates.append(Update(path, change, shift))
     return updates
 
 
-def _estimate(part: Part, rows: float, kept: Tensor, gone: Tensor, centred: bool) -> Tensor:
-    """A, float64 [gone, kept]."""
+def _over_taps(weight: Tensor) -> Tensor:
+    return weight.flatten(2).sum(2) if weight.dim() > 2 else weight
+
+
+def _make_up(part: Part, rows: float, kept: Tensor, gone: Tensor, weight: Tensor, centred: bool) -> Tensor:
+    """W_r A, float64 [outputs, kept, taps ..]. ``weight``: W_r."""
     moment = part.covariance(centred)
     inner, outer, unknowns = moment[kept][:, kept], moment[kept][:, gone], len(kept)
     scale = inner.diagonal().mean().clamp_min(1e-30)
-    estimate = _solve(inner, outer, _RIDGE * scale)
     untold = 0.5
     if rows > 1.5 * unknowns:  # else the fit leaves next to nothing, whatever is true
-        variance = moment.diagonal()[gone].sum().clamp_min(1e-30)
-        untold = float(1 - (estimate * outer.T).sum() / variance) * rows / (rows - unknowns)
-        untold = min(max(untold, 0.0), 0.9)
-    ridge = unknowns / rows * untold / (1 - untold)
-    return estimate if ridge <= 2 * _RIDGE else _solve(inner, outer, ridge * scale)
+        some = slice(None, None, max(1, len(gone) // _LOOKED_AT))
+        variance = moment.diagonal()[gone[some]].sum().clamp_min(1e-30)
+        told = (_solve(inner, outer[:, some], _RIDGE * scale) * outer[:, some]).sum() / variance
+        untold = min(max(float(1 - told) * rows / (rows - unknowns), 0.0), 0.9)
+    ridge = max(_RIDGE, unknowns / rows * untold / (1 - untold)) * scale
+    # [outputs and taps, gone]: of A and of W_r A, that is solved for which has fewer columns.
+    wanted = weight.movedim(1, -1)
+    flat = wanted.reshape(-1, len(gone))
+    if len(flat) < len(gone):
+        change = _solve(inner, outer @ flat.T, ridge).T
+    else:
+        change = flat @ _solve(inner, outer, ridge).T
+    return change.reshape(*wanted.shape[:-1], len(kept)).movedim(-1, 1)
 
 
 def _solve(inner: Tensor, outer: Tensor, ridge: Tensor) -> Tensor:
+    """(inner + ridge I)^-1 outer, for a symmetric positive inner."""
     inner = inner.clone()
     inner.diagonal().add_(ridge)
-    return torch.cholesky_solve(outer, torch.linalg.cholesky(inner)).T
+    return torch.cholesky_solve(outer, torch.linalg.cholesky(inner))
 
 
 def compensate(pruned: nn.Module, original: nn.Module, lost: dict[tuple[str, str], set[int]], moments: Moments) -> None:

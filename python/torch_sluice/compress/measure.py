@@ -32,7 +32,7 @@ from torch_sluice.compress.samples import (
 _COMPARED = 8  # pieces on which outputs are compared
 _MOST_ELEMENTS = 1 << 26  # of outputs that are compared
 _PIECES = {True: 8, False: 20}  # that few batches are cut into: to divide them; to see a metric's spread
-_FEWEST, _ACCURACY = 16, 0.1  # samples and relative standard error with which a loss is known well enough
+_FEWEST, _ACCURACY = 16, 0.15  # samples and relative standard error with which a loss is known well enough
 _EARLY = 4  # values after which a candidate may be given up
 _PATIENCE = 3  # times the distance to its lower bound, above which it would have to rise
 _LOSS = 1.5  # a metric that rises by this factor under noise is a loss,
