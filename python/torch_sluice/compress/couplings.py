@@ -145,17 +145,20 @@ class Closing:
 
     def close(self, roots: Iterable[int]) -> frozenset[int]:
         """These and all that leave with them."""
-        gone, work = set(), list(roots)
+        gone: set[int] = set()
+        work = list(roots)
+        missing: dict[int, int] = {}  # of each set, members that stay
         while work:
             root = work.pop()
             if root in gone:
                 continue
             gone.add(root)
-            for number in self._with_head[root]:
-                work.extend(self._sets[number][1] - gone)
-            for number in self._with_member[root]:
+            for number in self._with_head.get(root, ()):
+                work.extend(self._sets[number][1])
+            for number in self._with_member.get(root, ()):
                 head, members = self._sets[number]
-                if head not in gone and members <= gone:
+                missing[number] = missing.get(number, len(members)) - 1
+                if not missing[number]:
                     work.append(head)
         return frozenset(gone)
 

@@ -25,7 +25,16 @@ _POINTWISE = (
     *("where", "masked_fill", "dropout", "native_dropout", "tril", "triu", "copy", "_to_copy", "clone", "contiguous"),
     *("copy_", "masked_fill_", "lerp", "gelu", "zeros_like", "ones_like", "rand_like", "randn_like", "empty_like"),
     *("full_like", "fill_", "zero_", "add_", "mul_", "sub_", "div_", "addcmul_", "tril_", "triu_", "new_empty_strided"),
-    *("nan_to_num", "nan_to_num_", "prelu", "_prelu_kernel", "rrelu_with_noise", "bernoulli_", "exponential_"),
+    *(
+        "nan_to_num",
+        "log_sigmoid_forward",
+        "nan_to_num_",
+        "prelu",
+        "_prelu_kernel",
+        "rrelu_with_noise",
+        "bernoulli_",
+        "exponential_",
+    ),
 )
 _LIKE = ("zeros_like", "ones_like", "rand_like", "randn_like", "empty_like", "full_like")
 _MERGES = (
@@ -33,7 +42,10 @@ _MERGES = (
     *("index_copy", "index_copy_", "slice_scatter", "select_scatter", "_unsafe_index_put"),
 )
 _TABLES = ("embedding", "_embedding_bag")
-_QUIET = ("_local_scalar_dense", "equal", "is_nonzero", "item", "sym_size", "sym_stride", "sym_numel", "size")
+_QUIET = (
+    *("_local_scalar_dense", "equal", "is_nonzero", "item", "sym_size", "sym_stride", "sym_numel", "size"),
+    *("new_empty", "new_zeros", "new_ones", "new_full"),
+)
 
 
 def rule_for(func):
@@ -96,6 +108,36 @@ def _turn(tracer, func, args, kwargs):
     axes = [func(axis.expand(x.shape).clone(), *args[1:], **kwargs) for axis in tracer.axes(x)]
     out = func(*args, **kwargs)
     tracer.finish(out, axes, fresh=False)
+    return out
+
+
+def _complex(tracer, func, args, kwargs):
+    """Pairs along the last dimension become one complex number each, or the other way round."""
+    x = args[0]
+    out = func(*args, **kwargs)
+    if func._schema.name == "aten::view_as_real":
+        axes = [axis.unsqueeze(-1) for axis in tracer.axes(x)]
+    else:
+        axes = []
+        for axis in tracer.axes(x):
+            if axis.shape[-1] == 2:
+                tracer.couplings.join(axis[..., 0].numpy().ravel(), axis[..., 1].numpy().ravel())
+            axes.append(axis[..., 0])
+    tracer.finish(out, axes, fresh=False)
+    return out
+
+
+def _windows(tracer, func, args, kwargs):
+    """im2col: each channel becomes one for each place of the window."""
+    x, size = args[0], args[1][0] * args[1][1]
+    out = func(tracer.without_gone(x), *args[1:], **kwargs)
+    axes = []
+    for axis in tracer.axes(x):
+        if varying(axis) == {x.dim() - 3}:
+            axes.append(axis.reshape(-1).repeat_interleave(size).reshape((1,) * (out.dim() - 2) + (-1, 1)))
+        else:
+            tracer.couplings.freeze(all_numbers([axis]), "it is a position under a window")
+    tracer.finish(out, axes)
     return out
 
 
@@ -228,6 +270,8 @@ _RULES = {
     **dict.fromkeys(_MOVES, _move),
     **dict.fromkeys(("transpose_", "t_", "squeeze_", "unsqueeze_"), _turn),
     "glu": _glu,
+    "im2col": _windows,
+    **dict.fromkeys(("view_as_real", "view_as_complex"), _complex),
     **dict.fromkeys(("cat", "stack", "concat"), _join_tensors),
     **dict.fromkeys(_POINTWISE, _pointwise),
     **dict.fromkeys(_MERGES, _merge),

@@ -52,6 +52,21 @@ def _addmm(tracer, func, args, kwargs):
     return out
 
 
+def _grouped_mm(tracer, func, args, kwargs):
+    """Rows by the matrix of their expert, [experts, k, j]: experts stay."""
+    a, b = args[0], args[1]
+    out = func(tracer.without_gone(a), tracer.without_gone(b), *args[2:], **kwargs)
+    matrices = []
+    for axis in tracer.axes(b):
+        if 0 in varying(axis) or a.dim() != 2 or b.dim() != 3:
+            tracer.couplings.freeze(all_numbers([axis]), "it is one of several experts")
+        else:
+            matrices.append(axis[0])
+    product = _multiply(tracer, _insert(tracer.axes(a), 2), _insert(matrices, 0), 1)
+    tracer.finish(out, _drop(product, 1))
+    return out
+
+
 def _mv(tracer, func, args, kwargs):
     a, b = args[0], args[1]
     out = func(tracer.without_gone(a), tracer.without_gone(b), **kwargs)
@@ -171,6 +186,7 @@ PRODUCT_RULES = {
     **dict.fromkeys(("mm", "bmm", "matmul"), _mm),
     **dict.fromkeys(("addmm", "baddbmm"), _addmm),
     "mv": _mv,
+    "_grouped_mm": _grouped_mm,
     "dot": _dot,
     "vdot": _dot,
     "linear": _linear,
