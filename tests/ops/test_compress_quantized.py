@@ -137,15 +137,48 @@ def test_what_cannot_be_quantised_stays_with_a_reason(change, reason):
     assert (kinds, reasons) == ({}, {"0": reason})
 
 
+class Speaker(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.cell, self.plain = nn.LSTM(12, 16, 2, bidirectional=True), nn.GRUCell(32, 8), nn.RNN(8, 8)
+
+    def forward(self, x):
+        return self.plain(self.cell(self.rnn(x)[0][-1]))[0]
+
+
+def test_the_matrices_of_a_recurrent_layer_are_one_candidate(tmp_path):
+    torch.manual_seed(0)
+    model, x = Speaker(), torch.randn(6, 4, 12)
+    kinds, reasons = find(model, x)
+    assert kinds == {"rnn": "linear", "cell": "linear"}
+    assert set(reasons) == {"plain.weight_ih_l0", "plain.weight_hh_l0"}
+    small = torch_sluice.compress(model, x, [(x, None)] * 2, keep=0.9, prune=False, progress=False)
+    quantised = {name for name, weight in small.named_parameters() if isinstance(weight, QuantizedWeight)}
+    assert quantised == {name for name, weight in model.named_parameters() if weight.dim() == 2 and "plain" not in name}
+    with torch.no_grad():
+        assert relative_error(small(x), model.eval()(x)) < 0.05
+    torch_sluice.compress.save(small, tmp_path / "x")
+    assert torch.equal(torch_sluice.compress.load(tmp_path / "x", model)(x), small(x))
+
+
+def test_a_recurrent_layer_stays_whole():
+    model, x = nn.Sequential(nn.LSTM(12, 16)), torch.randn(6, 4, 12)
+    nn.init.constant_(model[0].weight_hh_l0, torch.nan)
+    kinds, reasons = find(model, x)
+    assert kinds == {}
+    assert reasons["0.weight_ih_l0"] == "another weight of its layer stays"
+    assert reasons["0.weight_hh_l0"] == "its weight has NaN or infinity"
+
+
 def test_depthwise_and_complex_and_recurrent_weights_stay():
     depthwise = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1))
     kinds, reasons = find(depthwise, torch.randn(1, 8, 5, 5))
     assert kinds == {"1": "conv2d"}
     assert reasons["0"].startswith("it is depth-wise")
-    kinds, reasons = find(nn.LSTM(6, 5), torch.randn(3, 6))
+    kinds, reasons = find(nn.RNN(6, 5), torch.randn(3, 6))
     assert kinds == {}
     assert set(reasons) == {"weight_ih_l0", "weight_hh_l0"}
-    assert all("lstm" in reason for reason in reasons.values())
+    assert all("rnn_tanh" in reason for reason in reasons.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

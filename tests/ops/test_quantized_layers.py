@@ -202,15 +202,51 @@ def test_the_attention_of_torch_is_served_and_not_fused(padded):
     assert sum(count_bits(model).values()) == 2 * 4 * 10
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell])
-def test_recurrent_layers_run_on_unpacked_weights(kind):
+def first(out):
+    return out[0] if isinstance(out, tuple) else out
+
+
+def quantize_matrices(layer, only=""):
+    for name, parameter in list(layer.named_parameters()):
+        if parameter.dim() == 2 and name.startswith(only):
+            setattr(layer, name, nn.Parameter(QuantizedWeight.from_float(parameter), requires_grad=False))
+    return layer
+
+
+RECURRENT = {
+    "lstm": lambda: nn.LSTM(12, 8),
+    "projected": lambda: nn.LSTM(12, 8, 2, bidirectional=True, proj_size=5, batch_first=True),
+    "gru": lambda: nn.GRU(12, 8, 2, bias=False, bidirectional=True),
+    "lstm cell": lambda: nn.LSTMCell(12, 8),
+    "gru cell": lambda: nn.GRUCell(12, 8),
+}
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.usefixtures("never_unpacked")
+def test_recurrent_layers_are_served(name):
     torch.manual_seed(0)
-    layer, x = kind(12, 8).requires_grad_(False), torch.randn(5, 12)
-    first = lambda out: out[0] if isinstance(out, tuple) else out  # noqa: E731
+    layer, x = RECURRENT[name]().requires_grad_(False), torch.randn(5, 12)
+    inputs = [x]
+    if "cell" not in name:
+        packed = nn.utils.rnn.pack_sequence([torch.randn(4, 12), torch.randn(2, 12)])
+        inputs += [torch.randn(5, 3, 12), packed]
+    expected = [first(layer(some)) for some in inputs]
+    quantize_matrices(layer)
+    count_bits(layer)
+    for some, wanted in zip(inputs, expected, strict=True):
+        out = first(layer(some))
+        assert relative_error(getattr(out, "data", out), getattr(wanted, "data", wanted)) < 0.03
+    assert sum(count_bits(layer).values()) > 0
+
+
+@pytest.mark.parametrize("name", [*RECURRENT, "rnn", "rnn cell"])
+def test_recurrent_layers_of_which_a_part_is_quantised_run_unpacked(name):
+    torch.manual_seed(0)
+    plain = {"rnn": lambda: nn.RNN(12, 8), "rnn cell": lambda: nn.RNNCell(12, 8)}
+    layer, x = {**RECURRENT, **plain}[name]().requires_grad_(False), torch.randn(5, 12)
     expected = first(layer(x))
-    name = "weight_ih" if kind in (nn.LSTMCell, nn.GRUCell) else "weight_ih_l0"
-    setattr(layer, name, nn.Parameter(QuantizedWeight.from_float(getattr(layer, name)), requires_grad=False))
-    assert relative_error(first(layer(x)), expected) < 0.03
+    assert relative_error(first(quantize_matrices(layer, "weight_ih")(x)), expected) < 0.03
 
 
 @pytest.mark.parametrize("kind", ["linear", "Conv1D", "convolution"])

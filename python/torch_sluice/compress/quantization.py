@@ -5,7 +5,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,10 @@ class Candidate:
     before: float = 0.0  # seconds in a call of the model on the example
     after: float = 0.0
     bytes: int = 0  # won
+    members: list["Candidate"] = field(default_factory=list)  # that are quantised with it: an LSTM's other matrices
+
+    def all(self) -> list["Candidate"]:
+        return [self, *self.members]
 
     @property
     def for_bytes(self) -> bool:
@@ -80,6 +84,8 @@ def find_candidates(
                 continue
         if use is not None or _is_known_layer(model, name):
             stay.append(LayerDecision(layer_name(name), "float", reason))
+    possible, apart = _join(model, possible, uses)
+    stay += apart
     possible, failed = _try_all(model, possible, example_inputs)
     stay += failed
     timed = [candidate for candidate in possible if not candidate.for_bytes]
@@ -92,13 +98,36 @@ def find_candidates(
     chosen = []
     for candidate in possible:
         before, after = candidate.before, candidate.after
-        small = math.prod(candidate.weight.options.shape) < SMALLEST
+        small = sum(math.prod(member.weight.options.shape) for member in candidate.all()) < SMALLEST
         if candidate.for_bytes or before > (_GAIN if small else 1.0) * after:
             chosen.append(candidate)
         else:
             reason = f"it is not {f'{_GAIN:g} times ' if small else ''}faster quantised"
             stay.append(LayerDecision(candidate.name, "float", f"{reason}: {before * 1e6:.0f} -> {after * 1e6:.0f} µs"))
     return chosen, stay
+
+
+def _join(
+    model: nn.Module, candidates: list[Candidate], uses: dict[str, Use]
+) -> tuple[list[Candidate], list[LayerDecision]]:
+    """Makes one candidate of those that a kernel takes together, and leaves out those whose fellows are none."""
+    by_name = {candidate.places[0]: candidate for candidate in candidates}
+    joined, stay, seen = [], [], set()
+    for name, candidate in by_name.items():
+        together = uses[name].together
+        if not together:
+            joined.append(candidate)
+        elif name in seen:
+            continue
+        elif not together <= by_name.keys():
+            stay.append(LayerDecision(candidate.name, "float", "another weight of its layer stays"))
+        else:
+            seen |= together
+            owner = name.rpartition(".")[0]
+            members = [by_name[other] for other in by_name if other in together and other != name]
+            won = candidate.bytes + sum(member.bytes for member in members)
+            joined.append(replace(candidate, name=owner or candidate.name, bytes=won, members=members))
+    return joined, stay
 
 
 def _first_line(error: Exception) -> str:
@@ -143,6 +172,9 @@ def _quantize(parameter: nn.Parameter, use: Use, options: dict) -> QuantizedWeig
 
 def repacked(model: nn.Module, candidate: Candidate, options: dict) -> Candidate:
     """The candidate with the weight that the model has now, as where it was compensated by other data."""
+    if candidate.members:
+        members = [repacked(model, member, options) for member in candidate.members]
+        return replace(repacked(model, replace(candidate, members=[]), options), members=members)
     kind, former = candidate.weight.kind, candidate.weight.options
     options = {k: v for k, v in options.items() if kind != "rows" or k not in ("weight_bits", "group_size")}
     weight = QuantizedWeight.from_float(model.get_parameter(candidate.places[0]), kind, groups=former.groups, **options)
@@ -154,7 +186,7 @@ def placed(model: nn.Module, candidates: list[Candidate]) -> Iterator[nn.Module]
     """The model with these weights quantised, in place: no second copy of it is made. Afterwards it is as before."""
     undo = []
     try:
-        for candidate in candidates:
+        for candidate in (member for whole in candidates for member in whole.all()):
             weight = nn.Parameter(candidate.weight, requires_grad=False)
             for place in candidate.places:
                 owner, _, leaf = place.rpartition(".")
@@ -226,7 +258,7 @@ def apply(model: nn.Module, candidates: list[Candidate]) -> nn.Module:
     """A copy of the model with these weights quantised, none of whose parameters asks for a gradient."""
     # What deepcopy believes to have copied already it takes as it is: the floating-point weights are not copied.
     memo: dict[int, Any] = {}
-    for candidate in candidates:
+    for candidate in (member for whole in candidates for member in whole.all()):
         place = candidate.places[0]
         memo[id(model.get_parameter(place))] = nn.Parameter(copy.deepcopy(candidate.weight), requires_grad=False)
     quantized = copy.deepcopy(model, memo)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from torch_sluice.compress import served_recurrent
 from torch_sluice.compress.quantized import QuantizedWeight, pack
 from torch_sluice.monitor import bits as widths
 from torch_sluice.quantize.operators import FLOATS
@@ -144,11 +145,6 @@ def _embedding(
     return F.embedding(input, unpacked(weight), padding_idx)
 
 
-def _recurrent_in_float(function: Callable, args: tuple, kwargs: dict[str, Any]):
-    """``nn.LSTM``, ``nn.GRU``, ``nn.RNN``: ``_VF.lstm(x, states, weights, ..)`` and its kind, in floating point."""
-    return function(*_unpack_all(args), **_unpack_all(kwargs))
-
-
 def unpacked(value):
     """An ordinary tensor for a quantised weight; whatever else it is stays as it is."""
     return value.unpack() if isinstance(value, QuantizedWeight) else value
@@ -191,16 +187,18 @@ FUNCTIONS: dict[Callable, Callable] = {
     Tensor.mm: _mm,
     F.multi_head_attention_forward: _asking_no_more(F.multi_head_attention_forward),
 }
-RECURRENT = (torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_relu)
-# What reads memory that a quantised weight does not have.
-_READERS = (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.item, Tensor.__dlpack__, Tensor.__format__)
+# What reads memory that a quantised weight does not have, directly.
+_READERS = (torch._VF.rnn_tanh, torch._VF.rnn_relu, torch._VF.rnn_tanh_cell, torch._VF.rnn_relu_cell)
+_READERS += (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.item, Tensor.__dlpack__, Tensor.__format__)
 _WRITERS = (Tensor.__setitem__, Tensor.data.__set__)
 
 
 def call(function: Callable, args: tuple, kwargs: dict[str, Any]):
     """Whatever else is called with a quantised weight among its arguments."""
-    if function in RECURRENT:
-        return _recurrent_in_float(function, args, kwargs)
+    if function in served_recurrent.SERVED:
+        weights = [w for w in served_recurrent.flat_weights(function, args) if isinstance(w, QuantizedWeight)]
+        heard = widths.listeners or any(weight.counting for weight in weights)
+        return served_recurrent.call(function, args, kwargs, _note if heard else None)
     if function in _READERS:
         return function(*_unpack_all(args), **_unpack_all(kwargs))
     if function in _WRITERS and isinstance(args[0], QuantizedWeight):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from torch_sluice.compress import served
+from torch_sluice.compress import served, served_recurrent
 from torch_sluice.compress.quantized import QuantizedWeight
 from torch_sluice.quantize.operators import FLOATS
 
@@ -53,6 +53,7 @@ class Use:
     others: set[str] = field(default_factory=set)  # names of other functions that read it, and other reasons
     groups: int = 1  # of a convolution
     seconds: float = 0.0  # that the served functions took, all calls together
+    together: set[str] = field(default_factory=set)  # names of parameters that a kernel takes with it, or not at all
 
 
 class Watch(TorchFunctionMode):
@@ -76,6 +77,8 @@ class Watch(TorchFunctionMode):
         watched = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and self._name(leaf)]
         if not watched or func in _QUESTIONS:
             return func(*args, **kwargs)
+        if func in served_recurrent.SERVED and not kwargs:
+            return self._call_recurrent(func, args, watched)
         if func in _PRODUCTS:
             return self._call_product(func, args, kwargs, watched)
         out = func(*args, **kwargs)
@@ -115,6 +118,24 @@ class Watch(TorchFunctionMode):
             use.kinds.add(_TURNED.get(kind, "a transposed view") if turned else kind)
             use.seconds += seconds
             self._look_closer(use, func, kind, args, kwargs)
+        return out
+
+    def _call_recurrent(self, func, args, watched):
+        begin = time.perf_counter()
+        out = func(*args)
+        seconds = time.perf_counter() - begin
+        matrices = [weight for weight in served_recurrent.flat_weights(func, args) if weight.dim() == 2]
+        names = {self._name(matrix) or "another tensor" for matrix in matrices}
+        for tensor in watched:
+            use = self._use(self._name(tensor))
+            if not any(tensor is matrix for matrix in matrices) or id(tensor) in self._turned:
+                use.others.add(f"{func.__name__}, not as its weight")
+                continue
+            use.kinds.add("linear")
+            use.seconds += seconds
+            use.together |= names
+            if args[0].dtype not in FLOATS or args[0].device.type != "cpu":
+                use.others.add(f"an input of {args[0].dtype} on {args[0].device}")
         return out
 
     def _look_closer(self, use: Use, func, kind: str, args, kwargs) -> None:
