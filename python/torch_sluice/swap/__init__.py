@@ -8,6 +8,7 @@ from torch import nn
 from torch_sluice.attention import Gate
 from torch_sluice.swap import hugging_face, multihead, sdpa
 from torch_sluice.swap.call import GateOptions
+from torch_sluice.swap.original import original_of
 
 __all__ = ["gate_parameters", "restore", "swap_attention"]
 
@@ -17,16 +18,16 @@ class _Swap:
     """What was changed in a model, so that it can be undone. Holds modules, not closures: a copy of the model works."""
 
     target_density: float | None
-    configs: list = field(default_factory=list)  # (config, its attention implementation)
-    layers: list = field(default_factory=list)  # (gated transformers layer, hook)
+    layers: list = field(default_factory=list)  # transformers layers
+    gated: list = field(default_factory=list)  # (transformers layer with a gate, hook)
     multiheads: list = field(default_factory=list)  # (module, its class, hook)
     owners: list = field(default_factory=list)  # modules that call scaled_dot_product_attention
     encoders: list = field(default_factory=list)  # nn.TransformerEncoder that made nested tensors
 
     def undo(self):
-        for config, implementation in self.configs:
-            config._attn_implementation_internal = implementation
-        for module, hook in self.layers:
+        for module in self.layers:
+            hugging_face.uninstall(module)
+        for module, hook in self.gated:
             hook.remove()
             hugging_face.remove_gate(module)
         for module, cls, hook in self.multiheads:
@@ -137,23 +138,29 @@ def _swap(model, swap, options, modules, example, gate_arguments):
     layers = [(name, module) for name, module in chosen if hugging_face.is_attention(module)]
     if layers:
         hugging_face.register()
-        for config in hugging_face.configs_of(model):
-            swap.configs.append((config, config._attn_implementation_internal))
-            config._attn_implementation_internal = hugging_face.IMPLEMENTATION
-        for name, module in layers:
-            if learn and not hugging_face.is_cross_attention(name, module):
-                gate = gate_for(module, hugging_face.make_gate, module)
-                swap.layers.append((module, hugging_face.add_gate(module, gate, options)))
+    for name, module in layers:
+        original = original_of(module)
+        cross = hugging_face.is_cross_attention(name, module)
+        if not isinstance(original, str) and original.sinks and learn and not cross:
+            original = "its attention sinks take a share of every softmax"
+        if isinstance(original, str):
+            refused.append((name, module, original))
+            continue
+        hugging_face.install(module, original)
+        swap.layers.append(module)
+        if learn and not cross:
+            gate = gate_for(module, hugging_face.make_gate, module)
+            swap.gated.append((module, hugging_face.add_gate(module, gate, options)))
 
     for name, module in chosen:
         if isinstance(module, nn.MultiheadAttention):
             reason = multihead.why_not(module)
             if reason:
-                refused.append(f"{name}: {reason}")
+                refused.append((name, module, reason))
                 continue
             cls = type(module)
             if cls is not nn.MultiheadAttention:
-                refused.append(f"{name}: it is a {cls.__name__}, a subclass of nn.MultiheadAttention")
+                refused.append((name, module, f"it is a {cls.__name__}, a subclass of nn.MultiheadAttention"))
                 continue
             gate = gate_for(module, multihead.make_gate, module)
             hook = module.register_forward_pre_hook(multihead._no_fast_path)
@@ -189,14 +196,25 @@ def _swap(model, swap, options, modules, example, gate_arguments):
             found = sizes[module] if example is not None else sdpa.guess_sizes(name, module)
             module.sluice_gate = gate_for(module, sdpa.make_gate, found)
 
-    if not (layers or swap.multiheads or owners):
+    if not (swap.layers or swap.multiheads or owners):
         raise ValueError(
             f"model is a {type(model).__name__} without attention that can be swapped, expected Hugging Face "
             "transformers attention, nn.MultiheadAttention, or modules that call F.scaled_dot_product_attention"
-            + (f". Left alone: {'; '.join(refused)}" if refused else "")
+            + (f". Left alone: {_sentences(refused)}" if refused else "")
         )
     if refused and learn:
-        raise ValueError(f"these layers take no gate: {'; '.join(refused)}. Choose the others by modules=")
+        raise ValueError(f"these layers take no gate: {_sentences(refused)}. Choose the others by modules=")
+
+
+def _sentences(refused: list[tuple[str, nn.Module, str]]) -> str:
+    """One sentence for each kind of layer and reason, and not for each of hundreds of layers."""
+    kinds = {}
+    for name, module, reason in refused:
+        kinds.setdefault((type(module).__name__, reason), []).append(name or "the model itself")
+    return "; ".join(
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} ({kind}): {reason}"
+        for (kind, reason), names in kinds.items()
+    )
 
 
 def restore(model: nn.Module) -> nn.Module:

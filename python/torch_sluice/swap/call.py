@@ -14,6 +14,7 @@ from torch_sluice.swap.masks import as_bool_mask, count_visible_keys, read_mask
 # Two logits of 20 make a gate of sigmoid(40), which is exactly 1 in float32.
 _OPEN_LOGIT = 20.0
 _MAX_HEAD_DIM = 256
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class GateOptions(NamedTuple):
@@ -30,25 +31,62 @@ def open_logits(heads: int, like: Tensor) -> Tensor:
     return number.expand(like.shape[0], heads, like.shape[2])
 
 
-def operator_takes(q: Tensor, v: Tensor) -> bool:
-    return q.dim() == 4 and max(q.shape[3], v.shape[3]) <= _MAX_HEAD_DIM and q.device.type in ("cpu", "cuda")
+def operator_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether shapes, dtypes and device are the operator's: torch broadcasts and promotes where it does not."""
+    if not q.dim() == k.dim() == v.dim() == 4:
+        return False
+    if not torch.is_autocast_enabled(q.device.type) and not (q.dtype == k.dtype == v.dtype and q.dtype in _DTYPES):
+        return False
+    (batch, heads, _, dim), (kv_batch, kv_heads, n_k, k_dim) = q.shape, k.shape
+    return (
+        batch == kv_batch
+        and dim == k_dim
+        and v.shape[:3] == (batch, kv_heads, n_k)
+        and kv_heads > 0
+        and heads % kv_heads == 0
+        and min(dim, v.shape[3]) > 0
+        and max(dim, v.shape[3]) <= _MAX_HEAD_DIM
+        and q.device.type in ("cpu", "cuda")
+    )
 
 
 def attend_open(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor | None:
-    """Plain attention by the operator, or None if it has no way to: the caller then does what it did before."""
-    if not operator_takes(q, v):
+    """Plain attention by the operator, or None if it has no way to: the caller then does what it did before.
+
+    A sliding window is a gate that is shut, of which only the near pairs are kept. ``sinks`` [Hq] are scores of a key
+    without a value, one per head, that takes its share of every softmax; they are learned from nothing here.
+    """
+    if not operator_takes(q, k, v):
         return None
-    key_range = None
+    key_range, window, uniform, n_k = None, 0, None, k.shape[2]
     if mask is not None:
-        pattern = read_mask(mask, q.shape[0], q.shape[2], k.shape[2], causal)
+        if mask.dim() != 4 or mask.shape[0] not in (1, q.shape[0]):
+            return None
+        pattern = read_mask(mask, q.shape[0], q.shape[2], n_k, causal)
         if pattern is None:
             return None
-        causal, key_range, n_k = pattern
-        k, v = k[:, :, :n_k], v[:, :, :n_k]
+        causal, key_range, n_k, window, uniform = pattern
     a, b = open_logits(q.shape[1], q), open_logits(k.shape[1], k)
-    return gated_attention(q, k, v, a, b, causal=causal, scale=scale, key_range=key_range)
+    options = dict(causal=causal, scale=scale, key_range=key_range, window=window, tau=0.5 if window else 0.0)
+    if window:
+        a, b = -a, -b
+    out = gated_attention(q, k[:, :, :n_k], v[:, :, :n_k], a, b[:, :, :n_k], return_lse=sinks is not None, **options)
+    if sinks is not None:
+        out, lse = out
+        out = out * torch.sigmoid(lse - sinks.to(lse.dtype).view(1, -1, 1)).unsqueeze(-1).to(out.dtype)
+    if uniform is not None:
+        mean = v.mean(dim=2, keepdim=True).repeat_interleave(q.shape[1] // k.shape[1], 1)
+        out = torch.where(uniform.unsqueeze(-1), mean, out)
+    return out
 
 
 def attend_gated(
@@ -77,9 +115,9 @@ def attend_gated(
     key_range = None
     if mask is not None:
         pattern = read_mask(mask, q.shape[0], q.shape[2], k.shape[2], causal)
-        if pattern is None:
+        if pattern is None or pattern.window:
             return _attend_densely(gate, a, b, q, k, v, mask, causal, near)
-        causal, key_range, n_k = pattern
+        causal, key_range, n_k = pattern[:3]
         k, v, b = k[:, :, :n_k], v[:, :, :n_k], b[:, :, :n_k]
     near |= dict(causal=causal, key_range=key_range)
     out = attend(gate, None, q, k, v, logits=(a, b), **near)

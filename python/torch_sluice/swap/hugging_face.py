@@ -3,72 +3,115 @@
 import functools
 import importlib.abc
 import importlib.util
-import inspect
 import sys
 
+import torch
 from torch import nn
 
 from torch_sluice.attention import Gate
 from torch_sluice.swap.cache import GatedCache
 from torch_sluice.swap.call import GateOptions, attend_gated, attend_open
+from torch_sluice.swap.config_view import view_config
+from torch_sluice.swap.original import Original, asks_for_table, by_name
 
-IMPLEMENTATION = "sluice"
+NAMES = {"sdpa": "sluice", "eager": "sluice_eager"}
 _TRIGGER = "transformers.modeling_utils"
 _CACHE_NAMES = ("cache", "past_key_values", "past_key_value")
 
 
-def sluice_attention(
-    module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, position_bias=None, **kwargs
-):
+def sluice_attention(module, query, key, value, attention_mask=None, dropout=0.0, scaling=None, **options):
     """The function behind ``attn_implementation="sluice"``: query [B, Hq, Nq, D] and so on -> [B, Nq, Hq, Dv], None.
 
-    Without a gate on the module it is plain attention, and what the operator does not take (dropout, position biases,
-    masks beyond padding) goes the way of ``"sdpa"``.
+    Without a gate on the module it is what the layer computed before, on the operator where that takes it; what it
+    does not take (dropout, position biases, masks beyond padding and windows, attention weights) goes the old way.
     """
-    for name in ("softcap", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise ValueError(
-                f"attn_implementation='sluice' does not support {name}, which this model uses; try 'eager'"
-            )
-    n_q, n_k = query.shape[2], key.shape[2]
+    original = getattr(module, "sluice_original", None) or by_name()
+    _check_call(module, original, options)
+    bias, is_causal = options.get("position_bias"), options.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is None and original.is_eager:
+        is_causal = False  # the eager functions know no causality but their mask's
     logits = getattr(module, "_sluice_logits", None)
     if logits is not None:
         module._sluice_logits = None
-    mask = attention_mask
-    if position_bias is None and mask is None and is_causal and n_k > n_q > 1:
-        # The first forward into a cache of fixed size: the keys behind the queries are not there yet.
-        key, value, n_k = key[:, :, :n_q], value[:, :, :n_q], n_q
-    if logits is None:
-        out = None
-        if not dropout and position_bias is None:
-            out = attend_open(query, key, value, mask=mask, causal=is_causal, scale=scaling)
-        if out is None:
-            from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-            return sdpa_attention_forward(
-                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal,
-                **({} if position_bias is None else {"position_bias": position_bias}), **kwargs,
-            )  # fmt: skip
-    else:
-        if position_bias is not None:
-            raise ValueError("position_bias is given, expected None: a gated layer takes no bias on its scores")
-        a, b = logits
-        b = (b.b if isinstance(b, GatedCache) else b)[:, :, :n_k]
-        out, _ = attend_gated(
-            module.sluice_gate, (a, b), module.sluice_options, query, key, value, mask=mask, causal=is_causal,
-            scale=scaling, dropout=dropout,
-        )  # fmt: skip
+        gate = module.sluice_gate, module.sluice_options
+        return _attend_gated(
+            gate, logits, original, query, key, value, attention_mask, dropout, scaling, is_causal, options
+        )
+    out = None
+    if not dropout and not original.wants_more(options) and _adds_nothing(bias):
+        q, k, v = query, key, value
+        sinks = module.sinks if original.sinks else None
+        learns = sinks is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, sinks))
+        if attention_mask is None and is_causal:
+            k, v = _cut_to_queries(q, k, v)
+        if not learns and not (attention_mask is None and is_causal and q.shape[2] > k.shape[2]):
+            out = attend_open(q, k, v, mask=attention_mask, causal=is_causal, scale=scaling, sinks=sinks)
+    if out is None:
+        return original.function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
     return out.transpose(1, 2).contiguous(), None
 
 
+def _check_call(module, original, options) -> None:
+    config = getattr(getattr(module, "config", None), "sluice_config", None)
+    if config is not None and (config._attn_implementation or "eager") != original.implementation:
+        raise ValueError(
+            f"the model's attn_implementation is {config._attn_implementation!r} and was {original.implementation!r} "
+            "when its attention was swapped: call torch_sluice.restore(model) before it is set"
+        )
+    if config is None:
+        for name in original.reads:
+            if options.get(name) is not None:
+                raise ValueError(
+                    f"attn_implementation='sluice' does not support {name}, which this model uses; try 'eager'"
+                )
+
+
+def _adds_nothing(bias) -> bool:
+    if bias is None:
+        return True
+    return not bias.requires_grad and not torch.compiler.is_compiling() and not bias.any()
+
+
+def _cut_to_queries(q, *keyed):
+    """The first forward into a cache of fixed size: the keys behind the queries are not there yet."""
+    n_q, n_k = q.shape[2], keyed[0].shape[2]
+    return tuple(x[:, :, :n_q] for x in keyed) if n_k > n_q > 1 else keyed
+
+
+def _attend_gated(gate, logits, original, q, k, v, mask, dropout, scaling, is_causal, options):
+    """A layer with a gate: its bias, if any, is part of the mask, so that it is computed densely."""
+    (a, b), bias, n_k = logits, options.get("position_bias"), k.shape[2]
+    if any(options.get(name) is not None for name in original.reads):
+        names = [name for name in original.reads if options.get(name) is not None]
+        raise ValueError(f"{', '.join(names)} is given, expected None: a gated layer does not take it")
+    if mask is None and is_causal:
+        k, v = _cut_to_queries(q, k, v)
+    if not _adds_nothing(bias):
+        from transformers.integrations.sdpa_attention import create_position_bias_mask
+
+        bias = bias[..., : k.shape[2]] if bias.shape[-1] == n_k else bias
+        mask = create_position_bias_mask(bias, mask, is_causal, q, k)
+    b = (b.b if isinstance(b, GatedCache) else b)[:, :, : k.shape[2]]
+    need_weights = original.wants_more(options)
+    out, weights = attend_gated(
+        *gate[:1], (a, b), gate[1], q, k, v, mask=mask, causal=is_causal, scale=scaling, dropout=dropout,
+        need_weights=need_weights,
+    )  # fmt: skip
+    return out.transpose(1, 2).contiguous(), weights if need_weights else None
+
+
 def register() -> None:
-    """Makes ``attn_implementation="sluice"`` known to transformers, with the masks of ``"sdpa"``."""
+    """Makes ``attn_implementation="sluice"`` known to transformers, with the masks of ``"sdpa"``.
+
+    Layers that were "eager" before a swap go by a name of their own: should they make masks, these stay eager ones.
+    """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
-    AttentionInterface.register(IMPLEMENTATION, sluice_attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    for name, of in NAMES.items():
+        AttentionInterface.register(of, sluice_attention)
+        AttentionMaskInterface.register(of, ALL_MASK_ATTENTION_FUNCTIONS[name])
 
 
 class _RegisterOnImport(importlib.abc.MetaPathFinder):
@@ -101,10 +144,19 @@ def register_when_imported() -> None:
 
 def is_attention(module: nn.Module) -> bool:
     """Whether module asks the AttentionInterface for its attention: it names the table of implementations."""
-    if not hasattr(getattr(module, "config", None), "_attn_implementation"):
-        return False
-    forward = inspect.unwrap(type(module).forward)
-    return "ALL_ATTENTION_FUNCTIONS" in getattr(forward, "__code__", is_attention.__code__).co_names
+    return hasattr(getattr(module, "config", None), "_attn_implementation") and asks_for_table(module)
+
+
+def install(module: nn.Module, original: Original) -> None:
+    """Lets an attention layer ask for Sluice; the config of its model, and so the masks, stay what they are."""
+    module.sluice_original = original
+    if module.config._attn_implementation != NAMES["sdpa"]:
+        module.config = view_config(module.config, NAMES[original.implementation])
+
+
+def uninstall(module: nn.Module) -> None:
+    del module.sluice_original
+    module.config = getattr(module.config, "sluice_config", module.config)
 
 
 def is_cross_attention(name: str, module: nn.Module) -> bool:
@@ -149,16 +201,3 @@ def add_gate(module: nn.Module, gate: Gate, options: GateOptions):
 def remove_gate(module: nn.Module) -> None:
     del module.sluice_gate, module.sluice_options
     module.__dict__.pop("_sluice_logits", None)
-
-
-def configs_of(model: nn.Module) -> list:
-    """Every config of a model that names an attention implementation, sub-configs included."""
-    found, queue = {}, [module.config for module in model.modules() if is_attention(module)]
-    queue += [m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation_internal")]
-    while queue:
-        config = queue.pop()
-        if id(config) in found or not hasattr(config, "_attn_implementation_internal"):
-            continue
-        found[id(config)] = config
-        queue += [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
-    return list(found.values())
