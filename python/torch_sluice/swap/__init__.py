@@ -9,6 +9,7 @@ from torch_sluice.attention import Gate
 from torch_sluice.swap import hugging_face, multihead, sdpa
 from torch_sluice.swap.call import GateOptions
 from torch_sluice.swap.original import original_of
+from torch_sluice.swap.verify import first_difference, record
 
 __all__ = ["gate_parameters", "restore", "swap_attention"]
 
@@ -97,14 +98,16 @@ def swap_attention(
         sinks: nor are the first ``sinks`` keys.
         modules: the layers to swap, as names, modules, or a predicate (name, module) -> bool; default all. Transformers
             layers that share a config run on the operator all the same; the choice is who gets a gate.
-        example: positional (tuple) or keyword (dict) inputs of the model, to learn the sizes of layers of the third
-            kind from one forward, where their attributes do not tell.
+        example: positional (tuple) or keyword (dict) inputs of the model. With them the swap proves itself: the model
+            runs on them with open gates and as it was, and must give the same within rounding (1e-4 of the largest
+            output in float32). They also tell the sizes of layers of the third kind where attributes do not.
 
     Returns:
         model.
 
     Raises:
-        ValueError: the model has no attention of these kinds, is swapped already, or an argument is out of its range.
+        ValueError: the model has no attention of these kinds that computes what the operator does, gives other outputs
+            on example, is swapped already, or an argument is out of its range. The model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}, expected an nn.Module")
@@ -114,17 +117,44 @@ def swap_attention(
         raise ValueError(f"target_density is {target_density}, expected a number in (0, 1], or None for open gates")
     if window < 0 or sinks < 0:
         raise ValueError(f"window is {window} and sinks is {sinks}, expected both at least 0")
-    swap, options = _Swap(target_density), GateOptions(window, sinks)
-    try:
-        _swap(model, swap, options, modules, example, dict(tau=tau, opening=opening, target_density=target_density))
-    except BaseException:
-        swap.undo()
-        raise
-    model._sluice_swap = swap
+    options = GateOptions(window, sinks)
+    if example is not None:
+        _verify(model, options, modules, example)
+    gate_arguments = dict(tau=tau, opening=opening, target_density=target_density)
+    model._sluice_swap = _swap(model, target_density, options, modules, example, gate_arguments)
     return model
 
 
-def _swap(model, swap, options, modules, example, gate_arguments):
+def _verify(model, options, modules, example) -> None:
+    """Raises ValueError if the model with open gates gives other outputs on example than without Sluice."""
+    swap = _swap(model, None, options, modules)
+    swapped = [*swap.layers, *(module for module, *_ in swap.multiheads), *swap.owners]
+    try:
+        after = record(model, swapped, example)
+    finally:
+        swap.undo()
+    found = first_difference(record(model, swapped, example), after)
+    if found is not None:
+        module, off = found
+        name = next(name for name, m in model.named_modules() if m is module) or "the model"
+        raise ValueError(
+            f"{name} ({type(module).__name__}) gives other outputs on example with its attention swapped: they differ "
+            f"by {off:.2g} of the largest. The model is as it was; leave this layer out of modules"
+        )
+
+
+def _swap(model, target_density, options, modules, example=None, gate_arguments=None) -> _Swap:
+    """Swaps what can be swapped; on an error the model is as it was."""
+    swap = _Swap(target_density)
+    try:
+        _fill(model, swap, options, modules, example, gate_arguments)
+    except BaseException:
+        swap.undo()
+        raise
+    return swap
+
+
+def _fill(model, swap, options, modules, example, gate_arguments):
     learn = swap.target_density is not None
     chosen = _chosen(model, modules)
     refused = []
@@ -140,7 +170,8 @@ def _swap(model, swap, options, modules, example, gate_arguments):
         hugging_face.register()
     for name, module in layers:
         original = original_of(module)
-        cross = hugging_face.is_cross_attention(name, module)
+        parent = model.get_submodule(name.rpartition(".")[0]) if name else None
+        cross = hugging_face.is_cross_attention(name, module, parent)
         if not isinstance(original, str) and original.sinks and learn and not cross:
             original = "its attention sinks take a share of every softmax"
         if isinstance(original, str):
@@ -197,6 +228,10 @@ def _swap(model, swap, options, modules, example, gate_arguments):
             module.sluice_gate = gate_for(module, sdpa.make_gate, found)
 
     if not (swap.layers or swap.multiheads or owners):
+        known = {id(module) for _, module, _ in refused}
+        refused += [
+            (name, m, "it computes attention itself") for name, m in _own_attention(chosen) if id(m) not in known
+        ]
         raise ValueError(
             f"model is a {type(model).__name__} without attention that can be swapped, expected Hugging Face "
             "transformers attention, nn.MultiheadAttention, or modules that call F.scaled_dot_product_attention"
@@ -204,6 +239,16 @@ def _swap(model, swap, options, modules, example, gate_arguments):
         )
     if refused and learn:
         raise ValueError(f"these layers take no gate: {_sentences(refused)}. Choose the others by modules=")
+
+
+def _own_attention(chosen: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """Modules that are attention by their class's name, and hold none: what an error names."""
+    return [
+        (name, module)
+        for name, module in chosen
+        if "attention" in type(module).__name__.lower()
+        and not any("attention" in type(m).__name__.lower() for m in module.modules() if m is not module)
+    ]
 
 
 def _sentences(refused: list[tuple[str, nn.Module, str]]) -> str:

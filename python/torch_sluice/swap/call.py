@@ -63,7 +63,8 @@ def attend_open(
     """Plain attention by the operator, or None if it has no way to: the caller then does what it did before.
 
     A sliding window is a gate that is shut, of which only the near pairs are kept. ``sinks`` [Hq] are scores of a key
-    without a value, one per head, that takes its share of every softmax; they are learned from nothing here.
+    without a value, one per head, that takes its share of every softmax, and all of it where no key is seen. They and
+    q, k get no gradient through that share.
     """
     if not operator_takes(q, k, v):
         return None
@@ -75,6 +76,8 @@ def attend_open(
         if pattern is None:
             return None
         causal, key_range, n_k, window, uniform = pattern
+        if uniform is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+            return None  # such rows pass a gradient on to q and k, through weights that are none of the operator's
     a, b = open_logits(q.shape[1], q), open_logits(k.shape[1], k)
     options = dict(causal=causal, scale=scale, key_range=key_range, window=window, tau=0.5 if window else 0.0)
     if window:
@@ -83,7 +86,7 @@ def attend_open(
     if sinks is not None:
         out, lse = out
         out = out * torch.sigmoid(lse - sinks.to(lse.dtype).view(1, -1, 1)).unsqueeze(-1).to(out.dtype)
-    if uniform is not None:
+    elif uniform is not None:
         mean = v.mean(dim=2, keepdim=True).repeat_interleave(q.shape[1] // k.shape[1], 1)
         out = torch.where(uniform.unsqueeze(-1), mean, out)
     return out

@@ -3,6 +3,7 @@
 import functools
 import importlib.abc
 import importlib.util
+import re
 import sys
 
 import torch
@@ -16,6 +17,7 @@ from torch_sluice.swap.original import Original, asks_for_table, by_name
 
 NAMES = {"sdpa": "sluice", "eager": "sluice_eager"}
 _TRIGGER = "transformers.modeling_utils"
+_CROSS = re.compile("cross|enc_?dec|encoder_attn")
 _CACHE_NAMES = ("cache", "past_key_values", "past_key_value")
 
 
@@ -159,9 +161,10 @@ def uninstall(module: nn.Module) -> None:
     module.config = getattr(module.config, "sluice_config", module.config)
 
 
-def is_cross_attention(name: str, module: nn.Module) -> bool:
-    last = name.rpartition(".")[2].lower()
-    return getattr(module, "is_cross_attention", False) or "cross" in last or last == "encoder_attn"
+def is_cross_attention(name: str, module: nn.Module, parent: nn.Module | None = None) -> bool:
+    """Whether the layer looks at another sequence than its input: its name, its class or its parent's class says so."""
+    words = " ".join((name.rpartition(".")[2], type(module).__name__, type(parent).__name__ if parent else "")).lower()
+    return bool(getattr(module, "is_cross_attention", False) or _CROSS.search(words))
 
 
 def make_gate(module: nn.Module, **arguments) -> Gate:
