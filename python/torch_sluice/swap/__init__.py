@@ -180,7 +180,7 @@ def _fill(model, swap, options, modules, example, gate_arguments):
         hugging_face.install(module, original)
         swap.layers.append(module)
         if learn and not cross:
-            gate = gate_for(module, hugging_face.make_gate, module)
+            gate = gate_for(module, hugging_face.make_gate, name, module)
             swap.gated.append((module, hugging_face.add_gate(module, gate, options)))
 
     for name, module in chosen:

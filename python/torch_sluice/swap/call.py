@@ -1,10 +1,12 @@
 """The one way from a swapped layer to the operator: reads the mask, keeps to the dense formula where it must."""
 
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from torch_sluice.attention import attend
 from torch_sluice.functional import gated_attention
@@ -13,7 +15,7 @@ from torch_sluice.swap.masks import as_bool_mask, count_visible_keys, read_mask
 
 # Two logits of 20 make a gate of sigmoid(40), which is exactly 1 in float32.
 _OPEN_LOGIT = 20.0
-_MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -45,7 +47,7 @@ def operator_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and kv_heads > 0
         and heads % kv_heads == 0
         and min(dim, v.shape[3]) > 0
-        and max(dim, v.shape[3]) <= _MAX_HEAD_DIM
+        and max(dim, v.shape[3]) <= MAX_HEAD_DIM
         and q.device.type in ("cpu", "cuda")
     )
 
@@ -87,9 +89,14 @@ def attend_open(
         out, lse = out
         out = out * torch.sigmoid(lse - sinks.to(lse.dtype).view(1, -1, 1)).unsqueeze(-1).to(out.dtype)
     elif uniform is not None:
-        mean = v.mean(dim=2, keepdim=True).repeat_interleave(q.shape[1] // k.shape[1], 1)
-        out = torch.where(uniform.unsqueeze(-1), mean, out)
+        out = _with_means(out, v, uniform)
     return out
+
+
+def _with_means(out: Tensor, v: Tensor, uniform: Tensor) -> Tensor:
+    """out with the mean of all values in the rows [B, H or 1, Nq] that uniform says."""
+    mean = v.mean(dim=2, keepdim=True).repeat_interleave(out.shape[1] // v.shape[1], 1)
+    return torch.where(uniform.unsqueeze(-1), mean, out)
 
 
 def attend_gated(
@@ -104,11 +111,10 @@ def attend_gated(
     causal: bool = False,
     scale: float | None = None,
     dropout: float = 0.0,
-    need_weights: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Callable[[], Tensor]]:
     """Attention of a layer with a gate; logits (a [B, Hq, Nq], b [B, heads of the gate, Nk]).
 
-    Returns (out [B, Hq, Nq, Dv], softmax * gate [B, Hq, Nq, Nk] if need_weights).
+    Returns (out [B, Hq, Nq, Dv], what computes the weights softmax * gate [B, Hq, Nq, Nk]).
     """
     a, b = logits
     _check_gated(a, b, q, k, dropout)
@@ -121,10 +127,14 @@ def attend_gated(
         if pattern is None or pattern.window:
             return _attend_densely(gate, a, b, q, k, v, mask, causal, near)
         causal, key_range, n_k = pattern[:3]
+        all_values = v
         k, v, b = k[:, :, :n_k], v[:, :, :n_k], b[:, :, :n_k]
     near |= dict(causal=causal, key_range=key_range)
     out = attend(gate, None, q, k, v, logits=(a, b), **near)
-    return out, dense_gated_attention(q, k, v, a, b, tau=gate.tau, **near)[1] if need_weights else None
+    if mask is not None and pattern.uniform is not None:
+        out = _with_means(out, all_values, pattern.uniform)
+    unseen = logits[1].shape[-1] - b.shape[-1]
+    return out, lambda: pad(dense_gated_attention(q, k, v, a, b, tau=gate.tau, **near)[1], (0, unseen))
 
 
 def _check_gated(a: Tensor, b: Tensor, q: Tensor, k: Tensor, dropout: float) -> None:
@@ -146,16 +156,17 @@ def _check_gated(a: Tensor, b: Tensor, q: Tensor, k: Tensor, dropout: float) -> 
         )
 
 
-def _attend_densely(gate, a, b, q, k, v, mask, causal, near) -> tuple[Tensor, Tensor]:
+def _attend_densely(gate, a, b, q, k, v, mask, causal, near) -> tuple[Tensor, Callable[[], Tensor]]:
     """For masks that the operator does not take. The mask says who sees whom; a causal layer's token keeps itself."""
     warnings.warn(
         "this attention mask is not the causal or full one with padding on the left or right: gated attention is "
         "computed densely, which is exact, slow, and teaches the gate nothing about the pairs it drops",
         stacklevel=3,
     )
-    allowed = as_bool_mask(mask)
+    allowed, all_keys = as_bool_mask(mask), k.shape[2]
     if causal and allowed is not None and not torch.compiler.is_compiling():
         # The last query is at the last key: what a cache holds behind it is not there yet.
         n_k = max(count_visible_keys(allowed, k.shape[2]), q.shape[2])
         k, v, b, mask = k[:, :, :n_k], v[:, :, :n_k], b[:, :, :n_k], mask[..., :n_k]
-    return dense_gated_attention(q, k, v, a, b, mask=mask, keep_self=causal, tau=gate.tau, **near)
+    out, weights = dense_gated_attention(q, k, v, a, b, mask=mask, keep_self=causal, tau=gate.tau, **near)
+    return out, lambda: pad(weights, (0, all_keys - weights.shape[-1]))

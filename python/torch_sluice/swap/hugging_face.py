@@ -11,21 +11,23 @@ from torch import nn
 
 from torch_sluice.attention import Gate
 from torch_sluice.swap.cache import GatedCache
-from torch_sluice.swap.call import GateOptions, attend_gated, attend_open
+from torch_sluice.swap.call import MAX_HEAD_DIM, GateOptions, attend_gated, attend_open
 from torch_sluice.swap.config_view import view_config
-from torch_sluice.swap.original import Original, asks_for_table, by_name
+from torch_sluice.swap.original import Original, asks_for_table, by_name, head_counts
+from torch_sluice.swap.weights import LazyWeights
 
 NAMES = {"sdpa": "sluice", "eager": "sluice_eager"}
 _TRIGGER = "transformers.modeling_utils"
 _CROSS = re.compile("cross|enc_?dec|encoder_attn")
-_CACHE_NAMES = ("cache", "past_key_values", "past_key_value")
+_CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
 def sluice_attention(module, query, key, value, attention_mask=None, dropout=0.0, scaling=None, **options):
-    """The function behind ``attn_implementation="sluice"``: query [B, Hq, Nq, D] and so on -> [B, Nq, Hq, Dv], None.
+    """The function behind ``attn_implementation="sluice"``: query [B, Hq, Nq, D] and so on -> [B, Nq, Hq, Dv], weights.
 
     Without a gate on the module it is what the layer computed before, on the operator where that takes it; what it
-    does not take (dropout, position biases, masks beyond padding and windows, attention weights) goes the old way.
+    does not take (dropout, position biases, masks beyond padding and windows) goes the old way. The weights are None,
+    as those of "sdpa" are; where "eager" gave some, they are there.
     """
     original = getattr(module, "sluice_original", None) or by_name()
     _check_call(module, original, options)
@@ -36,9 +38,12 @@ def sluice_attention(module, query, key, value, attention_mask=None, dropout=0.0
     logits = getattr(module, "_sluice_logits", None)
     if logits is not None:
         module._sluice_logits = None
-        gate = module.sluice_gate, module.sluice_options
-        return _attend_gated(
-            gate, logits, original, query, key, value, attention_mask, dropout, scaling, is_causal, options
+        mask, given = attention_mask, dict(causal=is_causal, scale=scaling, dropout=dropout)
+        return _attend_gated(module, logits, original, (query, key, value), mask, bias, given, options)
+    if hasattr(module, "sluice_gate"):
+        raise ValueError(
+            f"{type(module).__name__} asks for attention more than once in a forward, expected once: its gate reads "
+            "one input; leave it out of modules"
         )
     out = None
     if not dropout and not original.wants_more(options) and _adds_nothing(bias):
@@ -49,9 +54,24 @@ def sluice_attention(module, query, key, value, attention_mask=None, dropout=0.0
             k, v = _cut_to_queries(q, k, v)
         if not learns and not (attention_mask is None and is_causal and q.shape[2] > k.shape[2]):
             out = attend_open(q, k, v, mask=attention_mask, causal=is_causal, scale=scaling, sinks=sinks)
-    if out is None:
+
+    def compute_the_old_way():
         return original.function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
-    return out.transpose(1, 2).contiguous(), None
+
+    if out is None:
+        return compute_the_old_way()
+    weights = None
+    if original.is_eager:
+        weights = _weights(lambda: compute_the_old_way()[1], query, key, value, attention_mask)
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def _weights(compute, query, key, *others):
+    """Weights for layers that always gave some. A compiler leaves them out by itself where nobody looks."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return compute()
+    sources = [x for x in (query, key, *others) if x is not None]
+    return LazyWeights((*query.shape[:3], key.shape[2]), compute, sources)
 
 
 def _check_call(module, original, options) -> None:
@@ -81,26 +101,25 @@ def _cut_to_queries(q, *keyed):
     return tuple(x[:, :, :n_q] for x in keyed) if n_k > n_q > 1 else keyed
 
 
-def _attend_gated(gate, logits, original, q, k, v, mask, dropout, scaling, is_causal, options):
+def _attend_gated(module, logits, original, qkv, mask, bias, given, options):
     """A layer with a gate: its bias, if any, is part of the mask, so that it is computed densely."""
-    (a, b), bias, n_k = logits, options.get("position_bias"), k.shape[2]
-    if any(options.get(name) is not None for name in original.reads):
-        names = [name for name in original.reads if options.get(name) is not None]
-        raise ValueError(f"{', '.join(names)} is given, expected None: a gated layer does not take it")
-    if mask is None and is_causal:
+    for name in original.reads:
+        if options.get(name) is not None:
+            raise ValueError(f"{name} is given, expected None: a gated layer does not take it")
+    (q, k, v), (a, b), n_k, causal = qkv, logits, qkv[1].shape[2], given["causal"]
+    if mask is None and causal:
         k, v = _cut_to_queries(q, k, v)
     if not _adds_nothing(bias):
         from transformers.integrations.sdpa_attention import create_position_bias_mask
 
         bias = bias[..., : k.shape[2]] if bias.shape[-1] == n_k else bias
-        mask = create_position_bias_mask(bias, mask, is_causal, q, k)
+        mask = create_position_bias_mask(bias, mask, causal and q.shape[2] > 1, q, k)
     b = (b.b if isinstance(b, GatedCache) else b)[:, :, : k.shape[2]]
-    need_weights = original.wants_more(options)
-    out, weights = attend_gated(
-        *gate[:1], (a, b), gate[1], q, k, v, mask=mask, causal=is_causal, scale=scaling, dropout=dropout,
-        need_weights=need_weights,
-    )  # fmt: skip
-    return out.transpose(1, 2).contiguous(), weights if need_weights else None
+    out, weights = attend_gated(module.sluice_gate, (a, b), module.sluice_options, q, k, v, mask=mask, **given)
+    out = out.transpose(1, 2).contiguous()
+    if not original.is_eager:
+        return out, None
+    return out, weights() if original.wants_more(options) else _weights(weights, q, k, mask, a, b)
 
 
 def register() -> None:
@@ -163,15 +182,22 @@ def uninstall(module: nn.Module) -> None:
 
 def is_cross_attention(name: str, module: nn.Module, parent: nn.Module | None = None) -> bool:
     """Whether the layer looks at another sequence than its input: its name, its class or its parent's class says so."""
-    words = " ".join((name.rpartition(".")[2], type(module).__name__, type(parent).__name__ if parent else "")).lower()
+    words = " ".join((*name.split(".")[-2:], type(module).__name__, type(parent).__name__ if parent else "")).lower()
     return bool(getattr(module, "is_cross_attention", False) or _CROSS.search(words))
 
 
-def make_gate(module: nn.Module, **arguments) -> Gate:
-    config = module.config
-    heads = getattr(module, "num_heads", None) or config.num_attention_heads
-    kv_heads = heads // getattr(module, "num_key_value_groups", 1)
-    return Gate(config.hidden_size, heads, kv_heads, **arguments)
+def make_gate(name: str, module: nn.Module, **arguments) -> Gate:
+    """A gate of the layer's sizes; raises ValueError where they are not to be had."""
+    heads, groups = head_counts(module)
+    linear = next((m for m in module.modules() if isinstance(m, nn.Linear)), None)
+    width = getattr(module.config, "hidden_size", None) if linear is None else linear.in_features
+    head_dim = getattr(module, "head_dim", None)
+    if not heads or not isinstance(width, int) or (isinstance(head_dim, int) and head_dim > MAX_HEAD_DIM):
+        raise ValueError(
+            f"{name} ({type(module).__name__}) has {heads} heads of {head_dim} channels and reads {width}, expected "
+            f"known numbers and at most {MAX_HEAD_DIM} channels: it takes no gate, leave it out of modules"
+        )
+    return Gate(width, heads, heads // groups, **arguments)
 
 
 def _compute_logits(module, args, kwargs):
@@ -183,11 +209,11 @@ def _compute_logits(module, args, kwargs):
             "reads them"
         )
     module._sluice_logits = None
-    a, b = module.sluice_gate(hidden_states)
+    a, b = module.sluice_gate(hidden_states.unsqueeze(0) if hidden_states.dim() == 2 else hidden_states)
     for name in _CACHE_NAMES:
         cache = kwargs.get(name)
         if cache is not None:
-            cache = GatedCache(getattr(cache, "self_attention_cache", cache), b)
+            cache = GatedCache(cache, b)
             kwargs, b = {**kwargs, name: cache}, cache
             break
     module._sluice_logits = (a, b)

@@ -107,6 +107,14 @@ def original_of(module: nn.Module) -> Original | str:
     return _classify(module, function, "eager" if implementation is None else implementation)
 
 
+def head_counts(module: nn.Module) -> tuple[int | None, int]:
+    """(query heads, None where they are unknown; query heads of each key head), from the layer and its config."""
+    sources = (module, module.config)
+    found = (getattr(s, n, None) for s in sources for n in ("num_heads", "num_attention_heads", "n_heads"))
+    groups = getattr(module, "num_key_value_groups", 1)
+    return next((n for n in found if isinstance(n, int) and n > 0), None), groups if isinstance(groups, int) else 1
+
+
 def _argument_names(function: Callable) -> tuple[str, ...]:
     """Names of arguments that a function takes, or looks for among its **kwargs, beyond those that are understood."""
     code = function.__code__
@@ -138,9 +146,8 @@ def _classify(module: nn.Module, function: Callable, implementation: str) -> Ori
 @torch.no_grad()
 def _is_attention_with(sinks: Tensor | None, module: nn.Module, function: Callable) -> bool:
     """Whether function is softmax(scale * q k^T + mask, with sinks) v, tried with a mask and without."""
-    config, groups = module.config, getattr(module, "num_key_value_groups", 1)
-    found = (getattr(module, "num_heads", None), getattr(config, "num_attention_heads", None))
-    heads = sinks.numel() if sinks is not None else next((n for n in found if isinstance(n, int)), 2 * groups)
+    heads, groups = head_counts(module)
+    heads = heads or 2 * groups if sinks is None else sinks.numel()
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
 
