@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 pytest.importorskip("transformers")
-from benchmarks import swap_zoo, zoo  # noqa: E402
+from benchmarks import swap_zoo, zoo
 
 EXACT = (
     "bert", "gpt2", "llama", "mistral", "gpt_oss", "t5", "falcon", "vit", "clip", "whisper", "bart", "paligemma",

@@ -12,8 +12,8 @@ PLACES = torch.arange(N)
 DISTANCE = PLACES[:, None] - PLACES
 PADDING = {
     "none": torch.ones(2, N, dtype=torch.bool),
-    "left": PLACES >= torch.tensor([3, 0])[:, None],
-    "right": PLACES < torch.tensor([6, N])[:, None],
+    "left": torch.tensor([3, 0])[:, None] <= PLACES,
+    "right": torch.tensor([6, N])[:, None] > PLACES,
 }
 LEAST = torch.finfo(torch.float32).min
 

@@ -8,6 +8,7 @@ import torch
 
 from torch_sluice import restore, swap_attention
 from torch_sluice.swap import call
+from torch_sluice.swap.hugging_face import sluice_attention
 
 transformers = pytest.importorskip("transformers")
 from transformers import (  # noqa: E402
@@ -60,7 +61,7 @@ def operator_calls(monkeypatch):
     [
         ("gemma2", {}, r"layers\.0\.self_attn and 1 more \(Gemma2Attention\): it caps its scores.* = 50"),
         ("bloom", {}, r"h\.0\.self_attention and 1 more \(BloomAttention\): it computes attention itself"),
-        ("gpt2", dict(attn_implementation="eager"), r"\(GPT2Attention\): its forward does something else unless .*'eager'"),
+        ("gpt2", dict(attn_implementation="eager"), r"\(GPT2Attention\): its forward does something else .*'eager'"),
         ("llama", dict(attn_implementation="flex_attention"), r"'flex_attention', expected 'sdpa' or 'eager'"),
     ],
 )  # fmt: skip
@@ -192,3 +193,25 @@ def test_position_bias(operator_calls):
         swap_attention(restore(model), target_density=0.5, window=64)
         with pytest.warns(UserWarning, match="computed densely"):
             torch.testing.assert_close(model(**inputs).logits, expected)
+
+
+def test_weights_that_nobody_asked_for(operator_calls):
+    """An eager layer's weights are computed when they are looked at, with their gradient; and not from changed keys."""
+    model = make("llama", attn_implementation="eager")
+    found = []
+    layer = model.model.layers[0].self_attn
+    layer.register_forward_hook(lambda module, args, out: found.append(out[1]))
+    model(IDS, attention_mask=LEFT)
+    swap_attention(model)
+    model(IDS, attention_mask=LEFT)
+    (expected, weights), parameter = found, layer.q_proj.weight
+    assert isinstance(weights, torch.Tensor)
+    torch.testing.assert_close(weights * 1, expected)
+    ours, theirs = (torch.autograd.grad(w.square().sum(), parameter)[0] for w in (weights, expected))
+    torch.testing.assert_close(ours, theirs)
+    q = torch.randn(1, 4, 3, 8)
+    with torch.no_grad():
+        _, weights = sluice_attention(layer, q, q[:, :2], q[:, :2], None, scaling=1.0)
+        q.zero_()
+    with pytest.raises(RuntimeError, match="looked at after the queries or keys that they come from were changed"):
+        weights.sum()

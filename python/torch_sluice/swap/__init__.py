@@ -77,9 +77,11 @@ def swap_attention(
 
     Three kinds of attention are known, and may be mixed in one model:
 
-    - Hugging Face transformers models that use its AttentionInterface: set to ``attn_implementation="sluice"`` (which
-      may also be set without this function, for open gates). Padding on the left or right of the causal or full mask
-      and generation with any cache but quantised ones run on the operator. Cross attention stays open.
+    - layers of Hugging Face transformers models that use its AttentionInterface and whose own function, "sdpa" or
+      "eager", is plain attention (it is tried on small tensors). They then ask for ``attn_implementation="sluice"``,
+      which may also be set without this function, for open gates. Padding on the left or right of the causal or full
+      mask, sliding windows and generation with any cache but quantised ones run on the operator. Cross attention stays
+      open.
     - ``nn.MultiheadAttention``, also within ``nn.TransformerEncoderLayer`` and ``nn.TransformerDecoderLayer``.
     - modules that call ``F.scaled_dot_product_attention`` themselves: those of whose class some method names that
       function, and those given in ``modules``. Their calls are caught while their ``forward`` runs; the gate reads the
@@ -96,8 +98,7 @@ def swap_attention(
         opening: gate of all pairs at the start, in (0, 1).
         window: the last ``window`` keys of each query are kept and not gated.
         sinks: nor are the first ``sinks`` keys.
-        modules: the layers to swap, as names, modules, or a predicate (name, module) -> bool; default all. Transformers
-            layers that share a config run on the operator all the same; the choice is who gets a gate.
+        modules: the layers to swap, as names, modules, or a predicate (name, module) -> bool; default all.
         example: positional (tuple) or keyword (dict) inputs of the model. With them the swap proves itself: the model
             runs on them with open gates and as it was, and must give the same within rounding (1e-4 of the largest
             output in float32). They also tell the sizes of layers of the third kind where attributes do not.
