@@ -32,8 +32,9 @@ def test_latents_in_the_cache(how):
     torch.manual_seed(0)
     config = DeepseekV3Config(
         **SPECIAL, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        initializer_range=0.3, num_key_value_heads=4, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
-        first_k_dense_replace=2, n_routed_experts=4, max_position_embeddings=64, n_group=1, topk_group=1,
+        num_key_value_heads=4, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+        first_k_dense_replace=2, n_routed_experts=4, n_group=1, topk_group=1, max_position_embeddings=64,
+        initializer_range=0.3,
     )  # fmt: skip
     model = DeepseekV3ForCausalLM(config).eval()
     expected = generate(model, **how)

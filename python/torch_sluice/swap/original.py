@@ -148,7 +148,8 @@ def _is_attention_with(sinks: Tensor | None, module: nn.Module, function: Callab
     """Whether function is softmax(scale * q k^T + mask, with sinks) v, tried with a mask and without."""
     heads, groups = head_counts(module)
     heads = heads or 2 * groups if sinks is None else sinks.numel()
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    devices = (p.device for p in module.parameters() if p.device.type != "meta")
+    device = next(devices, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
 
     def draw(*sizes):
