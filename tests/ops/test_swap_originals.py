@@ -1,6 +1,7 @@
 """swap_attention asks what a transformers layer computes before it takes its place."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -95,6 +96,15 @@ def test_an_attention_function_is_tried_and_not_believed(what, monkeypatch):
     monkeypatch.setattr(modeling_llama, "eager_attention_forward", other)
     expected = "KeyError: 'rope'" if what == "raises" else "is not plain attention: tried on small random tensors"
     with pytest.raises(ValueError, match=expected):
+        swap_attention(make("llama", attn_implementation="eager"))
+
+
+def test_an_attention_function_without_code(monkeypatch):
+    partial = functools.partial(modeling_llama.eager_attention_forward)
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", partial)
+    with pytest.raises(
+        ValueError, match=r"\(LlamaAttention\): its attention function is a partial, expected a function"
+    ):
         swap_attention(make("llama", attn_implementation="eager"))
 
 

@@ -123,6 +123,11 @@ def attend_gated(
     near = dict(window=options.window, sinks=options.sinks, scale=scale)
     key_range = None
     if mask is not None:
+        if mask.dim() != 4:
+            raise ValueError(
+                f"the attention mask of a gated layer has shape {list(mask.shape)}, expected [batch or 1, heads or 1, "
+                "queries or 1, keys]"
+            )
         pattern = read_mask(mask, q.shape[0], q.shape[2], k.shape[2], causal)
         if pattern is None or pattern.window:
             return _attend_densely(gate, a, b, q, k, v, mask, causal, near)

@@ -1,6 +1,7 @@
 """What a transformers layer computes without Sluice: its attention function, and whether that is plain attention."""
 
 import dis
+import inspect
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -79,10 +80,16 @@ def _function_of(module: nn.Module, implementation: str | None) -> Callable | st
             table = table or namespace.get(_TABLE)
             functions |= {n: namespace[n] for n in names if n.endswith(_EAGER) and callable(namespace.get(n))}
     if implementation not in (None, "eager"):
-        return table[implementation]
+        return (table or _shared_table())[implementation]
     if len(functions) != 1:
         return f"it has {len(functions)} eager attention functions, expected one"
     return next(iter(functions.values()))
+
+
+def _shared_table():
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS
 
 
 def original_of(module: nn.Module) -> Original | str:
@@ -117,7 +124,7 @@ def head_counts(module: nn.Module) -> tuple[int | None, int]:
 
 def _argument_names(function: Callable) -> tuple[str, ...]:
     """Names of arguments that a function takes, or looks for among its **kwargs, beyond those that are understood."""
-    code = function.__code__
+    code = inspect.unwrap(function).__code__
     named = code.co_varnames[5 : code.co_argcount + code.co_kwonlyargcount]
     looked_for = ()
     if "get" in code.co_names or "pop" in code.co_names:
@@ -130,6 +137,10 @@ def _classify(module: nn.Module, function: Callable, implementation: str) -> Ori
 
     if function is sdpa_attention_forward:
         return Original(function, implementation, reads=("softcap",))
+    if not hasattr(inspect.unwrap(function), "__code__"):
+        return (
+            f"its attention function is a {type(function).__name__}, expected a function: its arguments can't be read"
+        )
     reads = _argument_names(function)
     name = f"{function.__module__}.{function.__name__}"
     sinks = getattr(module, "sinks", None)
