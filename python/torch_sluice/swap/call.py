@@ -33,22 +33,25 @@ def open_logits(heads: int, like: Tensor) -> Tensor:
     return number.expand(like.shape[0], heads, like.shape[2])
 
 
+def _shut_logits(heads: int, like: Tensor) -> Tensor:
+    return -open_logits(heads, like)
+
+
 def operator_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether shapes, dtypes and device are the operator's: torch broadcasts and promotes where it does not."""
-    if not q.dim() == k.dim() == v.dim() == 4:
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    if not len(q_shape) == len(k_shape) == len(v_shape) == 4 or not (q.is_cpu or q.is_cuda):
         return False
-    if not torch.is_autocast_enabled(q.device.type) and not (q.dtype == k.dtype == v.dtype and q.dtype in _DTYPES):
+    if not (q.dtype == k.dtype == v.dtype and q.dtype in _DTYPES) and not torch.is_autocast_enabled(q.device.type):
         return False
-    (batch, heads, _, dim), (kv_batch, kv_heads, n_k, k_dim) = q.shape, k.shape
     return (
-        batch == kv_batch
-        and dim == k_dim
-        and v.shape[:3] == (batch, kv_heads, n_k)
-        and kv_heads > 0
-        and heads % kv_heads == 0
-        and min(dim, v.shape[3]) > 0
-        and max(dim, v.shape[3]) <= MAX_HEAD_DIM
-        and q.device.type in ("cpu", "cuda")
+        q_shape[0] == k_shape[0]
+        and q_shape[3] == k_shape[3]
+        and k_shape[:3] == v_shape[:3]
+        and k_shape[1] > 0
+        and q_shape[1] % k_shape[1] == 0
+        and 0 < q_shape[3] <= MAX_HEAD_DIM
+        and 0 < v_shape[3] <= MAX_HEAD_DIM
     )
 
 
@@ -70,26 +73,30 @@ def attend_open(
     """
     if not operator_takes(q, k, v):
         return None
-    key_range, window, uniform, n_k = None, 0, None, k.shape[2]
+    options = dict(causal=causal, scale=scale, key_range=None)
+    heads, kv_heads, n_k, uniform, values = q.shape[1], k.shape[1], k.shape[2], None, v
+    gates = open_logits
     if mask is not None:
         if mask.dim() != 4 or mask.shape[0] not in (1, q.shape[0]):
             return None
         pattern = read_mask(mask, q.shape[0], q.shape[2], n_k, causal)
         if pattern is None:
             return None
-        causal, key_range, n_k, window, uniform = pattern
+        uniform = pattern.uniform
         if uniform is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             return None  # such rows pass a gradient on to q and k, through weights that are none of the operator's
-    a, b = open_logits(q.shape[1], q), open_logits(k.shape[1], k)
-    options = dict(causal=causal, scale=scale, key_range=key_range, window=window, tau=0.5 if window else 0.0)
-    if window:
-        a, b = -a, -b
-    out = gated_attention(q, k[:, :, :n_k], v[:, :, :n_k], a, b[:, :, :n_k], return_lse=sinks is not None, **options)
+        options |= dict(causal=pattern.causal, key_range=pattern.key_range)
+        if pattern.n_k < n_k:
+            k, v = k[:, :, : pattern.n_k], v[:, :, : pattern.n_k]
+        if pattern.window:
+            gates = _shut_logits
+            options |= dict(window=pattern.window, tau=0.5)
+    out = gated_attention(q, k, v, gates(heads, q), gates(kv_heads, k), return_lse=sinks is not None, **options)
     if sinks is not None:
         out, lse = out
         out = out * torch.sigmoid(lse - sinks.to(lse.dtype).view(1, -1, 1)).unsqueeze(-1).to(out.dtype)
     elif uniform is not None:
-        out = _with_means(out, v, uniform)
+        out = _with_means(out, values, uniform)
     return out
 
 

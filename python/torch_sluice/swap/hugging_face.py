@@ -40,7 +40,7 @@ def sluice_attention(module, query, key, value, attention_mask=None, dropout=0.0
         module._sluice_logits = None
         mask, given = attention_mask, dict(causal=is_causal, scale=scaling, dropout=dropout)
         return _attend_gated(module, logits, original, (query, key, value), mask, bias, given, options)
-    if hasattr(module, "sluice_gate"):
+    if "sluice_gate" in module._modules:
         raise ValueError(
             f"{type(module).__name__} asks for attention more than once in a forward, expected once: its gate reads "
             "one input; leave it out of modules"
@@ -75,18 +75,21 @@ def _weights(compute, query, key, *others):
 
 
 def _check_call(module, original, options) -> None:
-    config = getattr(getattr(module, "config", None), "sluice_config", None)
-    if config is not None and (config._attn_implementation or "eager") != original.implementation:
-        raise ValueError(
-            f"the model's attn_implementation is {config._attn_implementation!r} and was {original.implementation!r} "
-            "when its attention was swapped: call torch_sluice.restore(model) before it is set"
-        )
-    if config is None:
+    if original.by_name:
         for name in original.reads:
             if options.get(name) is not None:
                 raise ValueError(
                     f"attn_implementation='sluice' does not support {name}, which this model uses; try 'eager'"
                 )
+    elif not torch.compiler.is_compiling():
+        # Past the __getattribute__ of configs, which is Python: this is done at every call.
+        config = object.__getattribute__(module.config, "sluice_config")
+        implementation = object.__getattribute__(config, "_attn_implementation_internal") or "eager"
+        if implementation != original.implementation:
+            raise ValueError(
+                f"the model's attn_implementation is {implementation!r} and was {original.implementation!r} when its "
+                "attention was swapped: call torch_sluice.restore(model) before it is set"
+            )
 
 
 def _adds_nothing(bias) -> bool:
@@ -170,13 +173,13 @@ def is_attention(module: nn.Module) -> bool:
 
 def install(module: nn.Module, original: Original) -> None:
     """Lets an attention layer ask for Sluice; the config of its model, and so the masks, stay what they are."""
-    module.sluice_original = original
-    if module.config._attn_implementation != NAMES["sdpa"]:
+    module.sluice_original, module._sluice_logits = original, None
+    if not original.by_name:
         module.config = view_config(module.config, NAMES[original.implementation])
 
 
 def uninstall(module: nn.Module) -> None:
-    del module.sluice_original
+    del module.sluice_original, module._sluice_logits
     module.config = getattr(module.config, "sluice_config", module.config)
 
 
@@ -229,4 +232,3 @@ def add_gate(module: nn.Module, gate: Gate, options: GateOptions):
 
 def remove_gate(module: nn.Module) -> None:
     del module.sluice_gate, module.sluice_options
-    module.__dict__.pop("_sluice_logits", None)

@@ -26,6 +26,7 @@ class Original(NamedTuple):
     implementation: str  # "sdpa" or "eager": it says what no mask means, and whether weights are given back
     sinks: bool = False  # the function adds the scores of ``module.sinks`` [heads] to every softmax
     reads: tuple[str, ...] = ()  # names of further arguments that change its result
+    by_name: bool = False  # nobody swapped the layer: its model was given attn_implementation="sluice"
 
     @property
     def is_eager(self) -> bool:
@@ -33,8 +34,9 @@ class Original(NamedTuple):
 
     def wants_more(self, options: dict) -> bool:
         """Whether the call asks for what plain attention (with sinks) does not give: the weights, a cap, ..."""
-        if any(options.get(name) is not None for name in self.reads):
-            return True
+        for name in self.reads:
+            if options.get(name) is not None:
+                return True
         if not self.is_eager:  # gives no weights
             return False
         if options.get("output_attentions"):
@@ -48,7 +50,7 @@ def by_name() -> Original:
     """For layers that were given ``attn_implementation="sluice"`` and no swap: the function of "sdpa" and its masks."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    return Original(sdpa_attention_forward, "sdpa", reads=_CHANGING)
+    return Original(sdpa_attention_forward, "sdpa", reads=_CHANGING, by_name=True)
 
 
 def asks_for_table(module: nn.Module) -> bool:
