@@ -8,6 +8,8 @@ from torch import nn
 from torch_sluice.attention import Gate
 from torch_sluice.swap import hugging_face, multihead, sdpa
 from torch_sluice.swap.call import GateOptions
+from torch_sluice.swap.original import original_of
+from torch_sluice.swap.verify import first_difference, record
 
 __all__ = ["gate_parameters", "restore", "swap_attention"]
 
@@ -17,16 +19,16 @@ class _Swap:
     """What was changed in a model, so that it can be undone. Holds modules, not closures: a copy of the model works."""
 
     target_density: float | None
-    configs: list = field(default_factory=list)  # (config, its attention implementation)
-    layers: list = field(default_factory=list)  # (gated transformers layer, hook)
+    layers: list = field(default_factory=list)  # transformers layers
+    gated: list = field(default_factory=list)  # (transformers layer with a gate, hook)
     multiheads: list = field(default_factory=list)  # (module, its class, hook)
     owners: list = field(default_factory=list)  # modules that call scaled_dot_product_attention
     encoders: list = field(default_factory=list)  # nn.TransformerEncoder that made nested tensors
 
     def undo(self):
-        for config, implementation in self.configs:
-            config._attn_implementation_internal = implementation
-        for module, hook in self.layers:
+        for module in self.layers:
+            hugging_face.uninstall(module)
+        for module, hook in self.gated:
             hook.remove()
             hugging_face.remove_gate(module)
         for module, cls, hook in self.multiheads:
@@ -75,9 +77,11 @@ def swap_attention(
 
     Three kinds of attention are known, and may be mixed in one model:
 
-    - Hugging Face transformers models that use its AttentionInterface: set to ``attn_implementation="sluice"`` (which
-      may also be set without this function, for open gates). Padding on the left or right of the causal or full mask
-      and generation with any cache but quantised ones run on the operator. Cross attention stays open.
+    - layers of Hugging Face transformers models that use its AttentionInterface and whose own function, "sdpa" or
+      "eager", is plain attention (it is tried on small tensors). They then ask for ``attn_implementation="sluice"``,
+      which may also be set without this function, for open gates. Padding on the left or right of the causal or full
+      mask, sliding windows and generation with any cache but quantised ones run on the operator. Cross attention stays
+      open.
     - ``nn.MultiheadAttention``, also within ``nn.TransformerEncoderLayer`` and ``nn.TransformerDecoderLayer``.
     - modules that call ``F.scaled_dot_product_attention`` themselves: those of whose class some method names that
       function, and those given in ``modules``. Their calls are caught while their ``forward`` runs; the gate reads the
@@ -94,16 +98,17 @@ def swap_attention(
         opening: gate of all pairs at the start, in (0, 1).
         window: the last ``window`` keys of each query are kept and not gated.
         sinks: nor are the first ``sinks`` keys.
-        modules: the layers to swap, as names, modules, or a predicate (name, module) -> bool; default all. Transformers
-            layers that share a config run on the operator all the same; the choice is who gets a gate.
-        example: positional (tuple) or keyword (dict) inputs of the model, to learn the sizes of layers of the third
-            kind from one forward, where their attributes do not tell.
+        modules: the layers to swap, as names, modules, or a predicate (name, module) -> bool; default all.
+        example: positional (tuple) or keyword (dict) inputs of the model. With them the swap proves itself: the model
+            runs on them with open gates and as it was, and must give the same within rounding (1e-4 of the largest
+            output in float32). They also tell the sizes of layers of the third kind where attributes do not.
 
     Returns:
         model.
 
     Raises:
-        ValueError: the model has no attention of these kinds, is swapped already, or an argument is out of its range.
+        ValueError: the model has no attention of these kinds that computes what the operator does, gives other outputs
+            on example, is swapped already, or an argument is out of its range. The model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}, expected an nn.Module")
@@ -113,17 +118,44 @@ def swap_attention(
         raise ValueError(f"target_density is {target_density}, expected a number in (0, 1], or None for open gates")
     if window < 0 or sinks < 0:
         raise ValueError(f"window is {window} and sinks is {sinks}, expected both at least 0")
-    swap, options = _Swap(target_density), GateOptions(window, sinks)
-    try:
-        _swap(model, swap, options, modules, example, dict(tau=tau, opening=opening, target_density=target_density))
-    except BaseException:
-        swap.undo()
-        raise
-    model._sluice_swap = swap
+    options = GateOptions(window, sinks)
+    if example is not None:
+        _verify(model, options, modules, example)
+    gate_arguments = dict(tau=tau, opening=opening, target_density=target_density)
+    model._sluice_swap = _swap(model, target_density, options, modules, example, gate_arguments)
     return model
 
 
-def _swap(model, swap, options, modules, example, gate_arguments):
+def _verify(model, options, modules, example) -> None:
+    """Raises ValueError if the model with open gates gives other outputs on example than without Sluice."""
+    swap = _swap(model, None, options, modules)
+    swapped = [*swap.layers, *(module for module, *_ in swap.multiheads), *swap.owners]
+    try:
+        after = record(model, swapped, example)
+    finally:
+        swap.undo()
+    found = first_difference(record(model, swapped, example), after)
+    if found is not None:
+        module, off = found
+        name = next(name for name, m in model.named_modules() if m is module) or "the model"
+        raise ValueError(
+            f"{name} ({type(module).__name__}) gives other outputs on example with its attention swapped: they differ "
+            f"by {off:.2g} of the largest. The model is as it was; leave this layer out of modules"
+        )
+
+
+def _swap(model, target_density, options, modules, example=None, gate_arguments=None) -> _Swap:
+    """Swaps what can be swapped; on an error the model is as it was."""
+    swap = _Swap(target_density)
+    try:
+        _fill(model, swap, options, modules, example, gate_arguments)
+    except BaseException:
+        swap.undo()
+        raise
+    return swap
+
+
+def _fill(model, swap, options, modules, example, gate_arguments):
     learn = swap.target_density is not None
     chosen = _chosen(model, modules)
     refused = []
@@ -137,23 +169,30 @@ def _swap(model, swap, options, modules, example, gate_arguments):
     layers = [(name, module) for name, module in chosen if hugging_face.is_attention(module)]
     if layers:
         hugging_face.register()
-        for config in hugging_face.configs_of(model):
-            swap.configs.append((config, config._attn_implementation_internal))
-            config._attn_implementation_internal = hugging_face.IMPLEMENTATION
-        for name, module in layers:
-            if learn and not hugging_face.is_cross_attention(name, module):
-                gate = gate_for(module, hugging_face.make_gate, module)
-                swap.layers.append((module, hugging_face.add_gate(module, gate, options)))
+    for name, module in layers:
+        original = original_of(module)
+        parent = model.get_submodule(name.rpartition(".")[0]) if name else None
+        cross = hugging_face.is_cross_attention(name, module, parent)
+        if not isinstance(original, str) and original.sinks and learn and not cross:
+            original = "its attention sinks take a share of every softmax"
+        if isinstance(original, str):
+            refused.append((name, module, original))
+            continue
+        hugging_face.install(module, original)
+        swap.layers.append(module)
+        if learn and not cross:
+            gate = gate_for(module, hugging_face.make_gate, name, module)
+            swap.gated.append((module, hugging_face.add_gate(module, gate, options)))
 
     for name, module in chosen:
         if isinstance(module, nn.MultiheadAttention):
             reason = multihead.why_not(module)
             if reason:
-                refused.append(f"{name}: {reason}")
+                refused.append((name, module, reason))
                 continue
             cls = type(module)
             if cls is not nn.MultiheadAttention:
-                refused.append(f"{name}: it is a {cls.__name__}, a subclass of nn.MultiheadAttention")
+                refused.append((name, module, f"it is a {cls.__name__}, a subclass of nn.MultiheadAttention"))
                 continue
             gate = gate_for(module, multihead.make_gate, module)
             hook = module.register_forward_pre_hook(multihead._no_fast_path)
@@ -189,14 +228,39 @@ def _swap(model, swap, options, modules, example, gate_arguments):
             found = sizes[module] if example is not None else sdpa.guess_sizes(name, module)
             module.sluice_gate = gate_for(module, sdpa.make_gate, found)
 
-    if not (layers or swap.multiheads or owners):
+    if not (swap.layers or swap.multiheads or owners):
+        known = {id(module) for _, module, _ in refused}
+        refused += [
+            (name, m, "it computes attention itself") for name, m in _own_attention(chosen) if id(m) not in known
+        ]
         raise ValueError(
             f"model is a {type(model).__name__} without attention that can be swapped, expected Hugging Face "
             "transformers attention, nn.MultiheadAttention, or modules that call F.scaled_dot_product_attention"
-            + (f". Left alone: {'; '.join(refused)}" if refused else "")
+            + (f". Left alone: {_sentences(refused)}" if refused else "")
         )
     if refused and learn:
-        raise ValueError(f"these layers take no gate: {'; '.join(refused)}. Choose the others by modules=")
+        raise ValueError(f"these layers take no gate: {_sentences(refused)}. Choose the others by modules=")
+
+
+def _own_attention(chosen: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """Modules that are attention by their class's name, and hold none: what an error names."""
+    return [
+        (name, module)
+        for name, module in chosen
+        if "attention" in type(module).__name__.lower()
+        and not any("attention" in type(m).__name__.lower() for m in module.modules() if m is not module)
+    ]
+
+
+def _sentences(refused: list[tuple[str, nn.Module, str]]) -> str:
+    """One sentence for each kind of layer and reason, and not for each of hundreds of layers."""
+    kinds = {}
+    for name, module, reason in refused:
+        kinds.setdefault((type(module).__name__, reason), []).append(name or "the model itself")
+    return "; ".join(
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} ({kind}): {reason}"
+        for (kind, reason), names in kinds.items()
+    )
 
 
 def restore(model: nn.Module) -> nn.Module:

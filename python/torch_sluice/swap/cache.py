@@ -4,26 +4,36 @@ import torch
 from torch import Tensor
 
 
-def _pack(b: Tensor, dtype: torch.dtype) -> Tensor:
-    """b [B, H, N] as channels [B, H, N, c] of the given dtype, bit by bit: a half-precision cache does not round it."""
-    b = b.contiguous().unsqueeze(-1)
+def _pack(b: Tensor, dtype: torch.dtype, heads: int) -> Tensor:
+    """b [B, H, N] as channels [B, heads, N, c] of the given dtype, bit by bit: half precision does not round it.
+
+    heads is H, or 1: a cache of latents has one head, which then takes b of them all.
+    """
+    b = b.unsqueeze(-1) if heads == b.shape[1] else b.transpose(1, 2).unsqueeze(1)
+    b = b.contiguous()
     return b if b.dtype == dtype else b.view(dtype)
 
 
-def _unpack(channels: Tensor, dtype: torch.dtype) -> Tensor:
-    return (channels if channels.dtype == dtype else channels.contiguous().view(dtype)).squeeze(-1)
+def _unpack(channels: Tensor, dtype: torch.dtype, heads: int) -> Tensor:
+    b = channels if channels.dtype == dtype else channels.contiguous().view(dtype)
+    return b.squeeze(-1) if heads == b.shape[1] else b.squeeze(1).transpose(1, 2)
 
 
 class GatedCache:
     """Stands in for a layer's cache during one forward: what the layer stores gets b as extra channels of its values.
 
     So b goes wherever the cache takes its values: into static buffers, out of a sliding window, along when beams are
-    reordered or the sequence is cropped, to another device. Everything but ``update`` is the cache's own.
+    reordered or the sequence is cropped, to another device. Everything but ``update`` is the cache's own. Of the cache
+    of an encoder and decoder it is the part for self-attention, and answers what the whole does.
     """
 
     def __init__(self, cache, b: Tensor):
-        self._cache = cache
+        self._whole, self._cache = cache, getattr(cache, "self_attention_cache", cache)
         self.b = b  # of the new keys; after update, of all keys that the layer is to look at
+
+    @property
+    def self_attention_cache(self):
+        return self
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         layers = getattr(self._cache, "layers", ())
@@ -33,7 +43,13 @@ class GatedCache:
                 f"the cache of layer {layer_idx} is a {type(layer).__name__}, expected one that keeps values as they "
                 "are: the gate logits of past keys lie beside them"
             )
-        channels = _pack(self.b.to(value_states.device), value_states.dtype)
+        heads = self.b.shape[1]
+        if value_states.shape[1] not in (1, heads):
+            raise ValueError(
+                f"layer {layer_idx} keeps values of {value_states.shape[1]} heads in its cache, expected 1 or {heads}, "
+                "the key heads of its gate, whose logits lie beside them"
+            )
+        channels = _pack(self.b.to(value_states.device), value_states.dtype, value_states.shape[1])
         width = value_states.shape[-1] + channels.shape[-1]
         stored = getattr(layer, "values", None)
         if stored is not None and stored.dim() == 4 and stored.shape[-1] != width:
@@ -45,8 +61,8 @@ class GatedCache:
             key_states, torch.cat((value_states, channels), dim=-1), layer_idx, *args, **kwargs
         )
         values, channels = values.split((value_states.shape[-1], channels.shape[-1]), dim=-1)
-        self.b = _unpack(channels, self.b.dtype)
+        self.b = _unpack(channels, self.b.dtype, heads)
         return keys, values
 
     def __getattr__(self, name):
-        return getattr(self._cache, name)
+        return getattr(self._cache if hasattr(self._cache, name) else self._whole, name)

@@ -1,10 +1,12 @@
 """The one way from a swapped layer to the operator: reads the mask, keeps to the dense formula where it must."""
 
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from torch_sluice.attention import attend
 from torch_sluice.functional import gated_attention
@@ -13,7 +15,8 @@ from torch_sluice.swap.masks import as_bool_mask, count_visible_keys, read_mask
 
 # Two logits of 20 make a gate of sigmoid(40), which is exactly 1 in float32.
 _OPEN_LOGIT = 20.0
-_MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 256
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class GateOptions(NamedTuple):
@@ -30,25 +33,77 @@ def open_logits(heads: int, like: Tensor) -> Tensor:
     return number.expand(like.shape[0], heads, like.shape[2])
 
 
-def operator_takes(q: Tensor, v: Tensor) -> bool:
-    return q.dim() == 4 and max(q.shape[3], v.shape[3]) <= _MAX_HEAD_DIM and q.device.type in ("cpu", "cuda")
+def _shut_logits(heads: int, like: Tensor) -> Tensor:
+    return -open_logits(heads, like)
+
+
+def operator_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether shapes, dtypes and device are the operator's: torch broadcasts and promotes where it does not."""
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    if not len(q_shape) == len(k_shape) == len(v_shape) == 4 or not (q.is_cpu or q.is_cuda):
+        return False
+    if not (q.dtype == k.dtype == v.dtype and q.dtype in _DTYPES) and not torch.is_autocast_enabled(q.device.type):
+        return False
+    return (
+        q_shape[0] == k_shape[0]
+        and q_shape[3] == k_shape[3]
+        and k_shape[:3] == v_shape[:3]
+        and k_shape[1] > 0
+        and q_shape[1] % k_shape[1] == 0
+        and 0 < q_shape[3] <= MAX_HEAD_DIM
+        and 0 < v_shape[3] <= MAX_HEAD_DIM
+    )
 
 
 def attend_open(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor | None:
-    """Plain attention by the operator, or None if it has no way to: the caller then does what it did before."""
-    if not operator_takes(q, v):
+    """Plain attention by the operator, or None if it has no way to: the caller then does what it did before.
+
+    A sliding window is a gate that is shut, of which only the near pairs are kept. ``sinks`` [Hq] are scores of a key
+    without a value, one per head, that takes its share of every softmax, and all of it where no key is seen. They and
+    q, k get no gradient through that share.
+    """
+    if not operator_takes(q, k, v):
         return None
-    key_range = None
+    options = dict(causal=causal, scale=scale, key_range=None)
+    heads, kv_heads, n_k, uniform, values = q.shape[1], k.shape[1], k.shape[2], None, v
+    gates = open_logits
     if mask is not None:
-        pattern = read_mask(mask, q.shape[0], q.shape[2], k.shape[2], causal)
+        if mask.dim() != 4 or mask.shape[0] not in (1, q.shape[0]):
+            return None
+        pattern = read_mask(mask, q.shape[0], q.shape[2], n_k, causal)
         if pattern is None:
             return None
-        causal, key_range, n_k = pattern
-        k, v = k[:, :, :n_k], v[:, :, :n_k]
-    a, b = open_logits(q.shape[1], q), open_logits(k.shape[1], k)
-    return gated_attention(q, k, v, a, b, causal=causal, scale=scale, key_range=key_range)
+        uniform = pattern.uniform
+        if uniform is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+            return None  # such rows pass a gradient on to q and k, through weights that are none of the operator's
+        options |= dict(causal=pattern.causal, key_range=pattern.key_range)
+        if pattern.n_k < n_k:
+            k, v = k[:, :, : pattern.n_k], v[:, :, : pattern.n_k]
+        if pattern.window:
+            gates = _shut_logits
+            options |= dict(window=pattern.window, tau=0.5)
+    out = gated_attention(q, k, v, gates(heads, q), gates(kv_heads, k), return_lse=sinks is not None, **options)
+    if sinks is not None:
+        out, lse = out
+        out = out * torch.sigmoid(lse - sinks.to(lse.dtype).view(1, -1, 1)).unsqueeze(-1).to(out.dtype)
+    elif uniform is not None:
+        out = _with_means(out, values, uniform)
+    return out
+
+
+def _with_means(out: Tensor, v: Tensor, uniform: Tensor) -> Tensor:
+    """out with the mean of all values in the rows [B, H or 1, Nq] that uniform says."""
+    mean = v.mean(dim=2, keepdim=True).repeat_interleave(out.shape[1] // v.shape[1], 1)
+    return torch.where(uniform.unsqueeze(-1), mean, out)
 
 
 def attend_gated(
@@ -63,11 +118,10 @@ def attend_gated(
     causal: bool = False,
     scale: float | None = None,
     dropout: float = 0.0,
-    need_weights: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Callable[[], Tensor]]:
     """Attention of a layer with a gate; logits (a [B, Hq, Nq], b [B, heads of the gate, Nk]).
 
-    Returns (out [B, Hq, Nq, Dv], softmax * gate [B, Hq, Nq, Nk] if need_weights).
+    Returns (out [B, Hq, Nq, Dv], what computes the weights softmax * gate [B, Hq, Nq, Nk]).
     """
     a, b = logits
     _check_gated(a, b, q, k, dropout)
@@ -76,14 +130,23 @@ def attend_gated(
     near = dict(window=options.window, sinks=options.sinks, scale=scale)
     key_range = None
     if mask is not None:
+        if mask.dim() != 4:
+            raise ValueError(
+                f"the attention mask of a gated layer has shape {list(mask.shape)}, expected [batch or 1, heads or 1, "
+                "queries or 1, keys]"
+            )
         pattern = read_mask(mask, q.shape[0], q.shape[2], k.shape[2], causal)
-        if pattern is None:
+        if pattern is None or pattern.window:
             return _attend_densely(gate, a, b, q, k, v, mask, causal, near)
-        causal, key_range, n_k = pattern
+        causal, key_range, n_k = pattern[:3]
+        all_values = v
         k, v, b = k[:, :, :n_k], v[:, :, :n_k], b[:, :, :n_k]
     near |= dict(causal=causal, key_range=key_range)
     out = attend(gate, None, q, k, v, logits=(a, b), **near)
-    return out, dense_gated_attention(q, k, v, a, b, tau=gate.tau, **near)[1] if need_weights else None
+    if mask is not None and pattern.uniform is not None:
+        out = _with_means(out, all_values, pattern.uniform)
+    unseen = logits[1].shape[-1] - b.shape[-1]
+    return out, lambda: pad(dense_gated_attention(q, k, v, a, b, tau=gate.tau, **near)[1], (0, unseen))
 
 
 def _check_gated(a: Tensor, b: Tensor, q: Tensor, k: Tensor, dropout: float) -> None:
@@ -105,16 +168,17 @@ def _check_gated(a: Tensor, b: Tensor, q: Tensor, k: Tensor, dropout: float) -> 
         )
 
 
-def _attend_densely(gate, a, b, q, k, v, mask, causal, near) -> tuple[Tensor, Tensor]:
+def _attend_densely(gate, a, b, q, k, v, mask, causal, near) -> tuple[Tensor, Callable[[], Tensor]]:
     """For masks that the operator does not take. The mask says who sees whom; a causal layer's token keeps itself."""
     warnings.warn(
         "this attention mask is not the causal or full one with padding on the left or right: gated attention is "
         "computed densely, which is exact, slow, and teaches the gate nothing about the pairs it drops",
         stacklevel=3,
     )
-    allowed = as_bool_mask(mask)
+    allowed, all_keys = as_bool_mask(mask), k.shape[2]
     if causal and allowed is not None and not torch.compiler.is_compiling():
         # The last query is at the last key: what a cache holds behind it is not there yet.
         n_k = max(count_visible_keys(allowed, k.shape[2]), q.shape[2])
         k, v, b, mask = k[:, :, :n_k], v[:, :, :n_k], b[:, :, :n_k], mask[..., :n_k]
-    return dense_gated_attention(q, k, v, a, b, mask=mask, keep_self=causal, tau=gate.tau, **near)
+    out, weights = dense_gated_attention(q, k, v, a, b, mask=mask, keep_self=causal, tau=gate.tau, **near)
+    return out, lambda: pad(weights, (0, all_keys - weights.shape[-1]))

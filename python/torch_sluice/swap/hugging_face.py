@@ -3,72 +3,139 @@
 import functools
 import importlib.abc
 import importlib.util
-import inspect
+import re
 import sys
 
+import torch
 from torch import nn
 
 from torch_sluice.attention import Gate
 from torch_sluice.swap.cache import GatedCache
-from torch_sluice.swap.call import GateOptions, attend_gated, attend_open
+from torch_sluice.swap.call import MAX_HEAD_DIM, GateOptions, attend_gated, attend_open
+from torch_sluice.swap.config_view import view_config
+from torch_sluice.swap.original import Original, asks_for_table, by_name, head_counts
+from torch_sluice.swap.weights import LazyWeights
 
-IMPLEMENTATION = "sluice"
+NAMES = {"sdpa": "sluice", "eager": "sluice_eager"}
 _TRIGGER = "transformers.modeling_utils"
-_CACHE_NAMES = ("cache", "past_key_values", "past_key_value")
+_CROSS = re.compile("cross|enc_?dec|encoder_attn")
+_CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
-def sluice_attention(
-    module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, position_bias=None, **kwargs
-):
-    """The function behind ``attn_implementation="sluice"``: query [B, Hq, Nq, D] and so on -> [B, Nq, Hq, Dv], None.
+def sluice_attention(module, query, key, value, attention_mask=None, dropout=0.0, scaling=None, **options):
+    """The function behind ``attn_implementation="sluice"``: query [B, Hq, Nq, D] and so on -> [B, Nq, Hq, Dv], weights.
 
-    Without a gate on the module it is plain attention, and what the operator does not take (dropout, position biases,
-    masks beyond padding) goes the way of ``"sdpa"``.
+    Without a gate on the module it is what the layer computed before, on the operator where that takes it; what it
+    does not take (dropout, position biases, masks beyond padding and windows) goes the old way. The weights are None,
+    as those of "sdpa" are; where "eager" gave some, they are there.
     """
-    for name in ("softcap", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise ValueError(
-                f"attn_implementation='sluice' does not support {name}, which this model uses; try 'eager'"
-            )
-    n_q, n_k = query.shape[2], key.shape[2]
+    original = getattr(module, "sluice_original", None) or by_name()
+    _check_call(module, original, options)
+    bias, is_causal = options.get("position_bias"), options.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is None and original.is_eager:
+        is_causal = False  # the eager functions know no causality but their mask's
     logits = getattr(module, "_sluice_logits", None)
     if logits is not None:
         module._sluice_logits = None
-    mask = attention_mask
-    if position_bias is None and mask is None and is_causal and n_k > n_q > 1:
-        # The first forward into a cache of fixed size: the keys behind the queries are not there yet.
-        key, value, n_k = key[:, :, :n_q], value[:, :, :n_q], n_q
-    if logits is None:
-        out = None
-        if not dropout and position_bias is None:
-            out = attend_open(query, key, value, mask=mask, causal=is_causal, scale=scaling)
-        if out is None:
-            from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        mask, given = attention_mask, dict(causal=is_causal, scale=scaling, dropout=dropout)
+        return _attend_gated(module, logits, original, (query, key, value), mask, bias, given, options)
+    if "sluice_gate" in module._modules:
+        raise ValueError(
+            f"{type(module).__name__} asks for attention more than once in a forward, expected once: its gate reads "
+            "one input; leave it out of modules"
+        )
+    out = None
+    if not dropout and not original.wants_more(options) and _adds_nothing(bias):
+        q, k, v = query, key, value
+        sinks = module.sinks if original.sinks else None
+        learns = sinks is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, sinks))
+        if attention_mask is None and is_causal:
+            k, v = _cut_to_queries(q, k, v)
+        if not learns and not (attention_mask is None and is_causal and q.shape[2] > k.shape[2]):
+            out = attend_open(q, k, v, mask=attention_mask, causal=is_causal, scale=scaling, sinks=sinks)
 
-            return sdpa_attention_forward(
-                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal,
-                **({} if position_bias is None else {"position_bias": position_bias}), **kwargs,
-            )  # fmt: skip
-    else:
-        if position_bias is not None:
-            raise ValueError("position_bias is given, expected None: a gated layer takes no bias on its scores")
-        a, b = logits
-        b = (b.b if isinstance(b, GatedCache) else b)[:, :, :n_k]
-        out, _ = attend_gated(
-            module.sluice_gate, (a, b), module.sluice_options, query, key, value, mask=mask, causal=is_causal,
-            scale=scaling, dropout=dropout,
-        )  # fmt: skip
-    return out.transpose(1, 2).contiguous(), None
+    def compute_the_old_way():
+        return original.function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
+
+    if out is None:
+        return compute_the_old_way()
+    weights = None
+    if original.is_eager:
+        weights = _weights(lambda: compute_the_old_way()[1], query, key, value, attention_mask)
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def _weights(compute, query, key, *others):
+    """Weights for layers that always gave some. A compiler leaves them out by itself where nobody looks."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return compute()
+    sources = [x for x in (query, key, *others) if x is not None]
+    return LazyWeights((*query.shape[:3], key.shape[2]), compute, sources)
+
+
+def _check_call(module, original, options) -> None:
+    if original.by_name:
+        for name in original.reads:
+            if options.get(name) is not None:
+                raise ValueError(
+                    f"attn_implementation='sluice' does not support {name}, which this model uses; try 'eager'"
+                )
+    elif not torch.compiler.is_compiling():
+        # Past the __getattribute__ of configs, which is Python: this is done at every call.
+        config = object.__getattribute__(module.config, "sluice_config")
+        implementation = object.__getattribute__(config, "_attn_implementation_internal") or "eager"
+        if implementation != original.implementation:
+            raise ValueError(
+                f"the model's attn_implementation is {implementation!r} and was {original.implementation!r} when its "
+                "attention was swapped: call torch_sluice.restore(model) before it is set"
+            )
+
+
+def _adds_nothing(bias) -> bool:
+    if bias is None:
+        return True
+    return not bias.requires_grad and not torch.compiler.is_compiling() and not bias.any()
+
+
+def _cut_to_queries(q, *keyed):
+    """The first forward into a cache of fixed size: the keys behind the queries are not there yet."""
+    n_q, n_k = q.shape[2], keyed[0].shape[2]
+    return tuple(x[:, :, :n_q] for x in keyed) if n_k > n_q > 1 else keyed
+
+
+def _attend_gated(module, logits, original, qkv, mask, bias, given, options):
+    """A layer with a gate: its bias, if any, is part of the mask, so that it is computed densely."""
+    for name in original.reads:
+        if options.get(name) is not None:
+            raise ValueError(f"{name} is given, expected None: a gated layer does not take it")
+    (q, k, v), (a, b), n_k, causal = qkv, logits, qkv[1].shape[2], given["causal"]
+    if mask is None and causal:
+        k, v = _cut_to_queries(q, k, v)
+    if not _adds_nothing(bias):
+        from transformers.integrations.sdpa_attention import create_position_bias_mask
+
+        bias = bias[..., : k.shape[2]] if bias.shape[-1] == n_k else bias
+        mask = create_position_bias_mask(bias, mask, causal and q.shape[2] > 1, q, k)
+    b = (b.b if isinstance(b, GatedCache) else b)[:, :, : k.shape[2]]
+    out, weights = attend_gated(module.sluice_gate, (a, b), module.sluice_options, q, k, v, mask=mask, **given)
+    out = out.transpose(1, 2).contiguous()
+    if not original.is_eager:
+        return out, None
+    return out, weights() if original.wants_more(options) else _weights(weights, q, k, mask, a, b)
 
 
 def register() -> None:
-    """Makes ``attn_implementation="sluice"`` known to transformers, with the masks of ``"sdpa"``."""
+    """Makes ``attn_implementation="sluice"`` known to transformers, with the masks of ``"sdpa"``.
+
+    Layers that were "eager" before a swap go by a name of their own: should they make masks, these stay eager ones.
+    """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
-    AttentionInterface.register(IMPLEMENTATION, sluice_attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    for name, of in NAMES.items():
+        AttentionInterface.register(of, sluice_attention)
+        AttentionMaskInterface.register(of, ALL_MASK_ATTENTION_FUNCTIONS[name])
 
 
 class _RegisterOnImport(importlib.abc.MetaPathFinder):
@@ -101,22 +168,39 @@ def register_when_imported() -> None:
 
 def is_attention(module: nn.Module) -> bool:
     """Whether module asks the AttentionInterface for its attention: it names the table of implementations."""
-    if not hasattr(getattr(module, "config", None), "_attn_implementation"):
-        return False
-    forward = inspect.unwrap(type(module).forward)
-    return "ALL_ATTENTION_FUNCTIONS" in getattr(forward, "__code__", is_attention.__code__).co_names
+    return hasattr(getattr(module, "config", None), "_attn_implementation") and asks_for_table(module)
 
 
-def is_cross_attention(name: str, module: nn.Module) -> bool:
-    last = name.rpartition(".")[2].lower()
-    return getattr(module, "is_cross_attention", False) or "cross" in last or last == "encoder_attn"
+def install(module: nn.Module, original: Original) -> None:
+    """Lets an attention layer ask for Sluice; the config of its model, and so the masks, stay what they are."""
+    module.sluice_original, module._sluice_logits = original, None
+    if not original.by_name:
+        module.config = view_config(module.config, NAMES[original.implementation])
 
 
-def make_gate(module: nn.Module, **arguments) -> Gate:
-    config = module.config
-    heads = getattr(module, "num_heads", None) or config.num_attention_heads
-    kv_heads = heads // getattr(module, "num_key_value_groups", 1)
-    return Gate(config.hidden_size, heads, kv_heads, **arguments)
+def uninstall(module: nn.Module) -> None:
+    del module.sluice_original, module._sluice_logits
+    module.config = getattr(module.config, "sluice_config", module.config)
+
+
+def is_cross_attention(name: str, module: nn.Module, parent: nn.Module | None = None) -> bool:
+    """Whether the layer looks at another sequence than its input: its name, its class or its parent's class says so."""
+    words = " ".join((*name.split(".")[-2:], type(module).__name__, type(parent).__name__ if parent else "")).lower()
+    return bool(getattr(module, "is_cross_attention", False) or _CROSS.search(words))
+
+
+def make_gate(name: str, module: nn.Module, **arguments) -> Gate:
+    """A gate of the layer's sizes; raises ValueError where they are not to be had."""
+    heads, groups = head_counts(module)
+    linear = next((m for m in module.modules() if isinstance(m, nn.Linear)), None)
+    width = getattr(module.config, "hidden_size", None) if linear is None else linear.in_features
+    head_dim = getattr(module, "head_dim", None)
+    if not heads or not isinstance(width, int) or (isinstance(head_dim, int) and head_dim > MAX_HEAD_DIM):
+        raise ValueError(
+            f"{name} ({type(module).__name__}) has {heads} heads of {head_dim} channels and reads {width}, expected "
+            f"known numbers and at most {MAX_HEAD_DIM} channels: it takes no gate, leave it out of modules"
+        )
+    return Gate(width, heads, heads // groups, **arguments)
 
 
 def _compute_logits(module, args, kwargs):
@@ -128,11 +212,11 @@ def _compute_logits(module, args, kwargs):
             "reads them"
         )
     module._sluice_logits = None
-    a, b = module.sluice_gate(hidden_states)
+    a, b = module.sluice_gate(hidden_states.unsqueeze(0) if hidden_states.dim() == 2 else hidden_states)
     for name in _CACHE_NAMES:
         cache = kwargs.get(name)
         if cache is not None:
-            cache = GatedCache(getattr(cache, "self_attention_cache", cache), b)
+            cache = GatedCache(cache, b)
             kwargs, b = {**kwargs, name: cache}, cache
             break
     module._sluice_logits = (a, b)
@@ -148,17 +232,3 @@ def add_gate(module: nn.Module, gate: Gate, options: GateOptions):
 
 def remove_gate(module: nn.Module) -> None:
     del module.sluice_gate, module.sluice_options
-    module.__dict__.pop("_sluice_logits", None)
-
-
-def configs_of(model: nn.Module) -> list:
-    """Every config of a model that names an attention implementation, sub-configs included."""
-    found, queue = {}, [module.config for module in model.modules() if is_attention(module)]
-    queue += [m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation_internal")]
-    while queue:
-        config = queue.pop()
-        if id(config) in found or not hasattr(config, "_attn_implementation_internal"):
-            continue
-        found[id(config)] = config
-        queue += [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
-    return list(found.values())

@@ -87,10 +87,10 @@ class SluiceMultiheadAttention(nn.MultiheadAttention):
                 return super().forward(*arguments, **old_way)
         else:
             out, weights = attend_gated(
-                gate, gate(query, key), self.sluice_options, q, k, v, mask=mask, causal=causal, dropout=dropout,
-                need_weights=need_weights,
-            )  # fmt: skip
+                gate, gate(query, key), self.sluice_options, q, k, v, mask=mask, causal=causal, dropout=dropout
+            )
             if need_weights:
+                weights = weights()
                 weights = weights.mean(dim=1) if average_attn_weights else weights
                 weights = weights if batched else weights.squeeze(0)
             else:

@@ -7,6 +7,7 @@ from torch.overrides import TorchFunctionMode
 
 from torch_sluice.attention import Gate
 from torch_sluice.swap.call import attend_gated, attend_open
+from torch_sluice.swap.code import codes_of, names_of
 
 _CALLEE = "scaled_dot_product_attention"
 _HEADS = ("num_heads", "n_heads", "n_head", "nhead", "num_attention_heads", "heads")
@@ -14,25 +15,9 @@ _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "
 _WIDTHS = ("embed_dim", "n_embd", "hidden_size", "d_model", "dim")
 
 
-def _names(code) -> set[str]:
-    """All global and attribute names in a code object and those nested in it."""
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if hasattr(constant, "co_names"):
-            names |= _names(constant)
-    return names
-
-
 def calls_sdpa(module: nn.Module) -> bool:
     """Whether a method of module's class (or a base class outside torch) names scaled_dot_product_attention."""
-    for cls in type(module).__mro__:
-        if cls.__module__ == "torch" or cls.__module__.startswith("torch."):
-            break
-        for member in vars(cls).values():
-            code = getattr(getattr(member, "__func__", member), "__code__", None)
-            if code is not None and _CALLEE in _names(code):
-                return True
-    return False
+    return any(_CALLEE in names_of(code) for code, _ in codes_of(type(module)))
 
 
 def first_input(args, kwargs) -> Tensor | None:

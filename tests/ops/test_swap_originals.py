@@ -1,0 +1,227 @@
+"""swap_attention asks what a transformers layer computes before it takes its place."""
+
+import copy
+import functools
+import pickle
+
+import pytest
+import torch
+
+from torch_sluice import restore, swap_attention
+from torch_sluice.swap import call
+from torch_sluice.swap.hugging_face import sluice_attention
+
+transformers = pytest.importorskip("transformers")
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    GPT2Config,
+    GptOssConfig,
+    LlamaConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.models.llama import modeling_llama  # noqa: E402
+
+SPECIAL = dict(initializer_range=0.3, vocab_size=50, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+LAYERS = dict(num_hidden_layers=2, num_attention_heads=4, hidden_size=32, max_position_embeddings=64)
+GROUPED = dict(num_key_value_heads=2, intermediate_size=64, head_dim=8)
+EXPERTS = dict(num_local_experts=2, num_experts_per_tok=2)
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**LAYERS, **SPECIAL, **GROUPED),
+    "gpt2": lambda: GPT2Config(**LAYERS, **SPECIAL),
+    "gemma2": lambda: Gemma2Config(**LAYERS, **SPECIAL, **GROUPED),
+    "gpt_oss": lambda: GptOssConfig(**LAYERS, **SPECIAL, **GROUPED, **EXPERTS, sliding_window=5),
+    "bloom": lambda: BloomConfig(n_layer=2, n_head=4, hidden_size=32, **SPECIAL),
+}
+IDS = torch.arange(3 * 12).view(3, 12) % 47 + 1
+LEFT = torch.ones_like(IDS)
+LEFT[0, :4], LEFT[1, :1] = 0, 0
+
+
+def make(name, **options):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name](), **options).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("sinks"):
+                parameter.normal_()
+    return model
+
+
+@pytest.fixture
+def operator_calls(monkeypatch):
+    calls, original = [], call.gated_attention
+    monkeypatch.setattr(call, "gated_attention", lambda *q, **options: calls.append(options) or original(*q, **options))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("gemma2", {}, r"layers\.0\.self_attn and 1 more \(Gemma2Attention\): it caps its scores.* = 50"),
+        ("bloom", {}, r"h\.0\.self_attention and 1 more \(BloomAttention\): it computes attention itself"),
+        ("gpt2", dict(attn_implementation="eager"), r"\(GPT2Attention\): its forward does something else .*'eager'"),
+        ("llama", dict(attn_implementation="flex_attention"), r"'flex_attention', expected 'sdpa' or 'eager'"),
+    ],
+)  # fmt: skip
+def test_refused_at_the_swap(name, options, reason):
+    model = make(name, **options)
+    attributes = [set(vars(m)) for m in model.modules()]
+    with pytest.raises(ValueError, match=reason):
+        swap_attention(model)
+    assert [set(vars(m)) for m in model.modules()] == attributes
+
+
+def test_a_cap_that_is_off_is_none(operator_calls):
+    config = CONFIGS["gemma2"]()
+    config.attn_logit_softcapping = None
+    model = AutoModelForCausalLM.from_config(config).eval()
+    expected = model(IDS).logits
+    torch.testing.assert_close(swap_attention(model)(IDS).logits, expected)
+    assert len(operator_calls) == 2
+
+
+@pytest.mark.parametrize("what", ["scales", "ignores the mask", "raises"])
+def test_an_attention_function_is_tried_and_not_believed(what, monkeypatch):
+    plain = modeling_llama.eager_attention_forward
+
+    def other(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+        if what == "raises":
+            raise KeyError("rope")
+        mask = None if what == "ignores the mask" else attention_mask
+        return plain(module, query, key, value, mask, scaling * (1.01 if what == "scales" else 1), dropout, **kwargs)
+
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", other)
+    expected = "KeyError: 'rope'" if what == "raises" else "is not plain attention: tried on small random tensors"
+    with pytest.raises(ValueError, match=expected):
+        swap_attention(make("llama", attn_implementation="eager"))
+
+
+def test_an_attention_function_without_code(monkeypatch):
+    partial = functools.partial(modeling_llama.eager_attention_forward)
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", partial)
+    with pytest.raises(
+        ValueError, match=r"\(LlamaAttention\): its attention function is a partial, expected a function"
+    ):
+        swap_attention(make("llama", attn_implementation="eager"))
+
+
+def test_an_argument_that_changes_the_result_goes_the_old_way(monkeypatch, operator_calls):
+    """A function that takes an argument of its own is plain without it, and asked whenever it is given."""
+    plain = modeling_llama.eager_attention_forward
+
+    def other(module, query, key, value, attention_mask, scaling, dropout=0.0, boost=None, **kwargs):
+        return plain(module, query, key, value, attention_mask, scaling * (boost or 1.0), dropout, **kwargs)
+
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", other)
+    model = make("llama", attn_implementation="eager")
+    with_boost, without = model(IDS, boost=3.0).logits, model(IDS).logits
+    swap_attention(model)
+    assert torch.equal(model(IDS, boost=3.0).logits, with_boost)
+    assert not operator_calls
+    torch.testing.assert_close(model(IDS).logits, without)
+    assert len(operator_calls) == 2
+    restore(model)
+    swap_attention(model, target_density=0.5)
+    with pytest.raises(ValueError, match="boost is given, expected None: a gated layer does not take it"):
+        model(IDS, boost=3.0)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+@pytest.mark.parametrize("mask", [None, LEFT], ids=["whole", "padded"])
+def test_eager_layers(name, mask, operator_calls):
+    """The outputs are the same at the padding too, where an eager function takes the mean of all values."""
+    model = make(name, attn_implementation="eager")
+    expected = model(IDS, attention_mask=mask).logits
+    swap_attention(model)
+    assert model.config._attn_implementation == "eager"  # and the masks are eager ones
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS, attention_mask=mask).logits, expected)
+    assert len(operator_calls) == 2
+
+
+def test_sinks_learn_as_before():
+    model = make("gpt_oss").train()
+    expected = torch.autograd.grad(model(IDS).logits.square().mean(), list(model.parameters()))
+    ours = torch.autograd.grad(swap_attention(model)(IDS).logits.square().mean(), list(model.parameters()))
+    assert all(torch.equal(mine, other) for mine, other in zip(ours, expected, strict=True))
+    with pytest.raises(ValueError, match="its attention sinks take a share of every softmax"):
+        swap_attention(restore(model), target_density=0.5)
+
+
+@pytest.mark.parametrize("target_density", [None, 0.5])
+def test_attention_weights_are_given_where_they_were(target_density):
+    model = make("llama", attn_implementation="eager")
+    expected = model(IDS, attention_mask=LEFT, output_attentions=True)
+    swap_attention(model, target_density=target_density)  # the window is wider than the text: nothing is gated
+    out = model(IDS, attention_mask=LEFT, output_attentions=True)
+    assert len(out.attentions) == 2
+    seen = LEFT.bool()
+    for mine, other in zip(out.attentions, expected.attentions, strict=True):
+        torch.testing.assert_close(mine.transpose(1, 2)[seen], other.transpose(1, 2)[seen])
+    torch.testing.assert_close(out.logits[seen], expected.logits[seen])
+
+
+def test_the_config_stays_the_models_own():
+    model = swap_attention(make("llama"))
+    layer = model.model.layers[0].self_attn
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        theirs = twin.model.layers[0].self_attn.config
+        assert theirs._attn_implementation == "sluice"
+        twin.config.head_dim = 77
+        assert theirs.head_dim == 77
+        assert isinstance(theirs, LlamaConfig)
+    assert layer.config.head_dim == 8
+    assert restore(model).model.layers[0].self_attn.config is model.config
+
+
+def test_another_implementation_after_the_swap():
+    model = swap_attention(make("llama"))
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match=r"is 'eager' and was 'sdpa' when.*call torch_sluice\.restore"):
+        model(IDS)
+
+
+def test_only_the_chosen_layers_are_swapped(operator_calls):
+    model = swap_attention(make("llama"), modules=["model.layers.1.self_attn"])
+    model(IDS)
+    assert len(operator_calls) == 1
+
+
+def test_position_bias(operator_calls):
+    """Layers with a bias go the old way; cross attention, whose bias is zero, runs on the operator."""
+    torch.manual_seed(0)
+    config = T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=50, dropout_rate=0.0)
+    model = T5ForConditionalGeneration(config).eval()
+    inputs = dict(input_ids=IDS, attention_mask=LEFT, decoder_input_ids=IDS[:, :5])
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        torch.testing.assert_close(swap_attention(model)(**inputs).logits, expected)
+        assert len(operator_calls) == 2
+        swap_attention(restore(model), target_density=0.5, window=64)
+        with pytest.warns(UserWarning, match="computed densely"):
+            torch.testing.assert_close(model(**inputs).logits, expected)
+
+
+def test_weights_that_nobody_asked_for(operator_calls):
+    """An eager layer's weights are computed when they are looked at, with their gradient; and not from changed keys."""
+    model = make("llama", attn_implementation="eager")
+    found = []
+    layer = model.model.layers[0].self_attn
+    layer.register_forward_hook(lambda module, args, out: found.append(out[1]))
+    model(IDS, attention_mask=LEFT)
+    swap_attention(model)
+    model(IDS, attention_mask=LEFT)
+    (expected, weights), parameter = found, layer.q_proj.weight
+    assert isinstance(weights, torch.Tensor)
+    torch.testing.assert_close(weights * 1, expected)
+    ours, theirs = (torch.autograd.grad(w.square().sum(), parameter)[0] for w in (weights, expected))
+    torch.testing.assert_close(ours, theirs)
+    q = torch.randn(1, 4, 3, 8)
+    with torch.no_grad():
+        _, weights = sluice_attention(layer, q, q[:, :2], q[:, :2], None, scaling=1.0)
+        q.zero_()
+    with pytest.raises(RuntimeError, match="looked at after the queries or keys that they come from were changed"):
+        weights.sum()
