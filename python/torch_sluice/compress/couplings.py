@@ -139,6 +139,7 @@ class Closing:
             self._with_head[head].append(number)
             for member in members:
                 self._with_member[member].append(number)
+        self.work = 0  # numbers that were looked at
         self.frozen: dict[int, str] = {}
         for number, reason in frozen.items():
             self.frozen.setdefault(int(find(np.array([number]))[0]), reason)
@@ -160,6 +161,7 @@ class Closing:
                 missing[number] = missing.get(number, len(members)) - 1
                 if not missing[number]:
                     work.append(head)
+        self.work += len(gone)
         return frozenset(gone)
 
     def why_frozen(self, roots: Iterable[int]) -> str | None:

@@ -20,6 +20,7 @@ from torch_sluice.compress.slicing import Member, SizeMember
 from torch_sluice.compress.tracer import trace
 
 _MOST_WAYS = 6  # of forming units from the channels of one layer
+_MOST_WORK = 1_000_000  # numbers that are looked at for them, a second's
 
 
 @dataclass
@@ -130,7 +131,7 @@ def _candidates(couplings: Couplings) -> tuple[list[list[ChannelGroup]], list[st
             notes.append(f"{_label(source.name)}: stays, because {closing.why_frozen(own.tolist())}")
             continue
         name = _label(source.name)
-        ways, frozen = [], None
+        ways, frozen, begin = [], None, closing.work
         for units, rows in _partitions(closing, own, splits):
             frozen = frozen or closing.why_frozen(set().union(*units))
             if frozen is not None or len(units) < 2:
@@ -142,10 +143,12 @@ def _candidates(couplings: Couplings) -> tuple[list[list[ChannelGroup]], list[st
             group = _make_group(name, units, rows, atoms, couplings)
             if group is not None:
                 ways.append(group)
+            if closing.work - begin > _MOST_WORK or len(ways) == _MOST_WAYS:
+                break  # channels that hang together with all positions of an image
         if frozen is not None:
             notes.append(f"{name}: stays, because {frozen}")
         if ways:
-            found.append(ways[:_MOST_WAYS])
+            found.append(ways)
     return found, notes
 
 

@@ -169,8 +169,8 @@ class QuantizedWeight(Tensor):
         return QuantizedWeight(parts["packed"], parts["scale"], options)
 
     def _stable_hash_for_caching(self) -> str:
-        """For the cache of torch.compile: everything that a graph depends on; shapes of the parts follow from it."""
-        return repr(tuple(self.options))
+        """For the cache of torch.compile, which outlives a version of this package: all that a graph depends on."""
+        return repr((tuple(self.options), tuple(self.packed.shape), tuple(self.scale.shape)))
 
     def __repr__(self, *, tensor_contents=None) -> str:
         o = self.options

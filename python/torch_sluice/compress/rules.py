@@ -111,6 +111,17 @@ def _turn(tracer, func, args, kwargs):
     return out
 
 
+def _restrided(tracer, func, args, kwargs):
+    """as_strided_ where it only changes strides, as pooling does for an image that is channels last."""
+    x = args[0]
+    if tuple(args[1]) != tuple(x.shape):
+        return _unknown(tracer, func, args, kwargs)
+    axes = tracer.axes(x)
+    out = func(*args, **kwargs)
+    tracer.finish(out, axes, fresh=False)
+    return out
+
+
 def _complex(tracer, func, args, kwargs):
     """Pairs along the last dimension become one complex number each, or the other way round."""
     x = args[0]
@@ -269,6 +280,7 @@ def _unknown(tracer, func, args, kwargs):
 _RULES = {
     **dict.fromkeys(_MOVES, _move),
     **dict.fromkeys(("transpose_", "t_", "squeeze_", "unsqueeze_"), _turn),
+    "as_strided_": _restrided,
     "glu": _glu,
     "im2col": _windows,
     **dict.fromkeys(("view_as_real", "view_as_complex"), _complex),
