@@ -264,7 +264,7 @@ def _add_compress(commands) -> None:
 def _compress(options: argparse.Namespace) -> int:
     try:
         import jinja2  # noqa: F401  # before the work, not after it
-        import torch_pruning  # noqa: F401
+        import safetensors  # noqa: F401
         from rich.console import Console
 
         from torch_sluice.compress.command import CompressError, run

@@ -26,7 +26,7 @@ _OPTIONAL = {
         "pip install 'torch-sluice[train]'",
     ),
     "accelerate": ("the Trainer of transformers, and GateCallback in it", "pip install accelerate"),
-    "torch_pruning": ("pruning by torch_sluice.compress", "pip install 'torch-sluice[compress]'"),
+    "safetensors": ("files of torch_sluice.compress.save", "pip install 'torch-sluice[compress]'"),
     "sklearn": ("the digits of benchmarks.compress_models", "pip install 'torch-sluice[models]'"),
     "onnxruntime": ("a peer of benchmarks.compress_models", "pip install 'torch-sluice[models]'"),
     "tensorboard": ("torch_sluice.Monitor(log_dir=...)", "pip install tensorboard"),

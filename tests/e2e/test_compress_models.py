@@ -10,7 +10,7 @@ from benchmarks.compress_models import Entry, choose_variants
 from benchmarks.compress_peers import Peer
 from benchmarks.compress_timing import EnergyMeter, Latency, measure_latencies, median_ratio
 
-pytest.importorskip("torch_pruning", reason="pip install 'torch-sluice[compress]'")
+pytest.importorskip("safetensors", reason="pip install 'torch-sluice[compress]'")
 PEER_KEYS = {"metric", "cosine", "latency_ms", "p95_ms", "batch8_ms", "batch8_p95_ms", "cpu_seconds", "joules", "bytes"}
 
 

@@ -47,7 +47,7 @@ def test_all_examples_are_run(repository):
 
 
 def test_infer(repository, capsys, tmp_path, monkeypatch):
-    pytest.importorskip("torch_pruning")
+    pytest.importorskip("safetensors")
     monkeypatch.chdir(tmp_path)
     names = run(repository, "infer")
     assert names["small"].compression_report.kept >= 0.9
@@ -59,7 +59,7 @@ def test_infer(repository, capsys, tmp_path, monkeypatch):
 
 @INDUCTOR
 def test_infer_compiled_ahead(repository, tmp_path, monkeypatch):
-    pytest.importorskip("torch_pruning")
+    pytest.importorskip("safetensors")
     monkeypatch.chdir(tmp_path)
     names = run(repository, "infer", 1, run(repository, "infer"))
     x = names["data"][0][0][:1]
