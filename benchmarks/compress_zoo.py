@@ -120,8 +120,8 @@ def examine(entry: zoo.Entry, note: Callable[[dict], None]) -> dict:
     wrong = None
     if kept is None:
         wrong = "the result's outputs have other shapes than the model's"
-    elif not kept >= promised - SLACK:
-        wrong = f"keeps {kept:.4f} on fresh batches, where {promised:.4f} was reported"
+    elif not kept >= KEEP - SLACK:  # what is promised; some of the models hardly vary, so that samples differ by more
+        wrong = f"keeps {kept:.4f} on fresh batches, where {KEEP} was asked for, and {promised:.4f} reported"
     elif not promised >= KEEP - SLACK:
         wrong = f"{promised:.4f} was reported to be kept, where {KEEP} was asked for"
     elif abs(small.compression_report.bytes_after - bytes_after) > SLACK * bytes_after:

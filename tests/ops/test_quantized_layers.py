@@ -284,3 +284,13 @@ def test_monitors_hear_of_the_widths(monkeypatch):
     ((bits, source),) = heard
     assert source is layer.weight
     assert bits.shape == (3,)
+
+
+@pytest.mark.parametrize("turn", [lambda w: w.t(), lambda w: w.T, lambda w: w.transpose(0, 1), lambda w: w.mT])
+def test_a_weight_made_before_is_turned_in_inference_mode(turn):
+    torch.manual_seed(0)
+    w, x = nn.Parameter(QuantizedWeight.from_float(torch.randn(8, 16)), requires_grad=False), torch.randn(3, 16)
+    expected = F.linear(x, w)
+    with torch.inference_mode():
+        assert torch.equal(x @ turn(w), expected)
+        assert turn(w).shape == (16, 8)

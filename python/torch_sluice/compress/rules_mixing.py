@@ -129,7 +129,17 @@ def _batch_norm(tracer, func, args, kwargs):
     return out
 
 
+def _weight_norm(tracer, func, args, kwargs):
+    """A weight of norms g and directions v: v / |v| g for each row, whose norm is that of what stays."""
+    v, g = args[:2]
+    out = func(tracer.without_gone(v), *args[1:], **kwargs)
+    tracer.finish(out[0], combine(tracer.couplings, [tracer.axes(v), tracer.axes(g)]))
+    tracer.finish(out[1], tracer.axes(g))
+    return out
+
+
 MIXING_RULES = {
+    "_weight_norm_interface": _weight_norm,
     **dict.fromkeys(
         (
             *("sum", "nansum", "any", "all", "mean", "amax", "amin", "max", "min", "var", "var_mean", "std", "prod"),

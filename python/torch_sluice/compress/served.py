@@ -214,6 +214,9 @@ def call(function: Callable, args: tuple, kwargs: dict[str, Any]):
         return args[0]
     if function is Tensor.is_shared:
         return args[0].packed.is_shared()
+    if torch.is_inference_mode_enabled():  # in which a view of a tensor made outside of it has no version to share
+        with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **kwargs)
     with torch._C.DisableTorchFunctionSubclass():
         return function(*args, **kwargs)
 
