@@ -94,7 +94,7 @@
 #define SL_UNPACK_LINEAR_WEIGHT_SCHEMA                                                                              \
   "unpack_linear_weight(Tensor packed, Tensor scale, int out_features, int in_features, int bits, int group_size) " \
   "-> Tensor weight"
-#define SL_LOOKUP_LINEAR_WEIGHT_SCHEMA                                                                          \
+#define SL_LOOKUP_LINEAR_WEIGHT_SCHEMA                                                                           \
   "lookup_linear_weight(Tensor rows, Tensor packed, Tensor scale, int out_features, int in_features, int bits, " \
   "int group_size) -> Tensor"
 #define SL_LINEAR_DYNAMIC_SCHEMA                                                                                   \
