@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_dynamic(
               scale_hr,   bias_ih,     bias_hh,      batch_sizes, weight_bits, group_size, reverse,  activation_bits,
               state_bits, target_sqnr, outlier_ratio};
   Results results = run_layer(layer, 4, sl_lstm_dynamic_workspace_size, sl_lstm_dynamic);
-  return {results.out, results.hn, *results.cn, results.bits};
+  return {results.out, results.hn, results.cn.value_or(results.hn), results.bits};
 }
 
 std::tuple<Tensor, Tensor, Tensor> gru_dynamic(Tensor x, Tensor h0, Tensor packed_ih, Tensor scale_ih, Tensor packed_hh,
