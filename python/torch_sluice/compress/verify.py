@@ -117,11 +117,14 @@ def _all_together(model, groups, inputs) -> tuple[list[ChannelGroup], list[str]]
 
 def _difference(model: nn.Module, groups: list[ChannelGroup], inputs: list[Any]) -> str | None:
     """What is wrong when random units of all of these groups are cut, or None."""
-    for number, example in enumerate(inputs):
+    draws = [(inputs[0], 2), *((example, 4) for example in inputs[1:])]
+    if any(group.width > 3 for group in groups):
+        draws.insert(1, (inputs[0], None))  # one unit: half of them may happen to leave every part the same number
+    for number, (example, divisor) in enumerate(draws):
         lost, sizes = {}, []
         for group in groups:
             chosen = random.Random(number * 7919 + group.width)
-            remove = max(1, group.width // 2 if number == 0 else group.width // 4)
+            remove = 1 if divisor is None else max(1, group.width // divisor)
             units = chosen.sample(range(group.width), min(remove, group.width - 1))
             gather(group.members, units, lost)
             sizes += [(member, len(units)) for member in group.sizes]
