@@ -9,6 +9,7 @@ from torch import nn
 
 from torch_sluice.compress.calling import call_model, float_outputs
 from torch_sluice.compress.graph import find_groups
+from torch_sluice.compress.slicing import prune
 
 
 class Model(nn.Module):
@@ -154,3 +155,47 @@ def test_a_layer_that_stays_is_named(forward):
     _, groups, notes = find(build, torch.randn(4, 20))
     assert "first" not in groups
     assert any(note.startswith("first: stays, because ") for note in notes), notes
+
+
+def tied_counts():
+    """Scores of one attention are a bias of another's, which ties their numbers of heads through no weight."""
+
+    def forward(self, x):
+        h, bias = x, None
+        for q, k, v, out in zip(self.q, self.k, self.v, self.out, strict=True):
+            parts = [layer(h).unflatten(-1, (-1, 8)).transpose(1, 2) for layer in (q, k, v)]
+            bias = torch.zeros(1, parts[0].shape[1], 1, 1) if bias is None else bias
+            weights = (parts[0] @ parts[1].mT + bias).softmax(-1)
+            h = out((weights @ parts[2]).transpose(1, 2).flatten(2))
+        return h
+
+    def layers(inputs, outputs):
+        return nn.ModuleList([nn.Linear(inputs, outputs) for _ in range(2)])
+
+    return Model(forward, q=layers(12, 32), k=layers(12, 32), v=layers(12, 32), out=layers(32, 12))
+
+
+def test_a_group_that_only_runs_when_others_lose_as_many_is_not_offered():
+    x = torch.randn(2, 6, 12)
+    model, groups, notes = find(tied_counts, x)
+    assert any("heads: stays, because the model does not run without" in note for note in notes), notes
+    for group in groups.values():
+        assert run(prune(model, [(group, [0])]), x).shape == x.shape
+
+
+def test_parts_without_elements_and_channels_last_images_are_followed():
+    def rotate_all(self, x):
+        h = self.first(x)
+        return self.last(torch.cat([h[..., :32].relu(), h[..., 32:]], -1))
+
+    _, groups, notes = find(
+        lambda: Model(rotate_all, first=nn.Linear(20, 32), last=nn.Linear(32, 5)), torch.randn(4, 20)
+    )
+    assert groups["first"].width == 32, notes
+
+    def pooled():
+        layers = nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)
+        return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+    _, groups, notes = find(pooled, image().to(memory_format=torch.channels_last))
+    assert groups["0"].width == 16, notes

@@ -132,6 +132,19 @@ def _turn(tracer, func, args, kwargs):
     return out
 
 
+def _restride(tracer, func, args, kwargs):
+    """Other strides for the same elements, as pooling gives what is channels-last."""
+    x, size, stride = args[:3]
+    offset = args[3] if len(args) > 3 else kwargs.get("storage_offset")
+    moved = any(n > 1 and own != other for n, own, other in zip(size, x.stride(), stride, strict=False))
+    if moved or tuple(size) != tuple(x.shape) or offset not in (None, x.storage_offset()):
+        return _unknown(tracer, func, args, kwargs)
+    axes = tracer.axes(x)
+    out = func(*args, **kwargs)
+    tracer.finish(out, axes, fresh=False)
+    return out
+
+
 def _complex(tracer, func, args, kwargs):
     """Pairs along the last dimension become one complex number each, or the other way round."""
     x = args[0]
@@ -292,6 +305,7 @@ _RULES = {
     **dict.fromkeys(("transpose_", "t_", "squeeze_", "unsqueeze_"), _turn),
     "glu": _glu,
     "im2col": _windows,
+    **dict.fromkeys(("as_strided", "as_strided_"), _restride),
     "pixel_shuffle": _pixel_shuffle,
     **dict.fromkeys(("view_as_real", "view_as_complex"), _complex),
     **dict.fromkeys(("cat", "stack", "concat"), _join_tensors),
