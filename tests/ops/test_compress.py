@@ -336,6 +336,7 @@ def test_numbers_of_numpy_are_numbers():
     model, data = wide(), batches(1)
     small = torch_sluice.compress(
         model, data[0][0][:1], data, keep=numpy.float32(0.9), budget=numpy.float64(1e3), round_to=numpy.int64(16),
-        threads=numpy.int32(1), quantize=False, **QUIET,
+        threads=numpy.int32(1), quantize=False, weight_bits=numpy.int64(4), group_size=numpy.int64(32),
+        target_sqnr=numpy.float32(24), **QUIET,
     )  # fmt: skip
     assert small.compression_report.keep == pytest.approx(0.9)

@@ -169,6 +169,45 @@ def quantised():
 def test_models_that_are_no_longer_eager_are_named(make):
     with pytest.raises(TypeError, match=r"model is (a ScriptModule|a graph that|quantised by).*, expected the eager"):
         torch_sluice.compress(make(), EXAMPLE, batches(), **QUIET)
+    with pytest.raises(
+        TypeError, match=r"(of which 0 is (a ScriptModule|a graph)|by torch.ao \(0).*, expected the eager"
+    ):
+        torch_sluice.compress(nn.Sequential(make()), EXAMPLE, batches(), **QUIET)
+
+
+def test_a_model_that_writes_into_its_inputs_gets_copies():
+    """Else each candidate would be measured on what the one before it left."""
+
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = mlp()
+
+        def forward(self, x):
+            return self.layers(x.sub_(1).mul_(1.1))
+
+    model, data, example = Centred(), batches(), EXAMPLE.clone()
+    before = [inputs.clone() for inputs, _ in data]
+    small = torch_sluice.compress(model, example, data, **QUIET)
+    assert torch.equal(example, EXAMPLE)
+    assert all(torch.equal(inputs, old) for (inputs, _), old in zip(data, before, strict=True))
+    assert not any("differ from run to run" in note for note in small.compression_report.notes)
+    assert not small._forward_pre_hooks
+    assert not model._forward_pre_hooks
+
+
+def test_a_metric_that_empties_its_list_takes_no_data_away():
+    def metric(model, some):
+        value = sum(float((model(inputs).argmax(1) >= 0).float().mean()) for inputs, _ in some) / len(some)
+        some.clear()
+        return value
+
+    assert torch_sluice.compress(mlp(), EXAMPLE, batches(), metric=metric, **QUIET).compression_report.samples > 1
+
+
+def test_a_metric_that_returns_text_is_refused():
+    with pytest.raises(ValueError, match="metric returned a str, expected one number: '0.5'"):
+        torch_sluice.compress(mlp(), EXAMPLE, batches(), metric=lambda model, some: "0.5", **QUIET)
 
 
 def test_a_compiled_model_is_what_it_wraps():

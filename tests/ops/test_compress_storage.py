@@ -215,6 +215,16 @@ def test_options_of_quantised_weights_are_saved_as_they_are_now(tmp_path):
     assert torch.equal(run(again, x), run(small, x))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_whose_hooks_compute_weights_is_loaded(tmp_path):
+    """Its weight is no leaf, which deepcopy refuses."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.utils.weight_norm(nn.Linear(20, 32)), nn.ReLU(), nn.Linear(32, 5)), torch.randn(4, 20)
+    small = torch_sluice.compress(model, x, [(x, None)], keep=0.9, progress=False)
+    torch_sluice.compress.save(small, tmp_path / "x")
+    assert torch.equal(run(torch_sluice.compress.load(tmp_path / "x", model), x), run(small, x))
+
+
 def test_what_was_not_compressed_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="without a compression_report, expected what torch_sluice.compress"):
         torch_sluice.compress.save(mlp(), tmp_path / "x.pt")

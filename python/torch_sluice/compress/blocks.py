@@ -29,7 +29,9 @@ def run_metric(metric: Metric, model: nn.Module, batches: list[tuple[Any, Any]])
     """The metric as a number, with the same random numbers each time; ValueError for something else. The model is in
     eval mode."""
     with torch.no_grad(), seeded():
-        value = metric(model, batches)
+        value = metric(model, list(batches))  # a metric that empties its list takes no data away
+    if isinstance(value, (str, bytes)):
+        raise ValueError(f"metric returned a {type(value).__name__}, expected one number: {value!r}")
     try:
         return float(value)
     except (TypeError, ValueError) as error:

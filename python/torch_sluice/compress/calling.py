@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 def copy_model(model: nn.Module) -> nn.Module:
@@ -38,6 +38,37 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, (tuple, list)):
         return model(*inputs)
     return model(inputs)
+
+
+def writes_into_inputs(model: nn.Module, inputs: Any) -> bool:
+    """Whether a call changes a tensor that it is given. It is tried on a copy; a model that fails does not tell."""
+    tried = tree_map(_copy_tensor, dict(inputs) if isinstance(inputs, Mapping) else inputs)
+    tensors = [leaf for leaf in tree_leaves(tried) if isinstance(leaf, Tensor)]
+    with evaluating(model), torch.no_grad(), seeded(), contextlib.suppress(Exception):
+        call_model(model, tried)
+    return any(tensor._version for tensor in tensors)
+
+
+def give_copies(model: nn.Module) -> None:
+    """From now on the model, and every copy of it, is called on copies of its inputs: what writes into them would
+    change the data that the next candidate is measured on, and the user's own."""
+    model.register_forward_pre_hook(_copy_inputs, with_kwargs=True)
+
+
+def give_inputs(model: nn.Module) -> None:
+    """Undoes ``give_copies``."""
+    for number, hook in list(model._forward_pre_hooks.items()):
+        if hook is _copy_inputs:
+            del model._forward_pre_hooks[number]
+            model._forward_pre_hooks_with_kwargs.pop(number, None)
+
+
+def _copy_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return tree_map(_copy_tensor, args), tree_map(_copy_tensor, kwargs)
+
+
+def _copy_tensor(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 @contextlib.contextmanager

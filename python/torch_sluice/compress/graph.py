@@ -122,7 +122,7 @@ def _candidates(couplings: Couplings) -> tuple[list[list[ChannelGroup]], list[st
     for axis in (*couplings.splits, *couplings.parts):
         numbers = couplings.find(axis.numpy().ravel()).reshape(axis.shape)
         splits.append((axis, numbers, frozenset(numbers.ravel().tolist())))
-    found, notes, seen = [], [], set()
+    found, notes, seen, without = [], [], set(), []
     for source in couplings.sources:
         if not _makes_channels(couplings, source):
             continue
@@ -149,7 +149,21 @@ def _candidates(couplings: Couplings) -> tuple[list[list[ChannelGroup]], list[st
             notes.append(f"{name}: stays, because {frozen}")
         if ways:
             found.append(ways)
+        elif frozen is None:
+            without.append(source)
+    for source in without:
+        if not _is_covered(source, found):
+            notes.append(
+                f"{_label(source.name)}: stays, because its channels form no units that are alike (some are read by "
+                "others, elsewhere, or not at all)"
+            )
     return found, notes
+
+
+def _is_covered(source: Source, found: list[list[ChannelGroup]]) -> bool:
+    """Whether all channels of a layer leave with those of others."""
+    members = [m for ways in found for g in ways for m in g.members if (m.name, m.dim) == (source.name, source.dim)]
+    return any(sum(map(len, member.indices)) == source.size for member in members)
 
 
 def _label(name: str) -> str:

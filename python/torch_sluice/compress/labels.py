@@ -32,7 +32,7 @@ def clean_shape(axis: Tensor) -> Tensor:
     """With size 1 along every dimension along which its numbers are the same. 0 goes with any: beside the channels of
     an image, its padding has none."""
     for dim, size in enumerate(axis.shape):
-        if size == 1:
+        if size < 2:
             continue
         if axis.stride(dim) == 0:
             axis = axis.narrow(dim, 0, 1)
@@ -47,6 +47,8 @@ def clean(couplings: Couplings, axes: Axes) -> Axes:
     """Without axes that say nothing; a number that all elements carry was picked by its place, and must stay."""
     result = []
     for axis in axes:
+        if not axis.numel():
+            continue  # what rotates all of a head leaves none of it
         axis = squeeze_constant(couplings, axis)
         if varying(axis):
             result.append(axis)

@@ -100,7 +100,8 @@ def compress(
     target_sqnr = DEFAULT_TARGET_SQNR if may_relax else target_sqnr
     check_options(quantize_policy, weight_bits, group_size, target_sqnr)
     options = {
-        "policy": quantize_policy, "target_sqnr": target_sqnr, "weight_bits": weight_bits, "group_size": group_size,
+        "policy": quantize_policy, "target_sqnr": float(target_sqnr), "weight_bits": int(weight_bits),
+        "group_size": int(group_size),
     }  # fmt: skip
     settings = Settings(
         keep, policy, budget, prune, quantize, finetune, int(finetune_steps), int(round_to), compensate, options,
@@ -122,16 +123,17 @@ def _check_model(model: Any) -> nn.Module:
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
     model = getattr(model, "_orig_mod", model)
     kind = None
-    if isinstance(model, torch.jit.ScriptModule):
-        kind = "a ScriptModule"
-    elif isinstance(model, torch.fx.GraphModule) and _calls_operators(model):
-        kind = "a graph that torch.export made"
-    else:
-        quantised = [
-            name for name, module in model.named_modules() if type(module).__module__.startswith(_QUANTISED)
-        ]  # fmt: skip
-        if quantised:
-            kind = f"quantised by torch.ao ({quantised[0] or type(model).__name__})"
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            kind = "a ScriptModule"
+        elif isinstance(module, torch.fx.GraphModule) and _calls_operators(module):
+            kind = "a graph that torch.export made"
+        elif type(module).__module__.startswith(_QUANTISED):
+            kind = f"quantised by torch.ao ({name or type(model).__name__})"
+            break
+        if kind is not None:
+            kind = kind if not name else f"a {type(model).__name__} of which {name} is {kind}"
+            break
     if kind is not None:
         raise TypeError(f"model is {kind}, expected the eager torch.nn.Module in floating point that it was made from")
     return model

@@ -3,6 +3,7 @@
 What calls of torch make of it is in served.py, formulas and layouts are in ops/sluice/quantize.h.
 """
 
+import numbers
 from typing import Any, NamedTuple
 
 import torch
@@ -27,9 +28,14 @@ def check_options(policy: str, weight_bits: int, group_size: int, target_sqnr: f
         raise ValueError(f"quantize_policy is {policy!r}, expected 'sqnr' or 'amax'")
     if isinstance(weight_bits, bool) or weight_bits not in (4, 8):
         raise ValueError(f"weight_bits is {weight_bits!r}, expected 8 or 4")
-    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 0 or group_size % 32:
+    if (
+        isinstance(group_size, bool)
+        or not isinstance(group_size, numbers.Integral)
+        or group_size < 0
+        or group_size % 32
+    ):
         raise ValueError(f"group_size is {group_size!r}, expected a multiple of 32, or 0 for one scale a channel")
-    if isinstance(target_sqnr, bool) or not isinstance(target_sqnr, (int, float)) or not 0 <= target_sqnr <= 200:
+    if isinstance(target_sqnr, bool) or not isinstance(target_sqnr, numbers.Real) or not 0 <= target_sqnr <= 200:
         raise ValueError(f"target_sqnr is {target_sqnr!r}, expected 0 to 200 dB")
 
 

@@ -15,11 +15,12 @@ from torch_sluice.compress.rules_products import PRODUCT_RULES
 _MOVES = (
     *("view", "_unsafe_view", "_reshape_alias", "reshape", "permute", "transpose", "t", "expand", "slice", "select"),
     *("unsqueeze", "squeeze", "split", "split_with_sizes", "unsafe_split", "unsafe_chunk", "chunk", "unbind", "flip"),
-    *("roll", "repeat", "alias", "detach", "lift_fresh", "constant_pad_nd", "pixel_shuffle", "pixel_unshuffle"),
+    *("roll", "repeat", "alias", "detach", "lift_fresh", "constant_pad_nd", "pixel_unshuffle"),
     *("channel_shuffle", "native_channel_shuffle", "movedim", "diagonal", "index_select", "index", "gather", "unfold"),
     *("repeat_interleave", "narrow", "split_copy", "view_copy", "take_along_dim"),
 )
 _PARTS = ("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk")
+_SHUFFLES = ("channel_shuffle", "native_channel_shuffle")
 _RESHAPES = ("view", "_unsafe_view", "_reshape_alias", "reshape")
 _POINTWISE = (
     *("where", "masked_fill", "dropout", "native_dropout", "tril", "triu", "copy", "_to_copy", "clone", "contiguous"),
@@ -69,6 +70,9 @@ def _move(tracer, func, args, kwargs):
         new = [full.reshape(out.shape)] if name in _RESHAPES else func(full, *args[1:], **kwargs)
         for place, part in enumerate(new if isinstance(new, (tuple, list)) else [new]):
             moved[place].append(part)
+    if name in _SHUFFLES:  # its parts are a view of the operator's own
+        own = [axis for axis in axes if varying(axis) == {1}]
+        tracer.couplings.splits += [axis.reshape(args[1], -1) for axis in own if axis.numel() > args[1] > 1]
     if name in _PARTS and len({part.shape for part in outs}) == 1:
         _note_parts(tracer.couplings, axes, args, kwargs, len(outs))
     aliases = any(argument.alias_info is not None for argument in func._schema.arguments)
@@ -102,6 +106,23 @@ def _cross_merged(tracer, axes, before, after):
     return result
 
 
+def _pixel_shuffle(tracer, func, args, kwargs):
+    """factor^2 channels become the pixels of one, which leaves when all of them do."""
+    x, factor = args[0], args[1]
+    out = func(*args, **kwargs)
+    couplings, axes = tracer.couplings, []
+    for axis in tracer.axes(x):
+        if varying(axis) == {x.dim() - 3}:
+            rows = axis.reshape(-1, factor * factor)
+            couplings.splits.append(rows)
+            numbers = [couplings.number_for(row) for row in rows.numpy()]
+            axes.append(torch.tensor(numbers).reshape((1,) * (out.dim() - 3) + (-1, 1, 1)))
+        else:
+            couplings.freeze(all_numbers([axis]), "it is a position, or one of several rows, where pixels are shuffled")
+    tracer.finish(out, axes)
+    return out
+
+
 def _turn(tracer, func, args, kwargs):
     """transpose_ and the like change a tensor's shape in place."""
     x = args[0]
@@ -111,10 +132,12 @@ def _turn(tracer, func, args, kwargs):
     return out
 
 
-def _restrided(tracer, func, args, kwargs):
-    """as_strided_ where it only changes strides, as pooling does for an image that is channels last."""
-    x = args[0]
-    if tuple(args[1]) != tuple(x.shape):
+def _restride(tracer, func, args, kwargs):
+    """Other strides for the same elements, as pooling gives what is channels-last."""
+    x, size, stride = args[:3]
+    offset = args[3] if len(args) > 3 else kwargs.get("storage_offset")
+    moved = any(n > 1 and own != other for n, own, other in zip(size, x.stride(), stride, strict=False))
+    if moved or tuple(size) != tuple(x.shape) or offset not in (None, x.storage_offset()):
         return _unknown(tracer, func, args, kwargs)
     axes = tracer.axes(x)
     out = func(*args, **kwargs)
@@ -280,9 +303,10 @@ def _unknown(tracer, func, args, kwargs):
 _RULES = {
     **dict.fromkeys(_MOVES, _move),
     **dict.fromkeys(("transpose_", "t_", "squeeze_", "unsqueeze_"), _turn),
-    "as_strided_": _restrided,
     "glu": _glu,
     "im2col": _windows,
+    **dict.fromkeys(("as_strided", "as_strided_"), _restride),
+    "pixel_shuffle": _pixel_shuffle,
     **dict.fromkeys(("view_as_real", "view_as_complex"), _complex),
     **dict.fromkeys(("cat", "stack", "concat"), _join_tensors),
     **dict.fromkeys(_POINTWISE, _pointwise),

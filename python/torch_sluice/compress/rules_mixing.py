@@ -69,6 +69,9 @@ def _along(tracer, func, args, kwargs):
     x, named = args[0], _named(func, args, kwargs)
     dim = named.get("dim", -1) % max(1, x.dim())
     kept = _kept_places(tracer, x, {dim})
+    if func._schema.name == "aten::cumsum":
+        running = [axis for axis in tracer.axes(x) if dim in varying(axis)]
+        tracer.couplings.freeze(all_numbers(running), "a sum runs over its channels")
     out = func(_select(x, kept), *args[1:], **kwargs)
     if kept:
         out = _put_back(out, x.shape, kept)
@@ -104,11 +107,14 @@ def _group_norm(tracer, func, args, kwargs):
         elif not varying(axis) <= {0, 1}:
             couplings.freeze(all_numbers([axis]), "it is a position that is normalised with its channels")
     kept = _kept_places(tracer, x, {1})
-    if kept and len(kept[1]) % groups == 0:
-        small = [None if t is None else t.index_select(0, kept[1]) for t in (weight, bias)]
-        chosen = _select(x, kept).contiguous()
-        out = func(chosen, *small, images, len(kept[1]), size, groups, *args[7:], **kwargs)
-        out = (_put_back(out[0], x.shape, kept), *out[1:])
+    if kept:  # group by group, since a model that was cut may put a channel into another group
+        each, normed = channels // groups, x.new_zeros(x.shape)
+        for group in kept[1].split([int((kept[1] // each == g).sum()) for g in range(groups)]):
+            if len(group):
+                small = [None if t is None else t.index_select(0, group) for t in (weight, bias)]
+                part = func(x.index_select(1, group), *small, images, len(group), size, 1, *args[7:], **kwargs)[0]
+                normed.index_copy_(1, group, part)
+        out = (normed, *func(*args, **kwargs)[1:])
     else:
         out = func(*args, **kwargs)
     own = [tracer.axes(x)]

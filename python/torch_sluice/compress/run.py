@@ -10,7 +10,15 @@ import torch
 from torch import nn
 
 from torch_sluice.compress import quantization
-from torch_sluice.compress.calling import check_example, copy_model, describe_error, evaluating
+from torch_sluice.compress.calling import (
+    check_example,
+    copy_model,
+    describe_error,
+    evaluating,
+    give_copies,
+    give_inputs,
+    writes_into_inputs,
+)
 from torch_sluice.compress.candidates import Layers, Stage, Workshop
 from torch_sluice.compress.changes import describe_changes
 from torch_sluice.compress.choice import choose_layers
@@ -57,6 +65,8 @@ class Run:
         self.begin, self.settings, self.progress = time.monotonic(), settings, progress
         self.original = copy_model(model)
         self.example = example_inputs
+        if writes_into_inputs(self.original, example_inputs):
+            give_copies(self.original)
         with evaluating(self.original):
             check_example(self.original, example_inputs)
         progress.start("measuring the model")
@@ -300,7 +310,7 @@ class Run:
             )
         for text, count in self.failures.most_common(5):
             self.notes.append(f"{count} candidate{'s' if count > 1 else ''} left out, which failed: {text}")
-        result.eval()
+        give_inputs(result.eval())
         result.compression_report = CompressionReport(
             keep=self.settings.keep, policy=self.settings.policy, metric_name=self.measure.name,
             metric_before=self.measure.original, metric_after=score.kept * self.measure.original,

@@ -4,7 +4,6 @@ The file's format is in container.py. It is written beside the target, flushed t
 old file is whole until the new one is.
 """
 
-import copy
 import dataclasses
 import json
 import os
@@ -16,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torch_sluice.compress import container
+from torch_sluice.compress.calling import copy_model
 from torch_sluice.compress.changes import PARTS, find_weights, make_changes, put_weights
 from torch_sluice.compress.quantized import QuantizedWeight
 
@@ -146,7 +146,7 @@ def load(path: str | os.PathLike, model: nn.Module | Callable[[], nn.Module]) ->
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file, expected what torch_sluice.compress.save() wrote")
     content = container.Container(path)
-    fresh = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
+    fresh = copy_model(model) if isinstance(model, nn.Module) else model()
     if not isinstance(fresh, nn.Module):
         raise TypeError(f"model gave a {type(fresh).__name__}, expected an nn.Module or a callable that makes one")
     structure = content.structure

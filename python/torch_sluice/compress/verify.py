@@ -117,11 +117,10 @@ def _all_together(model, groups, inputs) -> tuple[list[ChannelGroup], list[str]]
 
 def _difference(model: nn.Module, groups: list[ChannelGroup], inputs: list[Any]) -> str | None:
     """What is wrong when random units of all of these groups are cut, or None."""
-    for number, example in enumerate(inputs):
+    for number, (example, removals) in enumerate(_draws(groups, inputs)):
         lost, sizes = {}, []
-        for group in groups:
+        for group, remove in zip(groups, removals, strict=True):
             chosen = random.Random(number * 7919 + group.width)
-            remove = max(1, group.width // 2 if number == 0 else group.width // 4)
             units = chosen.sample(range(group.width), min(remove, group.width - 1))
             gather(group.members, units, lost)
             sizes += [(member, len(units)) for member in group.sizes]
@@ -129,6 +128,19 @@ def _difference(model: nn.Module, groups: list[ChannelGroup], inputs: list[Any])
         if reason is not None:
             return reason
     return None
+
+
+def _draws(groups: list[ChannelGroup], inputs: list[Any]) -> Iterator[tuple[Any, list[int]]]:
+    """Inputs, with how many units of each group to cut: half of all and a quarter on further inputs; and single ones of
+    some groups. Half of the units may happen to leave each part of a layer as many, and groups that only run when they
+    lose as many would pass together: of any two, one is cut without the other, and of each, one unit."""
+    yield inputs[0], [max(1, group.width // 2) for group in groups]
+    for example in inputs[1:]:
+        yield example, [max(1, group.width // 4) for group in groups]
+    if len(groups) == 1 and groups[0].width < 4:
+        return  # half of it was one
+    for bit in range(len(groups).bit_length()):
+        yield inputs[0], [number >> bit & 1 for number in range(1, len(groups) + 1)]
 
 
 def difference_of_cut(model: nn.Module, lost: Lost, sizes, inputs: Any) -> str | None:
