@@ -200,3 +200,22 @@ def test_following_costs_one_run_and_keeps_outputs():
         torch.testing.assert_close(outputs[0], run(model, inputs), rtol=1e-5, atol=1e-5)
         assert not unknown
         assert len(couplings.sources) > 0
+
+
+def test_units_leave_by_multiples_where_an_operator_wants_sizes_that_are():
+    class Aligned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(20, 64), nn.Linear(64, 5)
+
+        def forward(self, x):
+            x = self.first(x)
+            if x.shape[-1] % 8:
+                raise RuntimeError("strides should be a multiple of 32 bytes")
+            return self.second(x.relu())
+
+    torch.manual_seed(0)
+    groups, notes = find_groups(Aligned().eval(), torch.randn(4, 20))
+    assert [(group.name, group.width, group.step) for group in groups] == [("first", 64, 8)], notes
+    assert groups[0].kept_choices((0.9, 0.6, 0.1), 1) == [56, 32, 8]
+    assert all(kept % 8 == 0 for kept in groups[0].kept_choices((0.9, 0.7, 0.5, 0.3), 16))

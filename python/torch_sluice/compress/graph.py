@@ -36,6 +36,7 @@ class ChannelGroup:
     channels: int
     members: list[Member] = field(repr=False)
     sizes: list[SizeMember] = field(default_factory=list, repr=False)
+    step: int = 1  # units leave by multiples of it
     counts: frozenset[int] = field(default_factory=frozenset, repr=False)  # of what its units make up
 
     def kept_choices(self, fractions: tuple[float, ...], round_to: int) -> list[int]:
@@ -48,10 +49,10 @@ class ChannelGroup:
     def rounding(self, round_to: int) -> int:
         """Units by which the kept number is rounded: fewer where a layer has not four times as many."""
         if self.kind == "heads":
-            return 1
-        step = round_to // math.gcd(round_to, self.channels)
-        while step > 1 and step * 4 > self.width:
-            step = max(1, step // 2)
+            return self.step
+        step = math.lcm(self.step, round_to // math.gcd(round_to, self.channels))
+        while step > self.step and step * 4 > self.width:
+            step = step // 2 if step // 2 % self.step == 0 else self.step
         return step
 
 

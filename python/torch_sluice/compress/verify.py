@@ -20,6 +20,8 @@ from torch_sluice.compress.graph import ChannelGroup
 from torch_sluice.compress.slicing import Lost, cut, gather
 from torch_sluice.compress.tracer import trace
 
+_STEPS = (1, 4, 8)  # units that leave at a time, where operators want sizes that are multiples
+_DOES_NOT_RUN = "the model does not run without some of it"
 _TOLERANCE = 5e-4  # of the largest output, for float32
 
 
@@ -54,11 +56,16 @@ def _first_that_holds(model, ways: list[ChannelGroup], inputs) -> tuple[ChannelG
     reason = None
     for way in ways:
         for sizes in ways_to_count(model, way):
-            trial = replace(way, sizes=sizes)
-            wrong = _difference(model, [trial], inputs)
-            if wrong is None:
-                return trial, None
-            reason = reason or wrong
+            for step in _STEPS:
+                if step > 1 and (way.width % step or way.width < 4 * step):
+                    continue
+                trial = replace(way, sizes=sizes, step=step)
+                wrong = _difference(model, [trial], inputs)
+                if wrong is None:
+                    return trial, None
+                reason = reason or wrong
+                if not wrong.startswith(_DOES_NOT_RUN):
+                    break
     return None, reason
 
 
@@ -121,7 +128,8 @@ def _difference(model: nn.Module, groups: list[ChannelGroup], inputs: list[Any])
         lost, sizes = {}, []
         for group, remove in zip(groups, removals, strict=True):
             chosen = random.Random(number * 7919 + group.width)
-            units = chosen.sample(range(group.width), min(remove, group.width - 1))
+            remove = min(-(-remove // group.step), group.width // group.step - 1) * group.step
+            units = chosen.sample(range(group.width), remove)
             gather(group.members, units, lost)
             sizes += [(member, len(units)) for member in group.sizes]
         reason = difference_of_cut(model, lost, sizes, example)
@@ -155,7 +163,7 @@ def difference_of_cut(model: nn.Module, lost: Lost, sizes, inputs: Any) -> str |
             with evaluating(model), torch.no_grad():
                 outputs = float_outputs(call_model(model, inputs))
         except Exception as error:
-            return f"the model does not run without some of it ({_first_line(error)})"
+            return f"{_DOES_NOT_RUN} ({_first_line(error)})"
         finally:
             undo()
         torch.manual_seed(0)
