@@ -48,13 +48,13 @@ def draw_spectra(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def load(quick: bool = False) -> Task:
     """The task; trains the model the first time (a cached file after that). ``quick``: a toy."""
-    sizes, steps = ((32, 32, 1), 30) if quick else (SIZES, 800)
+    sizes, steps, rate = ((32, 32, 1), 200, 1e-2) if quick else (SIZES, 800, 2e-3)
 
     def loss(model, step):
         spectra, tones = draw_spectra(TRAINED, 1_000_000 + step)
         return F.cross_entropy(model(spectra), tones)
 
-    model = trained("pitch", f"{sizes} {WINDOW} {HOP} {NOISE}", lambda: PitchEncoder(*sizes), loss, steps)
+    model = trained("pitch", f"{sizes} {WINDOW} {HOP} {NOISE}", lambda: PitchEncoder(*sizes), loss, steps, rate)
     counts = (64, 64) if quick else (768, 1024)
     selection, heldout = (draw_spectra(count, seed) for seed, count in enumerate(counts))
     return Task(

@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import torch_sluice
 from benchmarks.models import pitch, t5, tones
@@ -46,11 +47,13 @@ def test_parts_share_nothing_and_the_metric_can_fail(load, name):
     out = call(task.model, inputs)
     assert len(out) == 3
     assert out.isfinite().all()
-    metric = task.metric(task.model, task.heldout)
-    assert 0 < metric < 1
-    # Logits upside down: the least likely class of all.
-    wrong = task.metric(lambda *x: -task.model(*x), task.heldout)
-    assert wrong < metric
+    assert 0 < task.metric(task.model, task.heldout) < 1
+    for turn, expected in ((0, 1.0), (1, 0.0)):
+        answers = iter([target for _, target in task.heldout])
+        told = task.metric(
+            lambda *_, answers=answers, turn=turn: F.one_hot((next(answers) + turn) % 256, 256), task.heldout
+        )
+        assert told == expected
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,7 +70,7 @@ def test_they_are_compressed(load, name):
     pytest.importorskip("torch_pruning", reason="pip install 'torch-sluice[compress]'")
     task = load(name)
     compressed = torch_sluice.compress(
-        task.model, task.draw_inputs(1), task.selection, keep=0.5, metric=task.metric, threads=1, progress=False
+        task.model, task.draw_inputs(1), task.selection, keep=0.5, threads=1, progress=False
     )
     report = compressed.compression_report
     assert report.bytes_after < 0.9 * report.bytes_before, report
