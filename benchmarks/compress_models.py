@@ -31,7 +31,7 @@ from benchmarks.compress_report import print_report
 from benchmarks.compress_timing import Latency, measure_latencies, median_ratio
 from benchmarks.models.task import FineTune, MissingPackageError, Task, call, mean_cosine
 
-MODELS = ("minilm", "crepe", "digits", "text")
+MODELS = ("minilm", "crepe", "digits", "text", "gpt2", "t5", "pitch", "vit")
 BATCHES = (1, 8)
 OURS = "sluice"
 GATED = "gated"  # the text model with its gate alone, before compression

@@ -141,6 +141,7 @@ def test_layers_that_read_the_same_share_their_moments():
     torch.testing.assert_close(moments.product["layers.2"], 4 * product)
     assert "layers.3" not in moments.count or moments.count["layers.3"] == 100
     joint = join([measure_moments(model, part.split(10), paths) for part in x.split(30)])
-    assert joint.product["layers.1"] is joint.product["layers.0"]
+    assert joint.total["layers.1"] is joint.total["layers.0"]
+    assert not len(joint.product)  # summed when asked for
     assert joint.rows["layers.1"] == joint.rows["layers.0"]
     torch.testing.assert_close(joint.product["layers.0"], product)

@@ -72,18 +72,29 @@ class Moments:
         return min((rows / len(self.total[path]) for path, rows in self.rows.items()), default=math.inf)
 
 
+class _Sums(dict[str, Tensor]):
+    """path -> the sum of several folds' second moments, made anew at each look: all would be as large as a fold."""
+
+    def __init__(self, folds: Sequence[Moments]):
+        super().__init__()
+        self._folds = folds
+
+    def __getitem__(self, path: str) -> Tensor:
+        return sum(fold.product[path] for fold in self._folds)
+
+
 def join(folds: Sequence[Moments]) -> Moments:
     """The moments of all of them, which are of different samples, with ``rows`` and ``refused``."""
     joint, known = Moments(), {}
+    joint.product = _Sums(folds)
     for path in set.intersection(*(set(fold.count) for fold in folds)):
-        inputs = tuple(id(fold.product[path]) for fold in folds)
+        inputs = tuple(id(fold.total[path]) for fold in folds)
         first = known.setdefault(inputs, path)
         if first != path:
             joint.share(path, first)
             continue
         joint.count[path] = sum(fold.count[path] for fold in folds)
         joint.total[path] = sum(fold.total[path] for fold in folds)
-        joint.product[path] = sum(fold.product[path] for fold in folds)
         if len(folds) == 1:
             continue
         share = _independent_share(*(Part(list(folds[half::2]), path) for half in (0, 1)))

@@ -123,7 +123,7 @@ def _candidates(couplings: Couplings) -> tuple[list[list[ChannelGroup]], list[st
     for axis in (*couplings.splits, *couplings.parts):
         numbers = couplings.find(axis.numpy().ravel()).reshape(axis.shape)
         splits.append((axis, numbers, frozenset(numbers.ravel().tolist())))
-    found, notes, seen, without = [], [], set(), []
+    found, notes, seen, met, without = [], [], set(), set(), []
     for source in couplings.sources:
         if not _makes_channels(couplings, source):
             continue
@@ -131,6 +131,9 @@ def _candidates(couplings: Couplings) -> tuple[list[list[ChannelGroup]], list[st
         if not _can_leave(closing, own):
             notes.append(f"{_label(source.name)}: stays, because {closing.why_frozen(own.tolist())}")
             continue
+        if own.tobytes() in met:
+            continue  # as all layers that write to a residual stream
+        met.add(own.tobytes())
         name = _label(source.name)
         ways, frozen, begin = [], None, closing.work
         for units, rows in _partitions(closing, own, splits):

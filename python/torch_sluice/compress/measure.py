@@ -32,7 +32,9 @@ from torch_sluice.compress.samples import (
 _COMPARED = 8  # pieces on which outputs are compared
 _MOST_ELEMENTS = 1 << 26  # of outputs that are compared
 _PIECES = {True: 8, False: 20}  # that few batches are cut into: to divide them; to see a metric's spread
-_FEWEST, _ACCURACY = 16, 0.15  # samples and relative standard error with which a loss is known well enough
+_ACCURACY = 0.15  # relative standard error with which a loss is known well enough,
+_FEWEST, _FEWEST_LARGE = 16, 4  # and samples; fewer where outputs of a sample have
+_LARGE = 1 << 16  # elements, such as the logits of a sentence
 _EARLY = 4  # values after which a candidate may be given up
 _PATIENCE = 3  # times the distance to its lower bound, above which it would have to rise
 _LOSS = 1.5  # a metric that rises by this factor under noise is a loss,
@@ -332,7 +334,7 @@ class Measure:
                     with seeded():
                         more = comparison.losses(candidate, place, self.pieces[number])
                     losses, scales = torch.cat([losses, more[0]]), torch.cat([scales, more[1]])
-                    if _is_enough(losses, scales):
+                    if _is_enough(losses, scales, comparison.elements(place)):
                         break
         except Exception as error:
             return math.inf, describe_error(error)
@@ -341,9 +343,9 @@ class Measure:
         return (value, None) if math.isfinite(value) else (math.inf, "its outputs are not finite")
 
 
-def _is_enough(losses: torch.Tensor, scales: torch.Tensor) -> bool:
+def _is_enough(losses: torch.Tensor, scales: torch.Tensor, elements: int) -> bool:
     """Whether a loss is known well enough to compare candidates by it, which meet the same samples."""
-    if len(losses) < _FEWEST or not float(scales.sum()) > 0:
+    if len(losses) < (_FEWEST if elements < _LARGE else _FEWEST_LARGE) or not float(scales.sum()) > 0:
         return False
     return ratio_error(losses, scales) <= _ACCURACY * float(losses.sum() / scales.sum())
 

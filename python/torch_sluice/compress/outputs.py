@@ -49,6 +49,10 @@ class Fidelity:
         """Outputs whose first dimension counts the piece's samples."""
         return [out if _counts(piece, out) else out[None] for out in outputs]
 
+    def elements(self, number: int) -> int:
+        """Of the outputs of each of a piece's samples."""
+        return sum(out.numel() for out in self._expected[number]) // max(1, len(self._scales[number]))
+
     def losses(self, model: nn.Module, number: int, piece: Piece) -> Losses:
         """Of the piece's samples.
 

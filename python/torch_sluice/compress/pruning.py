@@ -1,4 +1,4 @@
-"""Which channels go: by measured sensitivity against predicted latency (the default), or by the seed's quantile."""
+"""Cuts a model's groups, in place or in a copy; and which channels go by the seed's quantile."""
 
 import bisect
 import contextlib
@@ -11,19 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_sluice.compress.calling import describe_error
 from torch_sluice.compress.compensation import Moments, Update, find_updates, reading_layer
 from torch_sluice.compress.graph import ChannelGroup, lowest
 from torch_sluice.compress.importance import raw_norms, relative_norms
 from torch_sluice.compress.latency import measure_layers
-from torch_sluice.compress.measure import Measure
 from torch_sluice.compress.norm_scale import NormScale, scale_norms
 from torch_sluice.compress.prediction import Prediction
-from torch_sluice.compress.progress import Progress
 from torch_sluice.compress.slicing import Lost, Sizes, cut, gather
 from torch_sluice.compress.verify import difference_of_cut
 
-FRACTIONS = (0.9375, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)  # shares of a group that are tried
 _RATIOS = tuple(i / 20 for i in range(19, 0, -1))  # of the quantile policy
 
 
@@ -123,6 +119,10 @@ class Pruner:
         cut(further, lost, self.sizes(kept, before))
         return further
 
+    def forget_data(self) -> None:
+        """Frees the moments. No cut is compensated after that."""
+        self.moments, self.folds = None, {}
+
     @property
     def prediction(self) -> Prediction:
         if self._prediction is None:
@@ -173,13 +173,13 @@ def kept_by_quantile(groups: list[ChannelGroup], scores: list[Tensor], ratio: fl
 def choose_by_quantile(pruner: Pruner, accept: Callable[[Plan], bool], round_to: int) -> Plan:
     """The largest ratio, by bisection of steps of 5 %, that is accepted."""
     plans = [kept_by_quantile(pruner.groups, pruner.scores, ratio, round_to) for ratio in reversed(_RATIOS)]
-    good = _bisect(len(plans), lambda count: accept(plans[count - 1]))
+    good = bisect_count(len(plans), lambda count: accept(plans[count - 1]))
     return plans[good - 1] if good else {}
 
 
-def _bisect(count: int, accept: Callable[[int], bool]) -> int:
-    """The largest number up to ``count`` that is accepted, if those below an accepted one are; 0 without a test."""
-    low, high = 0, count
+def bisect_count(count: int, accept: Callable[[int], bool], low: int = 0) -> int:
+    """The largest number up to ``count`` that is accepted, if those below an accepted one are, as ``low`` is."""
+    high = count
     while low < high:
         middle = (low + high + 1) // 2
         if accept(middle):
@@ -187,86 +187,6 @@ def _bisect(count: int, accept: Callable[[int], bool]) -> int:
         else:
             high = middle - 1
     return low
-
-
-@dataclass
-class Sensitivity:
-    """What a group costs (``Measure.loss``) at each number of kept units, descending, down to where it is too much."""
-
-    group: int
-    kept: list[int]
-    losses: list[float]
-    reason: str | None = None  # why it cannot be cut further, if a cut fails
-
-
-def measure_sensitivity(
-    pruner: Pruner, measure: Measure, most: float, round_to: int, progress: Progress
-) -> list[Sensitivity]:
-    """Prunes each group alone, further and further, until it costs more than ``most``.
-
-    Weights are fitted to all folds but the last, and outputs compared on that.
-    """
-    curves = []
-    choices = [group.kept_choices(FRACTIONS, round_to) for group in pruner.groups]
-    progress.start("sensitivity of", sum(map(len, choices)))
-    for g, group in enumerate(pruner.groups):
-        curve = Sensitivity(g, [], [])
-        for number, kept in enumerate(choices[g]):
-            progress.step(group.name)
-            loss = math.inf
-            try:
-                with pruner.pruned({g: kept}, measure.folds[-1]) as candidate:
-                    loss, curve.reason = measure.loss(candidate)
-            except Exception as error:
-                curve.reason = describe_error(error)
-            if loss > most:
-                progress.skip(len(choices[g]) - number - 1)
-                break
-            curve.kept.append(kept)
-            curve.losses.append(loss)
-        curves.append(curve)
-    return curves
-
-
-def order_moves(pruner: Pruner, curves: list[Sensitivity]) -> list[Plan]:
-    """Plans of growing size: each adds the step of a group that wins most predicted latency for what it costs."""
-    place = [0] * len(curves)  # steps taken of each curve
-    kept: Plan = {}
-    plans = []
-    while True:
-        best = None
-        for i, curve in enumerate(curves):
-            if place[i] == len(curve.kept):
-                continue
-            saved = pruner.predict_saving(kept, curve.group, curve.kept[place[i]])
-            before = curve.losses[place[i] - 1] if place[i] else 0.0
-            cost = max(curve.losses[place[i]] - before, 1e-6)
-            if saved > 0 and (best is None or saved / cost > best[0]):
-                best = (saved / cost, i)
-        if best is None:
-            return plans
-        i = best[1]
-        kept = {**kept, curves[i].group: curves[i].kept[place[i]]}
-        place[i] += 1
-        plans.append(kept)
-
-
-def choose_by_sensitivity(
-    pruner: Pruner,
-    curves: list[Sensitivity],
-    accept: Callable[[Plan], bool],
-    stop: Callable[[Plan], bool],
-    progress: Progress,
-) -> Plan:
-    """The longest accepted prefix of the greedy order, found by bisection.
-
-    ``stop(kept)``: whether the budget is met, so that nothing more need be pruned.
-    """
-    plans = order_moves(pruner, curves)
-    enough = next((i + 1 for i, plan in enumerate(plans) if stop(plan)), len(plans))
-    progress.start("pruning", enough.bit_length())
-    good = _bisect(enough, lambda count: accept(plans[count - 1]))
-    return plans[good - 1] if good else {}
 
 
 @torch.no_grad()

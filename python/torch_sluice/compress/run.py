@@ -24,7 +24,7 @@ from torch_sluice.compress.changes import describe_changes
 from torch_sluice.compress.choice import choose_layers
 from torch_sluice.compress.compensation import count_moment_bytes, join, measure_moments, reading_layers
 from torch_sluice.compress.estimate import Score, failed
-from torch_sluice.compress.folding import find_pairs, fold_pairs
+from torch_sluice.compress.folding import find_pairs
 from torch_sluice.compress.graph import ChannelGroup, find_groups
 from torch_sluice.compress.latency import compare_latency, measure_latency
 from torch_sluice.compress.measure import Measure
@@ -76,6 +76,7 @@ class Run:
         self.layers: list[LayerDecision] = []
         self.groups: list[ChannelGroup] = []
         self.pruner: Pruner | None = None
+        self._of_original: tuple[Layers, list[LayerDecision]] | None = None  # once they were looked for
         self.evaluations = 0
         self.failures: Counter[str] = Counter()
         self.call_seconds = measure_latency(self.original, example_inputs, 7, 0.3).median
@@ -91,6 +92,8 @@ class Run:
         if self.pruner is not None:
             floor = min(1.0, settings.keep + self._margin_of_quantisation())
             stages, curves, score = find_stages(self, floor)
+            if len(stages) == 1:  # nothing is cut: what would make up for it is as large as the model may be
+                self.pruner.forget_data()
         stage, result = stages[-1], None
         if settings.quantize:
             stage, result, score = self._quantise(stages, score)
@@ -200,33 +203,35 @@ class Run:
         if not self.settings.quantize:
             return 0.0
         begin = time.monotonic()
-        layers = self._find_layers(Stage({}))[0]
+        layers, _ = self._of_original = self._find_layers(Stage({}))
         self.progress.foresee("timing", time.monotonic() - begin)  # of the pruned model
         if not layers.chosen:
             return 0.0
         kept = self.score(Stage({}), layers).kept
         return min(max(0.0, 1 - kept), (1 - self.settings.keep) / 2)
 
-    def _find_layers(self, stage: Stage) -> tuple[Layers, list[LayerDecision], nn.Module]:
-        """What could be done to a stage's layers, why others stay, and the folded model that this was looked for in."""
-        folded = self.workshop.build(stage)
+    def _find_layers(self, stage: Stage) -> tuple[Layers, list[LayerDecision]]:
+        """What could be done to a stage's layers, and why others stay. No copy is made."""
+        if not stage.kept and stage.trained is None and self._of_original is not None:
+            return self._of_original
         layers, stay = Layers(), []
         try:
-            pairs = find_pairs(folded, self.example)
-            fold_pairs(folded, pairs)
+            with self.workshop.made(stage, None) as model:
+                pairs = find_pairs(model, self.example)
             layers = Layers(pairs)
             options = self.settings.quantize_options
-            candidates, stay = quantization.find_candidates(folded, self.example, options, self.progress)
+            with self.workshop.made(stage, None, layers) as folded:
+                candidates, stay = quantization.find_candidates(folded, self.example, options, self.progress)
             layers = Layers(pairs, candidates, options)
         except Exception as error:  # code in the model that looks into its layers
             self.notes.append(f"not quantised: the model fails with quantised layers: {describe_error(error)}")
-        return layers, stay, folded
+        return layers, stay
 
     def _quantise(self, stages: list[Stage], score: Score) -> tuple[Stage, nn.Module | None, Score]:
         """The last stage that keeps enough when quantised; layers stay in floating point where it takes that."""
         floor = self.settings.keep - SLACK
         for stage in reversed(stages[-3:]):
-            found, stay, folded = self._find_layers(stage)
+            found, stay = self._find_layers(stage)
 
             def layers(chosen, found=found):
                 return Layers(found.pairs, chosen, found.options)
@@ -256,7 +261,8 @@ class Run:
             if not c.for_bytes:
                 reason = f"measured {c.before * 1e6:.0f} -> {c.after * 1e6:.0f} µs"
             self.layers.append(LayerDecision(c.name, "quantized", reason, None, None, c.before - c.after))
-        result = quantization.apply(folded, chosen) if chosen else folded
+        with self.workshop.made(stage, None, Layers(found.pairs)) as folded:
+            result = quantization.apply(folded, chosen)
         if self.settings.may_relax and chosen:
             result, best = self._relax(result, stage, layers(chosen), best, floor)
         return stage, result, best

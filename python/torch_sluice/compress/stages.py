@@ -5,16 +5,9 @@ from typing import TYPE_CHECKING
 from torch_sluice.compress.candidates import Stage
 from torch_sluice.compress.estimate import Score
 from torch_sluice.compress.graph import ChannelGroup
-from torch_sluice.compress.pruning import (
-    FRACTIONS,
-    Plan,
-    Sensitivity,
-    choose_by_quantile,
-    choose_by_sensitivity,
-    measure_sensitivity,
-    order_moves,
-)
+from torch_sluice.compress.pruning import Plan, choose_by_quantile
 from torch_sluice.compress.report import LayerDecision
+from torch_sluice.compress.sensitivity import FRACTIONS, Curves, Sensitivity, choose_longest, order_moves
 
 if TYPE_CHECKING:
     from torch_sluice.compress.run import Run
@@ -56,11 +49,19 @@ def find_stages(run: "Run", floor: float) -> tuple[list[Stage], list[Sensitivity
         # Where closeness is the metric, what is far below the floor is of no use; a metric of the user's may not
         # mind that outputs move.
         most = 3 * (1 - floor) + SLACK if run.measure.fidelity and settings.finetune is None else 1.0
-        choices = sum(len(g.kept_choices(FRACTIONS, settings.round_to)) for g in pruner.groups)
-        progress.foresee("sensitivity of", 0.7 * choices * run.loss_seconds)
-        curves = measure_sensitivity(pruner, run.measure, most, settings.round_to, progress)
-        run.evaluations += sum(len(curve.kept) for curve in curves)
-        chosen = choose_by_sensitivity(pruner, curves, accept, enough, progress)
+        search = Curves(pruner, run.measure, most, settings.round_to, progress)
+        curves = search.curves
+        if settings.finetune is None:
+            progress.foresee("sensitivity of", len(curves) * run.loss_seconds)
+            progress.foresee("pruning", 4 * run.measure.seconds + len(curves) * run.loss_seconds)
+            search.measure_first()
+        else:  # training comes to all sizes
+            choices = sum(len(g.kept_choices(FRACTIONS, settings.round_to)) for g in pruner.groups)
+            progress.foresee("sensitivity of", 0.7 * choices * run.loss_seconds)
+            search.measure_all()
+        progress.start("pruning", None)
+        chosen = choose_longest(order_moves(pruner, curves, search.further), len(curves), accept, enough)
+        run.evaluations += search.evaluations
     plans = [(kept, score) for kept, score in accepted if _within(kept, chosen, pruner.groups)]
     plans.sort(key=lambda plan: -pruner.predict_seconds(plan[0]))
     stages, score = [Stage({})], Score(1.0, 1.0, run.measure.samples)
