@@ -272,3 +272,22 @@ def test_inputs_without_a_batch_dimension(name):
     alone, together = (measure_moments(model, batch, ["2"]) for batch in (inputs, [torch.stack(inputs)]))
     assert alone.count["2"] == together.count["2"] == 80 * positions
     torch.testing.assert_close(alone.product["2"], together.product["2"], rtol=1e-4, atol=1e-3)
+
+
+def test_a_result_that_cannot_be_built_leaves_the_original(monkeypatch):
+    """Candidates were fitted to parts of the data, the result is to all of it: what fails only then is no user's."""
+    build = run.Workshop.build
+
+    def failing(self, stage):
+        if stage.kept:
+            raise ArithmeticError("no such matrix")
+        return build(self, stage)
+
+    monkeypatch.setattr(run.Workshop, "build", failing)
+    torch.manual_seed(0)
+    model = mlp()
+    report = torch_sluice.compress(
+        model, EXAMPLE, batches(), keep=0.5, quantize=False, **QUIET
+    ).compression_report
+    assert (report.kept, report.improved) == (1.0, False)
+    assert any("ArithmeticError: no such matrix" in note for note in report.notes)

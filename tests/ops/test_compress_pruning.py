@@ -306,3 +306,18 @@ def test_tracing_leaves_the_model_as_it_was():
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
         assert all(module.training for module in model.modules())
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_covariance_that_rounding_made_negative_is_solved_with_a_larger_ridge():
+    """Sums of squares of channels far from 0, less the square of their mean, may have no square root."""
+    from torch_sluice.compress.compensation import _solve
+
+    torch.manual_seed(0)
+    vectors = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q
+    inner = vectors @ torch.diag(torch.tensor([1.0] * 7 + [-0.02], dtype=torch.float64)) @ vectors.T
+    outer, ridge = torch.randn(8, 3, dtype=torch.float64), torch.tensor(1e-3, dtype=torch.float64)
+    with pytest.raises(torch.linalg.LinAlgError):
+        torch.linalg.cholesky(inner + ridge * torch.eye(8))
+    solved = _solve(inner, outer, ridge)
+    torch.testing.assert_close(solved, torch.linalg.solve(inner + 0.1 * torch.eye(8), outer))
+    assert not _solve(-torch.eye(8, dtype=torch.float64), outer, torch.tensor(1e-30, dtype=torch.float64)).any()

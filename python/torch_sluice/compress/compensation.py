@@ -32,6 +32,7 @@ _MOST_CHANNELS = 4096  # whose moments, a square matrix, are kept
 _MOST_ROWS = 16384  # samples of x taken from one batch
 _RIDGE = 1e-3  # lambda is at least this, relative to the mean variance
 _LOOKED_AT = 64  # removed channels of which a first fit tells how much of all can be told
+_MOST_RIDGES = 12  # each ten times the one before
 _FEWEST = 8  # independent rows for a mean
 _ROWS_FOR_UNKNOWN = 0.25
 
@@ -314,10 +315,17 @@ def _make_up(part: Part, rows: float, kept: Tensor, gone: Tensor, weight: Tensor
 
 
 def _solve(inner: Tensor, outer: Tensor, ridge: Tensor) -> Tensor:
-    """(inner + ridge I)^-1 outer, for a symmetric positive inner."""
+    """(inner + ridge I)^-1 outer, for a symmetric inner that is positive but for rounding: sums of squares of channels
+    far from 0 cancel in a covariance. Where that shows, the ridge grows beyond it."""
     inner = inner.clone()
     inner.diagonal().add_(ridge)
-    return torch.cholesky_solve(outer, torch.linalg.cholesky(inner))
+    for _ in range(_MOST_RIDGES):
+        factor, failed = torch.linalg.cholesky_ex(inner)
+        if not failed:
+            return torch.cholesky_solve(outer, factor)
+        inner.diagonal().add_(9 * ridge)
+        ridge = 10 * ridge
+    return torch.zeros_like(outer)
 
 
 def compensate(pruned: nn.Module, original: nn.Module, lost: dict[tuple[str, str], set[int]], moments: Moments) -> None:

@@ -255,14 +255,18 @@ class Run:
             if found.chosen:
                 self.notes.append(f"not quantised: {self.settings.keep:.1%} of the metric would not be sure")
             return (stage, None, score) if stage is stages[-1] else (stages[-1], None, score)
+        try:
+            with self.workshop.made(stage, None, Layers(found.pairs)) as folded:
+                result = quantization.apply(folded, chosen)
+        except Exception as error:
+            self.failures[describe_error(error)] += 1
+            return stages[-1], None, score
         self.layers += [LayerDecision(norm, "folded", "into the layer before it") for _, norm in found.pairs]
         for c in chosen:
             reason = "for its bytes"
             if not c.for_bytes:
                 reason = f"measured {c.before * 1e6:.0f} -> {c.after * 1e6:.0f} µs"
             self.layers.append(LayerDecision(c.name, "quantized", reason, None, None, c.before - c.after))
-        with self.workshop.made(stage, None, Layers(found.pairs)) as folded:
-            result = quantization.apply(folded, chosen)
         if self.settings.may_relax and chosen:
             result, best = self._relax(result, stage, layers(chosen), best, floor)
         return stage, result, best
@@ -290,8 +294,8 @@ class Run:
         changed = result is not None or stage.kept or stage.trained is not None
         reason, before, after = None, None, None
         if changed:
-            result = self.workshop.build(stage) if result is None else result
             try:
+                result = self.workshop.build(stage) if result is None else result
                 # It was fitted to all data, and its parts to halves: that it runs on all is seen, not inferred.
                 if self.workshop.is_fitted(stage):
                     reason = self.measure.score(result.eval()).reason
