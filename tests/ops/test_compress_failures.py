@@ -286,8 +286,6 @@ def test_a_result_that_cannot_be_built_leaves_the_original(monkeypatch):
     monkeypatch.setattr(run.Workshop, "build", failing)
     torch.manual_seed(0)
     model = mlp()
-    report = torch_sluice.compress(
-        model, EXAMPLE, batches(), keep=0.5, quantize=False, **QUIET
-    ).compression_report
+    report = torch_sluice.compress(model, EXAMPLE, batches(), keep=0.5, quantize=False, **QUIET).compression_report
     assert (report.kept, report.improved) == (1.0, False)
     assert any("ArithmeticError: no such matrix" in note for note in report.notes)
