@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch_sluice.compress.layers import forgo_fast_paths
 from torch_sluice.compress.multihead import SlicedMultiheadAttention
 from torch_sluice.compress.quantized import Options, QuantizedWeight, check_parts
+from torch_sluice.compress.slicing import all_names
 
 PARTS = ("packed", "scale")  # names of a quantised weight's tensors in a file, behind its own
 
@@ -246,7 +247,4 @@ def _has_parameter(model: nn.Module, name: str) -> bool:
 
 
 def _tied(model: nn.Module) -> list[list[str]]:
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return [shared for shared in names.values() if len(shared) > 1]
+    return [names for names in all_names(model).values() if len(names) > 1]

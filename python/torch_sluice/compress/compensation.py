@@ -26,7 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from torch_sluice.compress.calling import call_model, evaluating, seeded
 from torch_sluice.compress.graph import ChannelGroup
 from torch_sluice.compress.module_sizes import is_depthwise
-from torch_sluice.compress.slicing import Lost
+from torch_sluice.compress.slicing import Lost, all_names
 
 _MOST_CHANNELS = 4096  # whose moments, a square matrix, are kept
 _MOST_ROWS = 16384  # samples of x taken from one batch
@@ -153,10 +153,7 @@ def reading_layer(side: tuple[str, int]) -> str | None:
 
 
 def _shared_weights(model: nn.Module) -> set[str]:
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name.rpartition(".")[0])
-    return {name for owners in names.values() if len(owners) > 1 for name in owners}
+    return {name.rpartition(".")[0] for names in all_names(model).values() if len(names) > 1 for name in names}
 
 
 def _is_compensable(module: nn.Module) -> bool:

@@ -6,13 +6,9 @@ from collections import defaultdict
 from torch import nn
 
 from torch_sluice.compress.graph import ChannelGroup
+from torch_sluice.compress.slicing import layer_of
 
 Side = tuple[str, int]  # name of a parameter, dimension
-
-
-def layer_of(name: str) -> str:
-    """The layer that a parameter belongs to; for a parametrised one, the layer and not its list of parametrisations."""
-    return name.rpartition(".")[0].partition("parametrizations.")[0].rstrip(".")
 
 
 class Prediction:

@@ -88,9 +88,8 @@ def _cut(model: nn.Module, lost: Lost, sizes, undo) -> None:
         smaller = _without(tensor, of_dim)
         for alias in names[id(tensor)]:
             path, _, leaf = alias.rpartition(".")
-            path, owner = _owner(model, path)
-            owners.setdefault(path, owner)
-            holder = model.get_submodule(alias.rpartition(".")[0])
+            owners.setdefault(layer_of(alias), model.get_submodule(layer_of(alias)))
+            holder = model.get_submodule(path)
             undo.append(lambda holder=holder, leaf=leaf, tensor=tensor: setattr(holder, leaf, tensor))
             setattr(holder, leaf, smaller)
     for owner in owners.values():
@@ -120,11 +119,9 @@ def _set(module: nn.Module, attribute: str, value, undo) -> None:
         setattr(module, attribute, value)
 
 
-def _owner(model: nn.Module, path: str) -> tuple[str, nn.Module]:
+def layer_of(name: str) -> str:
     """The layer that a parameter belongs to: for a parametrised one, the layer and not its list of parametrisations."""
-    head, found, _ = path.partition("parametrizations.")
-    path = head.rstrip(".") if found else path
-    return path, model.get_submodule(path)
+    return name.rpartition(".")[0].partition("parametrizations.")[0].rstrip(".")
 
 
 def _without(tensor: Tensor, lost: dict[int, set[int]]) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_sluice.compress.attributes import ways_to_count
-from torch_sluice.compress.calling import call_model, evaluating, float_outputs
+from torch_sluice.compress.calling import call_model, describe_error, evaluating, float_outputs
 from torch_sluice.compress.graph import ChannelGroup
 from torch_sluice.compress.slicing import Lost, cut, gather
 from torch_sluice.compress.tracer import trace
@@ -158,19 +158,19 @@ def difference_of_cut(model: nn.Module, lost: Lost, sizes, inputs: Any) -> str |
         try:
             undo = cut(model, lost, sizes)
         except Exception as error:
-            return f"it cannot be cut ({_first_line(error)})"
+            return f"it cannot be cut ({describe_error(error)})"
         try:
             with evaluating(model), torch.no_grad():
                 outputs = float_outputs(call_model(model, inputs))
         except Exception as error:
-            return f"{_DOES_NOT_RUN} ({_first_line(error)})"
+            return f"{_DOES_NOT_RUN} ({describe_error(error)})"
         finally:
             undo()
         torch.manual_seed(0)
         try:
             _, expected, _ = trace(model, inputs, lost)
         except Exception as error:
-            return f"the model does not run while its channels are followed ({_first_line(error)})"
+            return f"the model does not run while its channels are followed ({describe_error(error)})"
     if [out.shape for out in outputs] != [out.shape for out in expected]:
         return "its channels are the model's output"
     difference = _relative(outputs, expected)
@@ -222,7 +222,3 @@ def varied_constants(model: nn.Module, names: set[str]) -> Iterator[None]:
     finally:
         for tensor, data in before:
             tensor.data = data
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:160]}"
