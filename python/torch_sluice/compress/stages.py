@@ -110,7 +110,8 @@ def describe_pruning(run: "Run", chosen: Plan, curves: dict[int, Sensitivity]) -
         if kept is not None:
             cost = curve.losses[curve.kept.index(kept)] if curve and kept in curve.kept else None
             saved = base - pruner.predict_seconds({g: kept})
-            reason = f"predicted to save {saved * 1e3:.2f} ms"
+            time = f"{saved * 1e3:.2f} ms" if saved >= 1e-4 else f"{saved * 1e6:.1f} µs"
+            reason = f"predicted to save {time}"
             if cost is not None:
                 reason += f", alone moves the outputs by {cost:.2%}"
             decision = LayerDecision(group.name, "pruned", reason, group.width * size, kept * size, saved, cost)
