@@ -5,10 +5,10 @@
 accuracy on another, which it has not seen. Prefill is one call of 128 tokens, decoding one call of one token with the
 keys and values of 128 in a cache; the model, its compressed self and ``torch.ao``'s ``quantize_dynamic`` take turns.
 
-The row of ``--json``: ``model``; ``seconds`` and ``cpu_seconds`` of compressing; ``memory``, the most that the process
-held meanwhile beyond what it held before the model was loaded, as a multiple of the model's float32 bytes, the model
-itself included; ``accuracy``, of each candidate on held-out text; ``kept``; ``bytes`` of the saved file, and
-``bytes_before``, ``share``; ``prefill_ms``, ``prefill_p95_ms``, ``decode_ms``, ``decode_p95_ms`` of each candidate;
+The row of ``--json``: ``model``; ``seconds`` and ``cpu_seconds`` of compressing; ``memory``, the model itself and the
+most that the process held meanwhile beyond what it held before, as a multiple of the model's float32 bytes;
+``accuracy``, of each candidate on held-out text; ``kept``; ``bytes`` of the saved file, and ``bytes_before``,
+``share``; ``prefill_ms``, ``prefill_p95_ms``, ``decode_ms``, ``decode_p95_ms`` of each candidate;
 ``ratios`` (another / Sluice, median over rounds) of both; ``report``, the layers and notes of the compression's;
 ``goals`` (met or not).
 """
@@ -92,6 +92,7 @@ def load(quick: bool) -> tuple[NextToken, object]:
 def compress(model: nn.Module, batches: list, options) -> tuple[nn.Module, dict]:
     """The compressed model, and what that took."""
     forget_peak()
+    held = held_bytes()
     begin, cpu = time.perf_counter(), time.process_time()
     compressed = torch_sluice.compress(
         model, batches[0][0][:1], batches, options.keep, metric=METRICS[options.metric], threads=options.threads
@@ -99,7 +100,7 @@ def compress(model: nn.Module, batches: list, options) -> tuple[nn.Module, dict]
     return compressed, {
         "seconds": time.perf_counter() - begin,
         "cpu_seconds": time.process_time() - cpu,
-        "peak_bytes": peak_bytes(),
+        "added_bytes": peak_bytes() - held,
     }
 
 
@@ -121,7 +122,6 @@ def time_all(models: dict[str, nn.Module], prompt: Tensor, options) -> dict:
 
 
 def measure(options, machine: dict) -> dict:
-    nothing = held_bytes()
     model, tokenizer = load(options.quick)
     size = sum(p.numel() * 4 for p in model.parameters())
     files = QUICK_FILES if options.quick else None
@@ -143,7 +143,7 @@ def measure(options, machine: dict) -> dict:
         "metric": "next-token accuracy",
         "seconds": cost["seconds"],
         "cpu_seconds": cost["cpu_seconds"],
-        "memory": (cost["peak_bytes"] - nothing) / size,
+        "memory": 1 + cost["added_bytes"] / size,
         "accuracy": accuracy,
         "kept": accuracy[OURS] / accuracy[EAGER],
         "bytes": stored,

@@ -156,7 +156,7 @@ def describe_report(report: Any) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = zoo_run.make_parser(__doc__.split("\n\n")[0], seconds=60)
+    parser = zoo_run.make_parser(__doc__.split("\n\n")[0], seconds=120)
     options = parser.parse_args(arguments)
     rows = zoo_run.run(examine, options)
     if not rows:

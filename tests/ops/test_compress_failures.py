@@ -9,8 +9,8 @@ from torch import nn
 
 import torch_sluice
 from torch_sluice.compress import QuantizedWeight, quantization, run
-from torch_sluice.compress.compensation import measure_moments
 from torch_sluice.compress.folding import find_pairs, fold_batch_norms, fold_pairs
+from torch_sluice.compress.moments import measure_moments
 
 QUIET = {"progress": False}
 EXAMPLE = torch.randn(1, 20)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import torch_sluice
-from torch_sluice.compress.compensation import join, measure_moments
 from torch_sluice.compress.estimate import lower_bound, score_losses, student_quantile
 from torch_sluice.compress.measure import Measure
+from torch_sluice.compress.moments import join, measure_moments
 from torch_sluice.compress.samples import cut_pieces, has_independent_rows
 
 QUIET = {"progress": False, "quantize": False}

@@ -11,9 +11,10 @@ from torch import nn
 pytest.importorskip("transformers")
 
 from torch_sluice.compress.calling import call_model, float_outputs
-from torch_sluice.compress.compensation import compensate, measure_moments, reading_layers
+from torch_sluice.compress.compensation import compensate, reading_layers
 from torch_sluice.compress.graph import find_groups, lowest
 from torch_sluice.compress.importance import raw_norms, relative_norms
+from torch_sluice.compress.moments import measure_moments
 from torch_sluice.compress.pruning import Pruner, kept_by_quantile, prune_ratio
 from torch_sluice.compress.slicing import gather, prune
 

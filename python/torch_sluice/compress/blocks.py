@@ -223,16 +223,15 @@ def _answers(tensors: list[Tensor]) -> int:
 
 @contextlib.contextmanager
 def noised(model: nn.Module, seed: int):
-    """Within it, the model's weights carry noise as large as their own spread."""
-    parameters = [p for p in model.parameters() if p.is_floating_point()]
-    before = [p.detach().clone() for p in parameters]
+    """Within it, the model's weights carry noise as large as their own spread. Their memory is not written to."""
+    before = [(p, p.data) for p in model.parameters() if p.is_floating_point() and type(p.data) is Tensor]
     try:
         with torch.no_grad(), seeded(seed):
-            for parameter in parameters:
-                spread = parameter.float().std(correction=0) if parameter.numel() > 1 else parameter.float().abs()
-                parameter.add_((spread * torch.randn(parameter.shape)).to(parameter))
+            for parameter, value in before:
+                spread = value.float().std(correction=0) if value.numel() > 1 else value.float().abs()
+                noisy = torch.randn(value.shape).to(value)
+                parameter.data = noisy.mul_(spread.to(value)).add_(value)
         yield model
     finally:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, before, strict=True):
-                parameter.copy_(value)
+        for parameter, value in before:
+            parameter.data = value

@@ -11,9 +11,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 
-def copy_model(model: nn.Module) -> nn.Module:
+def copy_model(model: nn.Module, share: bool = False) -> nn.Module:
     """A copy in eval mode. A tensor that a hook computed, as that of ``nn.utils.spectral_norm``, is copied as a value,
     which the copy's own hook computes anew.
+
+    Args:
+        share: the copy's parameters are its own, but lie in the memory of the model's: for a copy whose parameters are
+            replaced and never written to.
 
     Raises:
         ValueError: something in the model cannot be copied.
@@ -23,6 +27,10 @@ def copy_model(model: nn.Module) -> nn.Module:
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
+    if share:
+        for parameter in model.parameters():
+            if type(parameter) is nn.Parameter:
+                memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
     try:
         return copy.deepcopy(model, memo).eval()
     except Exception as error:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_sluice.compress.compensation import Moments, Update, find_updates, reading_layer
+from torch_sluice.compress.compensation import Update, find_updates, reading_layer
 from torch_sluice.compress.graph import ChannelGroup, lowest
 from torch_sluice.compress.importance import raw_norms, relative_norms
 from torch_sluice.compress.latency import measure_layers
+from torch_sluice.compress.moments import Moments
 from torch_sluice.compress.norm_scale import NormScale, scale_norms
 from torch_sluice.compress.prediction import Prediction
 from torch_sluice.compress.slicing import Lost, Sizes, cut, gather
@@ -90,7 +91,8 @@ class Pruner:
         return any(indices and reading_layer(side) in readers for side, indices in self.lost(kept).items())
 
     def _updates(self, lost: Lost, left_out: int | None) -> list[Update]:
-        updates = [Update(path, change, None) for path, change in scale_norms(self.model, lost, self.norms)]
+        scaled = scale_norms(self.model, lost, self.norms)
+        updates = [Update(path, lambda change=change: (change, None)) for path, change in scaled]
         if self.moments is not None:
             updates += find_updates(self.model, lost, self.moments, self.folds.get(left_out))
         return updates

@@ -22,12 +22,13 @@ from torch_sluice.compress.calling import (
 from torch_sluice.compress.candidates import Layers, Stage, Workshop
 from torch_sluice.compress.changes import describe_changes
 from torch_sluice.compress.choice import choose_layers
-from torch_sluice.compress.compensation import count_moment_bytes, join, measure_moments, reading_layers
+from torch_sluice.compress.compensation import reading_layers
 from torch_sluice.compress.estimate import Score, failed
 from torch_sluice.compress.folding import find_pairs
 from torch_sluice.compress.graph import ChannelGroup, find_groups
 from torch_sluice.compress.latency import compare_latency, measure_latency
 from torch_sluice.compress.measure import Measure
+from torch_sluice.compress.moments import count_moment_bytes, join, measure_moments
 from torch_sluice.compress.norm_scale import measure_norms, norms_of
 from torch_sluice.compress.progress import Progress
 from torch_sluice.compress.pruning import Pruner
@@ -63,7 +64,7 @@ class Run:
 
     def __init__(self, model: nn.Module, example_inputs: Any, data, metric, settings: Settings, progress: Progress):
         self.begin, self.settings, self.progress = time.monotonic(), settings, progress
-        self.original = copy_model(model)
+        self.original = copy_model(model, share=True)
         self.example = example_inputs
         if writes_into_inputs(self.original, example_inputs):
             give_copies(self.original)

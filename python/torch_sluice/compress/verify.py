@@ -9,6 +9,7 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -89,11 +90,17 @@ def _without_overlaps(groups: list[ChannelGroup]) -> list[ChannelGroup]:
 
 
 def _prove_together(model, groups: list[ChannelGroup], inputs, report) -> set[int]:
-    """ids of the groups that hold, found by halving."""
-    proved: dict[int, ChannelGroup] = {}
+    """ids of the groups that hold. One draw finds those that do not, which are few; the others are proved by all."""
+    likely = _sift(model, groups, inputs, report, draws=1)
+    return {id(group) for group in _sift(model, likely, inputs, report)}
+
+
+def _sift(model, groups: list[ChannelGroup], inputs, report, draws: int | None = None) -> list[ChannelGroup]:
+    """The groups that hold, found by halving."""
+    held: list[ChannelGroup] = []
     work = [groups] if groups else []
     while work:
-        part = [group for group in work.pop() if _is_free(group, list(proved.values()))]
+        part = [group for group in work.pop() if _is_free(group, held)]
         if not part:
             continue
         report(part[0].name)
@@ -101,11 +108,11 @@ def _prove_together(model, groups: list[ChannelGroup], inputs, report) -> set[in
         rest = [group for group in part if not any(group is other for other in whole)]
         if rest:
             work.insert(0, rest)  # last: most leave with units that are proved by then
-        if _difference(model, whole, inputs) is None:
-            proved.update((id(group), group) for group in whole)
+        if _difference(model, whole, inputs, draws) is None:
+            held += whole
         elif len(whole) > 1:
             work += [whole[len(whole) // 2 :], whole[: len(whole) // 2]]
-    return set(proved)
+    return held
 
 
 def _all_together(model, groups, inputs) -> tuple[list[ChannelGroup], list[str]]:
@@ -122,9 +129,11 @@ def _all_together(model, groups, inputs) -> tuple[list[ChannelGroup], list[str]]
     return good, notes
 
 
-def _difference(model: nn.Module, groups: list[ChannelGroup], inputs: list[Any]) -> str | None:
-    """What is wrong when random units of all of these groups are cut, or None."""
-    for number, (example, removals) in enumerate(_draws(groups, inputs)):
+def _difference(
+    model: nn.Module, groups: list[ChannelGroup], inputs: list[Any], draws: int | None = None
+) -> str | None:
+    """What is wrong when random units of all of these groups are cut, or None; ``draws``: only the first so many."""
+    for number, (example, removals) in enumerate(islice(_draws(groups, inputs), draws)):
         lost, sizes = {}, []
         for group, remove in zip(groups, removals, strict=True):
             chosen = random.Random(number * 7919 + group.width)

@@ -1,0 +1,197 @@
+"""Counts, means and second moments of what layers read, over folds of data: what compensation is fitted to."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from torch_sluice.compress.calling import call_model, evaluating, seeded
+
+_MOST_ROWS = 16384  # samples of x taken from one batch
+ROWS_FOR_UNKNOWN = 0.25  # independent ones, below which nothing is fitted
+
+
+def _upper(channels: int) -> Tensor:
+    """bool [channels, channels] The diagonal and what is above it."""
+    return torch.ones(channels, channels, dtype=torch.bool).triu_()
+
+
+def unpack(packed: Tensor, channels: int) -> Tensor:
+    """float64 [channels, channels] The symmetric matrix of which ``packed`` is the upper triangle, row by row."""
+    full = torch.zeros(channels, channels, dtype=torch.float64)
+    full.masked_scatter_(_upper(channels), packed.double())
+    return full + full.triu(1).T
+
+
+def _rows_of(module: nn.Module, x: Tensor) -> Tensor:
+    """[positions, channels] of an input with a batch dimension or without."""
+    if not isinstance(module, nn.Linear):
+        x = x.movedim(1 - module.weight.dim(), -1)  # the channels, in front of as many dimensions as the kernel has
+    return x.reshape(-1, x.shape[-1])
+
+
+class Moments:
+    """Count, sums and second moments of the input channels of some layers of a model.
+
+    ``product`` is symmetric: once all rows are added, ``pack`` keeps the upper half of it alone.
+    """
+
+    def __init__(self) -> None:
+        self.count: dict[str, int] = {}
+        self.total: dict[str, Tensor] = {}
+        self.product: dict[str, Tensor] = {}
+        self.rows: dict[str, float] = {}  # independent ones that the counted rows are worth, where that is known
+        self.refused: set[str] = set()  # layers for which part of the data has too few rows
+
+    def add(self, path: str, rows: Tensor) -> None:
+        """rows [samples, channels]"""
+        rows = rows[:: max(1, -(-len(rows) // _MOST_ROWS))].float()
+        if not rows.isfinite().all():
+            return
+        self.count[path] = self.count.get(path, 0) + len(rows)
+        self.total[path] = self.total.get(path, 0) + rows.sum(0, dtype=torch.float64)
+        self.product[path] = self.product.get(path, 0) + rows.T @ rows
+
+    def pack(self) -> None:
+        masks: dict[int, Tensor] = {}
+        for path, product in self.product.items():
+            self.product[path] = product[masks.setdefault(len(product), _upper(len(product)))]
+
+    def share(self, path: str, other: str) -> None:
+        """A layer reads the very inputs of another, whose moments serve both."""
+        for own in (self.count, self.total, self.product, self.rows):
+            if other in own:
+                own[path] = own[other]
+        if other in self.refused:
+            self.refused.add(path)
+
+    def drop(self, path: str) -> None:
+        for own in (self.count, self.total, self.product):
+            own.pop(path, None)
+
+    def rows_for_unknown(self) -> float:
+        """Independent rows for each channel of the layer that has fewest."""
+        return min((rows / len(self.total[path]) for path, rows in self.rows.items()), default=math.inf)
+
+
+class _Sums(dict[str, Tensor]):
+    """path -> the sum of several folds' packed moments, made anew at each look: all would be as large as a fold."""
+
+    def __init__(self, folds: Sequence[Moments]):
+        super().__init__()
+        self._folds = folds
+
+    def __getitem__(self, path: str) -> Tensor:
+        return sum(fold.product[path] for fold in self._folds)
+
+
+def join(folds: Sequence[Moments]) -> Moments:
+    """The moments of all of them, which are of different samples, with ``rows`` and ``refused``."""
+    joint, known = Moments(), {}
+    joint.product = _Sums(folds)
+    for path in set.intersection(*(set(fold.count) for fold in folds)):
+        inputs = tuple(id(fold.total[path]) for fold in folds)
+        first = known.setdefault(inputs, path)
+        if first != path:
+            joint.share(path, first)
+            continue
+        joint.count[path] = sum(fold.count[path] for fold in folds)
+        joint.total[path] = sum(fold.total[path] for fold in folds)
+        if len(folds) == 1:
+            continue
+        share = _independent_share(*(Part(list(folds[half::2]), path) for half in (0, 1)))
+        joint.rows[path] = share * joint.count[path]
+        # Refused on any of the parts that candidates are fitted to, or what is measured on them would tell nothing
+        # about what is fitted to all.
+        least = joint.count[path] - max(fold.count[path] for fold in folds)
+        if share * least < ROWS_FOR_UNKNOWN * len(joint.total[path]):
+            joint.refused.add(path)
+    return joint
+
+
+class Part:
+    """The moments of one layer's inputs over some folds, or over all folds but one."""
+
+    def __init__(self, folds: "list[Moments]", path: str, left_out: "Moments | None" = None):
+        self.count = sum(fold.count[path] for fold in folds)
+        self.total = sum(fold.total[path] for fold in folds)
+        self.product = sum(fold.product[path] for fold in folds)
+        if left_out is not None:
+            self.count = self.count - left_out.count[path]
+            self.total = self.total - left_out.total[path]
+            self.product = self.product - left_out.product[path]
+
+    @property
+    def mean(self) -> Tensor:
+        return self.total / self.count
+
+    def covariance(self, centred: bool = True) -> Tensor:
+        """float64 [channels, channels]; not centred: second moments."""
+        product = unpack(self.product, len(self.total)) / self.count
+        return product - self.mean[:, None] * self.mean if centred else product
+
+
+def _independent_share(first: Part, second: Part) -> float:
+    """Of the rows: of n independent rows, |C1 - C2|^2 of two halves is close to 4 / n of (tr C)^2 + tr C^2."""
+    one, other = first.covariance(), second.covariance()
+    mean = (one + other) / 2
+    spread = float(mean.diagonal().sum()) ** 2 + float(mean.square().sum())
+    difference = float((one - other).square().sum())
+    return min(1.0, (1 / first.count + 1 / second.count) * spread / difference) if difference > 0 else 1.0
+
+
+def count_moment_bytes(model: nn.Module, paths: list[str]) -> int:
+    """What the moments of these layers take."""
+    channels = [model.get_submodule(path).weight.shape[1] for path in paths]
+    return sum(2 * count * (count + 1) for count in channels)
+
+
+def measure_moments(
+    model: nn.Module, batches: Iterable[Any], paths: list[str], report: Callable[[str], None] = lambda text: None
+) -> Moments:
+    """Runs the model over the inputs of the batches and takes the moments of what these layers read. Layers that read
+    the same, such as those of queries, keys and values, share them."""
+    moments, hooks = Moments(), []
+    mates: dict[str, str] = {}  # layers that read what another does
+    seen = WeakIdKeyDictionary()  # tensor -> {version: (number, the layer that read it first)}
+    read: dict[str, list[int]] = {}  # numbers of the tensors that a layer read in one call of the model
+
+    def record(path: str):
+        def hook(module, args, kwargs):
+            x = args[0] if args else kwargs.get("input")
+            if not isinstance(x, Tensor):
+                return
+            version = 0 if x.is_inference() else x._version
+            number, first = seen.setdefault(x, {}).setdefault(version, (sum(map(len, read.values())), path))
+            read.setdefault(path, []).append(number)
+            if first == path or (path in moments.count and path not in mates):
+                moments.add(path, _rows_of(module, x.detach()))
+            else:
+                mates.setdefault(path, first)
+
+        return hook
+
+    unlike: set[str] = set()
+    try:
+        for path in paths:
+            hooks.append(model.get_submodule(path).register_forward_pre_hook(record(path), with_kwargs=True))
+        with evaluating(model), torch.no_grad():
+            for inputs in batches:
+                report("activations")
+                with seeded():
+                    call_model(model, inputs)
+                unlike |= {path for path, other in mates.items() if read.get(path) != read.get(other)}
+                seen.clear(), read.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    moments.pack()
+    for path, other in mates.items():
+        if path in unlike:  # the same here and not there: rare, and then nothing is known
+            moments.drop(path)
+        elif other in moments.count:
+            moments.share(path, other)
+    return moments
