@@ -153,7 +153,7 @@ def measure(options, machine: dict) -> dict:
         "kept_reported": [report.kept, report.kept_low],
         "evaluations": report.evaluations,
         "report": {
-            "layers": [[layer.name, layer.action, layer.before, layer.after] for layer in report.layers],
+            "layers": [[layer.name, layer.action, layer.before, layer.after, layer.reason] for layer in report.layers],
             "notes": report.notes,
         },
         **machine,

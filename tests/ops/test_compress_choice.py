@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
+from support.compress_models import call_all_faster
 from torch import nn
 
 import torch_sluice
 from torch_sluice.compress import measure as measure_module
-from torch_sluice.compress import quantization
-from torch_sluice.compress.choice import choose_layers
+from torch_sluice.compress import quantization, widths
+from torch_sluice.compress.choice import Choice, choose_layers
 from torch_sluice.compress.estimate import Score
 from torch_sluice.compress.latency import Latency
 from torch_sluice.compress.layers import quantized_weights
@@ -156,22 +157,53 @@ def test_of_layers_that_cost_too_much_the_worst_stay():
     losses = {"good": 0.001, "fair": 0.01, "bad": 0.2, "broken": math.inf}
     candidates = [Candidate(name, nn.Identity(), [], 2e-3, 1e-3, 100) for name in reversed(losses)]
 
-    def score(chosen):
+    def score(chosen, finer):
         low = 1 - sum(losses[c.name] for c in chosen)
         return Score(low + 0.005, low)
 
     def loss(chosen):
         return sum(losses[c.name] for c in chosen), "ValueError: no"
 
-    chosen, stay, found = choose_layers(candidates, score, loss, 0.95, Progress(False))
-    assert [candidate.name for candidate in chosen] == ["good", "fair"]
-    assert found.low == pytest.approx(0.989)
-    assert {decision.name: decision.reason for decision in stay} == {
+    choice = choose_layers(candidates, score, loss, 0.95, Progress(False))
+    assert [candidate.name for candidate in choice.chosen] == ["good", "fair"]
+    assert choice.score.low == pytest.approx(0.989)
+    assert {decision.name: decision.reason for decision in choice.stay} == {
         "bad": "quantised alone it moves the outputs by 20.00%",
         "broken": "the model fails with it quantised: ValueError: no",
     }
-    assert choose_layers(candidates[1:], score, loss, 0.5, Progress(False))[0] == candidates[1:]
-    assert choose_layers([], score, loss, 0.5, Progress(False)) == ([], [], None)
+    assert choose_layers(candidates[1:], score, loss, 0.5, Progress(False)).chosen == candidates[1:]
+    assert choose_layers([], score, loss, 0.5, Progress(False)) == Choice()
+
+
+@pytest.mark.parametrize(
+    ("finer_loss", "able", "chosen", "finer"),
+    [
+        (0.1, "abcd", "abcd", "cd"),  # what costs most for what it wins takes finer activations, and no more than that
+        (0.1, "abc", "abc", "c"),  # slower than in floating point with them
+        (0.4, "abcd", "abc", "c"),  # all of them finer would be too much, and one is not
+        (1.0, "abcd", "ab", ""),
+    ],
+)
+def test_layers_that_cost_too_much_take_finer_activations(finer_loss, able, chosen, finer):
+    losses = {"a": 0.01, "b": 0.02, "c": 0.05, "d": 0.06}
+    candidates = [Candidate(name, nn.Identity(), [], 2e-3, 1e-3, 100) for name in losses]
+
+    def score(some, fine):
+        names = {c.name for c in fine}
+        assert names <= {c.name for c in some}
+        low = 1 - sum(losses[c.name] * (finer_loss if c.name in names else 1.0) for c in some)
+        return Score(low, low)
+
+    def loss(some):
+        return sum(losses[c.name] for c in some), None
+
+    choice = choose_layers(
+        candidates, score, loss, 0.945, Progress(False), lambda some: [c for c in some if c.name in able]
+    )
+    assert "".join(sorted(c.name for c in choice.chosen)) == chosen
+    assert "".join(sorted(c.name for c in choice.finer)) == finer
+    assert choice.score.low >= 0.945
+    assert {decision.name for decision in choice.stay} == set("abcd") - set(chosen)
 
 
 def compress_with_relaxed_gain(monkeypatch, gain, **options):
@@ -180,7 +212,7 @@ def compress_with_relaxed_gain(monkeypatch, gain, **options):
     with torch.no_grad():
         model[0].weight *= 30  # or no layer of so few numbers would be faster quantised
     monkeypatch.setattr(quantization, "_GAIN", 0.0)
-    monkeypatch.setattr(quantization, "compare_latency", lambda *_: (Latency(gain, gain), Latency(1.0, 1.0)))
+    monkeypatch.setattr(widths, "compare_latency", lambda *_: (Latency(gain, gain), Latency(1.0, 1.0)))
     small = torch_sluice.compress(model, batches[0][0], batches, prune=False, progress=False, **options)
     weights = [weight for _, weight in quantized_weights(small)]
     assert weights
@@ -213,3 +245,43 @@ def test_bits_stay_where_fewer_cost_too_much(monkeypatch):
         return 0.5 if relaxed else 1.0
 
     assert compress_with_relaxed_gain(monkeypatch, 1.2, metric=metric, keep=0.9)[0] == {30.0}
+
+
+def finer_by_metric(monkeypatch, seconds, **options):
+    """A compressed model of which layer 2 is right with fine activations alone, where these take so many seconds."""
+
+    def metric(model, batches):
+        weight = dict(quantized_weights(model)).get("2.weight")
+        return 0.5 if weight is not None and weight.options.target_sqnr < 40 else 1.0
+
+    def time_turn(model, some, watched, example, of):
+        of.update((c.places[0], seconds) for c in watched)
+
+    model, batches = model_and_batches()
+    monkeypatch.setattr(quantization, "_time_in_place", call_all_faster)
+    monkeypatch.setattr(widths, "time_turn", time_turn)
+    small = torch_sluice.compress(
+        model, batches[0][0], batches, metric=metric, keep=0.9, prune=False, progress=False, **options
+    )
+    reasons = {layer.name: layer.reason for layer in small.compression_report.layers if layer.action == "quantized"}
+    return small, {name: weight.options.target_sqnr for name, weight in quantized_weights(small)}, reasons
+
+
+def test_a_layer_that_would_stay_takes_finer_activations(monkeypatch, tmp_path):
+    small, targets, reasons = finer_by_metric(monkeypatch, 0.0)
+    assert targets.pop("2.weight") == widths.FINER_SQNR
+    assert set(targets.values()) <= {30.0}
+    assert "finer activations" in reasons["2"]
+    assert not any("finer" in reason for name, reason in reasons.items() if name != "2")
+    torch_sluice.compress.save(small, tmp_path / "small.pt")
+    loaded = torch_sluice.compress.load(tmp_path / "small.pt", model_and_batches()[0])
+    assert dict(quantized_weights(loaded))["2.weight"].options.target_sqnr == widths.FINER_SQNR
+
+
+@pytest.mark.parametrize(
+    ("seconds", "options"), [(1e9, {}), (0.0, {"target_sqnr": 30.0})], ids=["slower", "the target was given"]
+)
+def test_finer_activations_are_not_taken(monkeypatch, seconds, options):
+    _, targets, _ = finer_by_metric(monkeypatch, seconds, **options)
+    assert "2.weight" not in targets
+    assert set(targets.values()) <= {30.0}

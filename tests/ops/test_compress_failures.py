@@ -8,7 +8,7 @@ from support.compress_models import call_all_faster, mlp
 from torch import nn
 
 import torch_sluice
-from torch_sluice.compress import QuantizedWeight, quantization, run
+from torch_sluice.compress import QuantizedWeight, quantising, quantization, run, widths
 from torch_sluice.compress.folding import find_pairs, fold_batch_norms, fold_pairs
 from torch_sluice.compress.moments import measure_moments
 
@@ -106,7 +106,8 @@ def test_no_stage_of_the_work_lets_an_error_out(where, monkeypatch):
         raise AttributeError("inside")
 
     monkeypatch.setattr(quantization, "_time_in_place", call_all_faster)
-    monkeypatch.setattr(run if where in ("find_pairs", "compare_latency") else quantization, where, fail)
+    rooms = {"find_candidates": quantization, "find_pairs": quantising, "compare_latency": run, "relax": widths}
+    monkeypatch.setattr(rooms[where], where, fail)
     small = torch_sluice.compress(mlp().eval(), EXAMPLE, batches(), keep=0.5, **QUIET)
     assert any("AttributeError: inside" in note for note in small.compression_report.notes)
     with torch.no_grad():

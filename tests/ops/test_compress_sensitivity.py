@@ -87,16 +87,16 @@ def test_many_layers_are_measured_in_sets_and_those_that_cost_much_are_found():
     losses[17] = losses[120] = 0.2
     candidates, loss, calls = layers(losses)
 
-    def score(chosen):
+    def score(chosen, finer):
         low = 1 - loss(chosen)[0]
         return Score(low, low)
 
     calls.clear()
-    chosen, stay, best = choose_layers(candidates, score, loss, 0.99, Progress(False))
-    assert {c.name for c in candidates} - {c.name for c in chosen} == {"17", "120"}
-    assert best.low >= 0.99
+    choice = choose_layers(candidates, score, loss, 0.99, Progress(False))
+    assert {c.name for c in candidates} - {c.name for c in choice.chosen} == {"17", "120"}
+    assert choice.score.low >= 0.99
     assert len(calls) < 80
-    assert {decision.name: decision.reason for decision in stay} == dict.fromkeys(
+    assert {decision.name: decision.reason for decision in choice.stay} == dict.fromkeys(
         ["17", "120"], "quantised alone it moves the outputs by 20.00%"
     )
 
@@ -106,12 +106,12 @@ def test_a_layer_that_fails_among_many_is_found():
     losses[63] = math.inf
     candidates, loss, _ = layers(losses)
 
-    def score(chosen):
+    def score(chosen, finer):
         return Score(1.0, 1.0) if math.isfinite(loss(chosen)[0]) else Score(-math.inf, -math.inf)
 
-    chosen, stay, _ = choose_layers(candidates, score, loss, 0.99, Progress(False))
-    assert len(chosen) == 99
-    assert [(d.name, d.reason) for d in stay] == [("63", "the model fails with it quantised: ValueError: no")]
+    choice = choose_layers(candidates, score, loss, 0.99, Progress(False))
+    assert len(choice.chosen) == 99
+    assert [(d.name, d.reason) for d in choice.stay] == [("63", "the model fails with it quantised: ValueError: no")]
 
 
 def test_samples_of_many_outputs_are_fewer():
@@ -123,10 +123,10 @@ def test_samples_of_many_outputs_are_fewer():
 
 def test_what_would_make_up_for_cuts_is_freed_where_nothing_is_cut(monkeypatch):
     import torch_sluice
-    from torch_sluice.compress import run
+    from torch_sluice.compress import quantising, run
 
     seen = []
-    choose = run.choose_layers
+    choose = quantising.choose_layers
     monkeypatch.setattr(
         run, "find_stages", lambda of, floor: (seen.append(of.pruner) or [run.Stage({})], [], Score(1.0, 1.0, 32))
     )
@@ -135,7 +135,7 @@ def test_what_would_make_up_for_cuts_is_freed_where_nothing_is_cut(monkeypatch):
         seen.append(SimpleNamespace(moments=seen[0].moments, folds=seen[0].folds))
         return choose(*arguments)
 
-    monkeypatch.setattr(run, "choose_layers", watch)
+    monkeypatch.setattr(quantising, "choose_layers", watch)
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4)).eval()
     batches = [(torch.randn(16, 16), None) for _ in range(8)]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from torch_sluice.compress import quantization
+from torch_sluice.compress import quantization, widths
 from torch_sluice.compress.folding import Pair, fold_pairs
 from torch_sluice.compress.pruning import Plan, Pruner
 from torch_sluice.compress.quantization import Candidate
@@ -30,6 +30,7 @@ class Layers:
     chosen: Sequence[Candidate] = ()
     options: dict[str, Any] | None = None
     target_sqnr: float | None = None  # in place of the options' where it is lower
+    finer: frozenset[str] = frozenset()  # names of those whose activations take more bits (widths.FINER_SQNR)
 
 
 class Workshop:
@@ -65,13 +66,10 @@ class Workshop:
 @contextlib.contextmanager
 def _quantized(model: nn.Module, layers: Layers, packed: bool) -> Iterator[None]:
     weights = [quantization.repacked(model, c, layers.options) if not packed else c for c in layers.chosen]
-    widths = [c.weight.options.target_sqnr for c in weights]
-    try:
+    with contextlib.ExitStack() as stack:
         if layers.target_sqnr is not None:
-            for candidate, width in zip(weights, widths, strict=True):
-                candidate.weight.set_target_sqnr(min(width, layers.target_sqnr))
-        with quantization.placed(model, weights):
-            yield
-    finally:
-        for candidate, width in zip(weights, widths, strict=True):
-            candidate.weight.set_target_sqnr(width)
+            stack.enter_context(widths.with_sqnr(weights, lambda width: min(width, layers.target_sqnr)))
+        finer = [candidate for candidate in weights if candidate.name in layers.finer]
+        stack.enter_context(widths.with_sqnr(finer, lambda width: widths.FINER_SQNR))
+        stack.enter_context(quantization.placed(model, weights))
+        yield

@@ -1,10 +1,12 @@
-"""Which of the layers that are better quantised are, as far as the metric allows."""
+"""Which of the layers that are better quantised are, as far as the metric allows, and with how fine activations."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from torch_sluice.compress.estimate import Score
 from torch_sluice.compress.progress import Progress
+from torch_sluice.compress.pruning import bisect_count
 from torch_sluice.compress.quantization import Candidate
 from torch_sluice.compress.report import LayerDecision
 
@@ -13,49 +15,86 @@ _COSTLY = 2.0  # times what a set costs on average, above which its halves are m
 _BYTES_WORTH = 0.1  # what all the bytes that quantising wins count for, all the time counting 1
 
 
+@dataclass
+class Choice:
+    """What is quantised, what of it with finer activations, why others stay, and what the model then keeps."""
+
+    chosen: list[Candidate] = field(default_factory=list)
+    finer: list[Candidate] = field(default_factory=list)
+    stay: list[LayerDecision] = field(default_factory=list)
+    score: Score | None = None  # None where nothing is chosen
+
+
 def choose_layers(
     candidates: list[Candidate],
-    score: Callable[[list[Candidate]], Score],
+    score: Callable[[Sequence[Candidate], Sequence[Candidate]], Score],
     loss: Callable[[list[Candidate]], tuple[float, str | None]],
     floor: float,
     progress: Progress,
-) -> tuple[list[Candidate], list[LayerDecision], Score | None]:
+    find_finer: Callable[[list[Candidate]], list[Candidate]] = lambda candidates: [],
+) -> Choice:
     """As many of the candidates as leave ``floor`` of the metric at least. If all together cost too much, each is
-    measured, alone or where there are many with its neighbours, and those that fail, or cost most for what they win, in
-    time and a little in bytes, stay in floating point. The score is that of the choice; None where nothing is chosen.
+    measured, alone or where there are many with its neighbours. Those that cost most for what they win, in time and a
+    little in bytes, take finer activations, as few as will do; where that does not help, or would be slower than
+    floating point, they stay in it, as those do with which the model fails.
 
     Args:
-        score: what the model keeps with these quantised.
+        score: what the model keeps with the first quantised, the second of them with finer activations.
         loss: how far outputs move with these quantised, and why it fails; as ``Measure.loss``.
+        find_finer: those of these that are still faster with finer activations.
     """
     progress.start("quantising", None)
     progress.step("all layers")
     if not candidates:
-        return [], [], None
-    everything = score(candidates)
+        return Choice()
+    everything = score(candidates, ())
     if everything.low >= floor:
-        return candidates, [], everything
+        return Choice(candidates, score=everything)
     costs, shared, stay = _measure_costs(candidates, loss, progress)
     time = sum(c.before - c.after for c in candidates) or 1.0
     size = sum(c.bytes for c in candidates) or 1
     worth = {c.name: (c.before - c.after) / time + _BYTES_WORTH * c.bytes / size for c in candidates}
     order = [c for c in candidates if c.name in costs]
     order.sort(key=lambda c: -worth[c.name] / costs[c.name])
-    low, high, best = 0, len(order) - (len(order) == len(candidates)), None  # the longest prefix that keeps the floor
-    progress.start("quantising", max(1, high).bit_length())
-    while low < high:
-        middle = (low + high + 1) // 2
-        progress.step(f"{middle} layers")
-        found = score(order[:middle])
-        if found.low >= floor:
-            low, best = middle, found
-        else:
-            high = middle - 1
-    for c in order[low:]:
-        beside = f"with {shared[c.name] - 1} others" if shared[c.name] > 1 else "alone"
-        moved = costs[c.name] * shared[c.name]
-        stay.append(_stays(c, f"quantised {beside} it moves the outputs by {moved:.2%}", costs[c.name]))
-    return order[:low], stay, best
+    able = {c.name for c in find_finer(order)}
+    choice = Choice(stay=stay)
+
+    def longest(count: int, chosen: Callable[[int], tuple[list[Candidate], list[Candidate]]]) -> int:
+        """The largest number that keeps the floor, 0 if none does; what belongs to it becomes the choice."""
+        progress.start("quantising", max(1, count).bit_length())
+
+        def accept(number: int) -> bool:
+            progress.step(f"{number} layers")
+            some, finer = chosen(number)
+            found = score(some, finer)
+            if found.low < floor:
+                return False
+            choice.chosen, choice.finer, choice.score = some, finer, found
+            return True
+
+        return bisect_count(count, accept)
+
+    def finer_beyond(number: int) -> tuple[list[Candidate], list[Candidate]]:
+        finer = [c for c in order[number:] if c.name in able]
+        return order[:number] + finer, finer
+
+    most = len(order) - (len(order) == len(candidates))  # all of them do not
+    found = score(*finer_beyond(0)) if able else None
+    if found is not None and found.low >= floor:
+        choice.chosen, choice.finer = finer_beyond(0)
+        choice.score = found
+        longest(most, finer_beyond)
+    else:
+        number = longest(most, lambda number: (order[:number], []))
+        _, rest = finer_beyond(number)
+        longest(len(rest), lambda more: (order[:number] + rest[:more], rest[:more]))
+    chosen = {c.name for c in choice.chosen}
+    for c in order:
+        if c.name not in chosen:
+            beside = f"with {shared[c.name] - 1} others" if shared[c.name] > 1 else "alone"
+            moved = costs[c.name] * shared[c.name]
+            stay.append(_stays(c, f"quantised {beside} it moves the outputs by {moved:.2%}", costs[c.name]))
+    return choice
 
 
 def _measure_costs(

@@ -1,5 +1,6 @@
 """Counts, means and second moments of what layers read, over folds of data: what compensation is fitted to."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -11,9 +12,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from torch_sluice.compress.calling import call_model, evaluating, seeded
 
 _MOST_ROWS = 16384  # samples of x taken from one batch
+_GATHERED = 256  # rows, at least, that are multiplied at once
 ROWS_FOR_UNKNOWN = 0.25  # independent ones, below which nothing is fitted
 
 
+@functools.lru_cache(maxsize=8)
 def _upper(channels: int) -> Tensor:
     """bool [channels, channels] The diagonal and what is above it."""
     return torch.ones(channels, channels, dtype=torch.bool).triu_()
@@ -36,29 +39,52 @@ def _rows_of(module: nn.Module, x: Tensor) -> Tensor:
 class Moments:
     """Count, sums and second moments of the input channels of some layers of a model.
 
-    ``product`` is symmetric: once all rows are added, ``pack`` keeps the upper half of it alone.
+    ``product`` is symmetric: the upper half of it is kept alone, and whole ones are only made for a while. Rows are
+    gathered until there are enough of them, since a half is picked out of a whole much slower than it is added to.
+
+    Args:
+        channels: of each layer whose second moments are to lie in one piece of memory. Halves that are allocated one by
+            one, between what the model takes for a call, leave gaps that add up to more than they are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, channels: dict[str, int] | None = None) -> None:
+        halves = {path: count * (count + 1) // 2 for path, count in (channels or {}).items()}
+        memory = torch.empty(sum(halves.values()))  # what is never written to takes no memory
+        self._places = dict(zip(halves, memory.split(list(halves.values())), strict=True)) if halves else {}
         self.count: dict[str, int] = {}
         self.total: dict[str, Tensor] = {}
         self.product: dict[str, Tensor] = {}
         self.rows: dict[str, float] = {}  # independent ones that the counted rows are worth, where that is known
         self.refused: set[str] = set()  # layers for which part of the data has too few rows
+        self._gathered: dict[str, list[Tensor]] = {}
 
     def add(self, path: str, rows: Tensor) -> None:
-        """rows [samples, channels]"""
+        """rows [samples, channels]. ``finish`` is to be called behind the last."""
         rows = rows[:: max(1, -(-len(rows) // _MOST_ROWS))].float()
         if not rows.isfinite().all():
             return
         self.count[path] = self.count.get(path, 0) + len(rows)
         self.total[path] = self.total.get(path, 0) + rows.sum(0, dtype=torch.float64)
-        self.product[path] = self.product.get(path, 0) + rows.T @ rows
+        gathered = [*self._gathered.pop(path, ()), rows]
+        if sum(map(len, gathered)) >= _GATHERED:
+            self._multiply(path, gathered)
+        else:  # what is read may be written to later, and a view would hold all that it is a view of
+            self._gathered[path] = [*gathered[:-1], rows.clone()]
 
-    def pack(self) -> None:
-        masks: dict[int, Tensor] = {}
-        for path, product in self.product.items():
-            self.product[path] = product[masks.setdefault(len(product), _upper(len(product)))]
+    def finish(self) -> None:
+        for path, gathered in self._gathered.items():
+            self._multiply(path, gathered)
+        self._gathered.clear()
+
+    def _multiply(self, path: str, gathered: list[Tensor]) -> None:
+        rows = torch.cat(gathered) if len(gathered) > 1 else gathered[0]
+        half = (rows.T @ rows)[_upper(rows.shape[1])]
+        if path in self.product:
+            self.product[path].add_(half)
+        elif path in self._places:
+            self.product[path] = self._places[path].copy_(half)
+        else:
+            self.product[path] = half
 
     def share(self, path: str, other: str) -> None:
         """A layer reads the very inputs of another, whose moments serve both."""
@@ -69,7 +95,7 @@ class Moments:
             self.refused.add(path)
 
     def drop(self, path: str) -> None:
-        for own in (self.count, self.total, self.product):
+        for own in (self.count, self.total, self.product, self._gathered):
             own.pop(path, None)
 
     def rows_for_unknown(self) -> float:
@@ -145,8 +171,12 @@ def _independent_share(first: Part, second: Part) -> float:
 
 def count_moment_bytes(model: nn.Module, paths: list[str]) -> int:
     """What the moments of these layers take."""
-    channels = [model.get_submodule(path).weight.shape[1] for path in paths]
+    channels = [_channels(model, path) for path in paths]
     return sum(2 * count * (count + 1) for count in channels)
+
+
+def _channels(model: nn.Module, path: str) -> int:
+    return model.get_submodule(path).weight.shape[1]
 
 
 def measure_moments(
@@ -154,7 +184,7 @@ def measure_moments(
 ) -> Moments:
     """Runs the model over the inputs of the batches and takes the moments of what these layers read. Layers that read
     the same, such as those of queries, keys and values, share them."""
-    moments, hooks = Moments(), []
+    moments, hooks = Moments({path: _channels(model, path) for path in paths}), []
     mates: dict[str, str] = {}  # layers that read what another does
     seen = WeakIdKeyDictionary()  # tensor -> {version: (number, the layer that read it first)}
     read: dict[str, list[int]] = {}  # numbers of the tensors that a layer read in one call of the model
@@ -188,7 +218,7 @@ def measure_moments(
     finally:
         for hook in hooks:
             hook.remove()
-    moments.pack()
+    moments.finish()
     for path, other in mates.items():
         if path in unlike:  # the same here and not there: rare, and then nothing is known
             moments.drop(path)

@@ -78,7 +78,7 @@ def compress(
         compensate: fold what pruned channels would have brought, as far as others tell it, into the layers that read
             them (compensation.py).
         target_sqnr: signal-to-noise ratio in dB by which activations take their widths. None: 30, or 24 for all layers
-            where the model is faster for it and the metric is kept.
+            where the model is faster for it and the metric is kept, or 42 for single ones where the metric needs it.
         quantize_policy, weight_bits, group_size: of the quantised layers, see ``quantize_layer``.
         threads: that torch uses while measuring; None: as it is set.
         progress: a bar on standard error once two seconds have passed.

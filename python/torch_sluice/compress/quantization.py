@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from torch_sluice.compress.calling import call_model, evaluating
-from torch_sluice.compress.latency import compare_latency
 from torch_sluice.compress.layers import forgo_fast_paths, quantized_weights
 from torch_sluice.compress.progress import Progress
 from torch_sluice.compress.quantized import QuantizedWeight
@@ -21,10 +20,8 @@ from torch_sluice.compress.uses import Use, float_parameters, watch_uses
 
 SMALLEST = 1 << 16  # elements of a weight that is worth it for its bytes
 _GAIN = 1.1  # a layer must become so many times faster, or just faster if it has SMALLEST weights
-_TURNS = 3  # of timing
+TURNS = 3  # of timing
 _CALLS = 5  # in a turn
-RELAXED_SQNR = 24.0  # dB: noise of a row is 1/16 of it
-_RELAXED_GAIN = 1.02  # the model must become so many times faster
 
 
 @dataclass
@@ -41,6 +38,8 @@ class Candidate:
 
     def all(self) -> list["Candidate"]:
         return [self, *self.members]
+
+    finer: float | None = None  # seconds with finer activations, where that was timed (widths.py)
 
     @property
     def for_bytes(self) -> bool:
@@ -237,47 +236,38 @@ def _time_in_place(model: nn.Module, candidates: list[Candidate], example_inputs
     """
     if not candidates:
         return
-    names = {candidate.name: candidate.places[0] for candidate in candidates}
     before: dict[str, float] = {}
     after: dict[str, float] = {}
-    progress.start("timing", _TURNS)
-    for _ in range(_TURNS):
+    progress.start("timing", TURNS)
+    for _ in range(TURNS):
         progress.step("layers")
         for some, seconds in (([], before), (candidates, after)):
-            with placed(model, some), evaluating(model), torch.inference_mode():
-                call_model(model, example_inputs)
-                for _ in range(_CALLS):
-                    uses = watch_uses(model, lambda: call_model(model, example_inputs), list(names.values()))
-                    for name, use in uses.items():
-                        seconds[name] = min(use.seconds, seconds.get(name, math.inf))
+            time_turn(model, some, candidates, example_inputs, seconds)
     for candidate in candidates:
-        candidate.before, candidate.after = before[names[candidate.name]], after[names[candidate.name]]
+        candidate.before, candidate.after = before[candidate.places[0]], after[candidate.places[0]]
+
+
+def time_turn(
+    model: nn.Module, some: list[Candidate], watched: list[Candidate], example_inputs: Any, seconds: dict[str, float]
+) -> None:
+    """Least seconds of the watched weights in a few calls of the model with some of them quantised, by name."""
+    names = [candidate.places[0] for candidate in watched]
+    with placed(model, some), evaluating(model), torch.inference_mode():
+        call_model(model, example_inputs)
+        for _ in range(_CALLS):
+            for name, use in watch_uses(model, lambda: call_model(model, example_inputs), names).items():
+                seconds[name] = min(use.seconds, seconds.get(name, math.inf))
 
 
 def apply(model: nn.Module, candidates: list[Candidate]) -> nn.Module:
     """A copy of the model with these weights quantised, none of whose parameters asks for a gradient."""
     # What deepcopy believes to have copied already it takes as it is: the floating-point weights are not copied.
     memo: dict[int, Any] = {}
-    for candidate in (member for whole in candidates for member in whole.all()):
-        place = candidate.places[0]
-        memo[id(model.get_parameter(place))] = nn.Parameter(copy.deepcopy(candidate.weight), requires_grad=False)
+    for member in (member for whole in candidates for member in whole.all()):
+        place = member.places[0]
+        memo[id(model.get_parameter(place))] = nn.Parameter(copy.deepcopy(member.weight), requires_grad=False)
     quantized = copy.deepcopy(model, memo)
     if candidates:
         quantized.requires_grad_(False)
         forgo_fast_paths(quantized)
     return quantized
-
-
-def relax(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, float] | None:
-    """A copy of a quantised model whose activations may take fewer bits, and how many times as fast it is; None where
-    that wins nothing, as where the processor multiplies 7 and 8 bits at the same speed."""
-    relaxed, changed = copy.deepcopy(model), False
-    for _, weight in quantized_weights(relaxed):
-        if weight.options.policy == "sqnr" and weight.kind != "rows":
-            changed = changed or weight.options.target_sqnr > RELAXED_SQNR
-            weight.set_target_sqnr(min(weight.options.target_sqnr, RELAXED_SQNR))
-    if not changed:
-        return None
-    before, after = compare_latency(model, relaxed, example_inputs)
-    gain = before.median / after.median
-    return (relaxed, gain) if gain >= _RELAXED_GAIN else None

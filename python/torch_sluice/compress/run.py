@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_sluice.compress import quantization
 from torch_sluice.compress.calling import (
     check_example,
     copy_model,
@@ -21,10 +20,8 @@ from torch_sluice.compress.calling import (
 )
 from torch_sluice.compress.candidates import Layers, Stage, Workshop
 from torch_sluice.compress.changes import describe_changes
-from torch_sluice.compress.choice import choose_layers
 from torch_sluice.compress.compensation import reading_layers
 from torch_sluice.compress.estimate import Score, failed
-from torch_sluice.compress.folding import find_pairs
 from torch_sluice.compress.graph import ChannelGroup, find_groups
 from torch_sluice.compress.latency import compare_latency, measure_latency
 from torch_sluice.compress.measure import Measure
@@ -32,8 +29,9 @@ from torch_sluice.compress.moments import count_moment_bytes, join, measure_mome
 from torch_sluice.compress.norm_scale import measure_norms, norms_of
 from torch_sluice.compress.progress import Progress
 from torch_sluice.compress.pruning import Pruner
+from torch_sluice.compress.quantising import find_layers, quantise
 from torch_sluice.compress.report import CompressionReport, LayerDecision, count_bytes
-from torch_sluice.compress.stages import SLACK, describe_pruning, find_stages
+from torch_sluice.compress.stages import describe_pruning, find_stages
 
 _PROVED = 2  # pieces of data on which groups are proved, beside the example
 _SCALED = 16  # pieces of data that say how large a norm's channels are: one number for each norm
@@ -77,7 +75,7 @@ class Run:
         self.layers: list[LayerDecision] = []
         self.groups: list[ChannelGroup] = []
         self.pruner: Pruner | None = None
-        self._of_original: tuple[Layers, list[LayerDecision]] | None = None  # once they were looked for
+        self.of_original: tuple[Layers, list[LayerDecision]] | None = None  # once they were looked for
         self.evaluations = 0
         self.failures: Counter[str] = Counter()
         self.call_seconds = measure_latency(self.original, example_inputs, 7, 0.3).median
@@ -97,7 +95,7 @@ class Run:
                 self.pruner.forget_data()
         stage, result = stages[-1], None
         if settings.quantize:
-            stage, result, score = self._quantise(stages, score)
+            stage, result, score = quantise(self, stages, score)
         if self.pruner is not None:
             describe_pruning(self, stage.kept, {curve.group: curve for curve in curves})
         return self._report(stage, result, score)
@@ -190,7 +188,7 @@ class Run:
             self.failures[score.reason] += 1
         return score
 
-    def _loss(self, stage: Stage, layers: Layers | None) -> tuple[float, str | None]:
+    def loss(self, stage: Stage, layers: Layers | None) -> tuple[float, str | None]:
         self.evaluations += 1
         left_out = self.measure.folds[-1] if self.workshop.is_fitted(stage) else None
         try:
@@ -204,90 +202,12 @@ class Run:
         if not self.settings.quantize:
             return 0.0
         begin = time.monotonic()
-        layers, _ = self._of_original = self._find_layers(Stage({}))
+        layers, _ = self.of_original = find_layers(self, Stage({}))
         self.progress.foresee("timing", time.monotonic() - begin)  # of the pruned model
         if not layers.chosen:
             return 0.0
         kept = self.score(Stage({}), layers).kept
         return min(max(0.0, 1 - kept), (1 - self.settings.keep) / 2)
-
-    def _find_layers(self, stage: Stage) -> tuple[Layers, list[LayerDecision]]:
-        """What could be done to a stage's layers, and why others stay. No copy is made."""
-        if not stage.kept and stage.trained is None and self._of_original is not None:
-            return self._of_original
-        layers, stay = Layers(), []
-        try:
-            with self.workshop.made(stage, None) as model:
-                pairs = find_pairs(model, self.example)
-            layers = Layers(pairs)
-            options = self.settings.quantize_options
-            with self.workshop.made(stage, None, layers) as folded:
-                candidates, stay = quantization.find_candidates(folded, self.example, options, self.progress)
-            layers = Layers(pairs, candidates, options)
-        except Exception as error:  # code in the model that looks into its layers
-            self.notes.append(f"not quantised: the model fails with quantised layers: {describe_error(error)}")
-        return layers, stay
-
-    def _quantise(self, stages: list[Stage], score: Score) -> tuple[Stage, nn.Module | None, Score]:
-        """The last stage that keeps enough when quantised; layers stay in floating point where it takes that."""
-        floor = self.settings.keep - SLACK
-        for stage in reversed(stages[-3:]):
-            found, stay = self._find_layers(stage)
-
-            def layers(chosen, found=found):
-                return Layers(found.pairs, chosen, found.options)
-
-            chosen, costly, best = choose_layers(
-                found.chosen,
-                lambda some, stage=stage: self.score(stage, layers(some), floor),
-                lambda some, stage=stage: self._loss(stage, layers(some)),
-                floor,
-                self.progress,
-            )
-            lost = sum(c.before - c.after for c in found.chosen) - sum(c.before - c.after for c in chosen)
-            won = sum(c.before - c.after for c in found.chosen)
-            if stage is not stages[0] and won > 0 and lost > 0.5 * won:
-                continue  # pruning took what quantising needs: try with less of it
-            break
-        self.layers += stay + costly
-        if best is None and found.pairs:  # folded alone
-            best = self.score(stage, Layers(found.pairs), floor)
-        if best is None or best.low < floor:  # folding alone moves the last bits of a metric at its limit
-            if found.chosen:
-                self.notes.append(f"not quantised: {self.settings.keep:.1%} of the metric would not be sure")
-            return (stage, None, score) if stage is stages[-1] else (stages[-1], None, score)
-        try:
-            with self.workshop.made(stage, None, Layers(found.pairs)) as folded:
-                result = quantization.apply(folded, chosen)
-        except Exception as error:
-            self.failures[describe_error(error)] += 1
-            return stages[-1], None, score
-        self.layers += [LayerDecision(norm, "folded", "into the layer before it") for _, norm in found.pairs]
-        for c in chosen:
-            reason = "for its bytes"
-            if not c.for_bytes:
-                reason = f"measured {c.before * 1e6:.0f} -> {c.after * 1e6:.0f} µs"
-            self.layers.append(LayerDecision(c.name, "quantized", reason, None, None, c.before - c.after))
-        if self.settings.may_relax and chosen:
-            result, best = self._relax(result, stage, layers(chosen), best, floor)
-        return stage, result, best
-
-    def _relax(self, result: nn.Module, stage: Stage, layers: Layers, score: Score, floor: float):
-        self.progress.start("relaxing")
-        self.progress.step("fewer bits")
-        try:
-            relaxed = quantization.relax(result, self.example)
-        except Exception as error:
-            self.failures[describe_error(error)] += 1
-            return result, score
-        if relaxed is None:
-            return result, score
-        layers.target_sqnr = quantization.RELAXED_SQNR
-        found = self.score(stage, layers, floor)
-        if found.low < floor:
-            return result, score
-        self.notes.append(f"activations take fewer bits than by default: {relaxed[1]:.2f} times as fast")
-        return relaxed[0], found
 
     def _report(self, stage: Stage, result: nn.Module | None, score: Score) -> nn.Module:
         self.progress.start("measuring the result")
