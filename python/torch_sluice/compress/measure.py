@@ -30,7 +30,7 @@ from torch_sluice.compress.samples import (
 )
 
 _COMPARED = 8  # pieces on which outputs are compared
-_MOST_ELEMENTS = 1 << 26  # of outputs that are compared
+_MOST_ELEMENTS = 1 << 24  # of outputs that are compared
 _PIECES = {True: 8, False: 20}  # that few batches are cut into: to divide them; to see a metric's spread
 _ACCURACY = 0.15  # relative standard error with which a loss is known well enough,
 _FEWEST, _FEWEST_LARGE = 16, 4  # and samples; fewer where outputs of a sample have

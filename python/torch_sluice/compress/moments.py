@@ -43,20 +43,20 @@ class Moments:
     gathered until there are enough of them, since a half is picked out of a whole much slower than it is added to.
 
     Args:
-        channels: of each layer whose second moments are to lie in one piece of memory. Halves that are allocated one by
-            one, between what the model takes for a call, leave gaps that add up to more than they are.
+        channels: of the layers. What is held from one call of the model to the next lies side by side: blocks that are
+            allocated when they are needed, between what the model takes for a call, leave gaps that add up to more.
     """
 
-    def __init__(self, channels: dict[str, int] | None = None) -> None:
-        halves = {path: count * (count + 1) // 2 for path, count in (channels or {}).items()}
-        memory = torch.empty(sum(halves.values()))  # what is never written to takes no memory
-        self._places = dict(zip(halves, memory.split(list(halves.values())), strict=True)) if halves else {}
+    def __init__(self, channels: dict[str, int]) -> None:
         self.count: dict[str, int] = {}
         self.total: dict[str, Tensor] = {}
         self.product: dict[str, Tensor] = {}
         self.rows: dict[str, float] = {}  # independent ones that the counted rows are worth, where that is known
         self.refused: set[str] = set()  # layers for which part of the data has too few rows
-        self._gathered: dict[str, list[Tensor]] = {}
+        # What is never written to takes no memory.
+        self._places = {path: torch.empty(count * (count + 1) // 2) for path, count in channels.items()}
+        self._gathered = {path: torch.empty(_GATHERED, count) for path, count in channels.items()}
+        self._waiting = dict.fromkeys(channels, 0)  # rows of these
 
     def add(self, path: str, rows: Tensor) -> None:
         """rows [samples, channels]. ``finish`` is to be called behind the last."""
@@ -65,26 +65,31 @@ class Moments:
             return
         self.count[path] = self.count.get(path, 0) + len(rows)
         self.total[path] = self.total.get(path, 0) + rows.sum(0, dtype=torch.float64)
-        gathered = [*self._gathered.pop(path, ()), rows]
-        if sum(map(len, gathered)) >= _GATHERED:
-            self._multiply(path, gathered)
-        else:  # what is read may be written to later, and a view would hold all that it is a view of
-            self._gathered[path] = [*gathered[:-1], rows.clone()]
+        if len(rows) >= _GATHERED:
+            self._multiply(path, rows)
+            return
+        if self._waiting[path] + len(rows) > _GATHERED:
+            self._multiply_waiting(path)
+        begin = self._waiting[path]
+        self._gathered[path][begin : begin + len(rows)] = rows
+        self._waiting[path] += len(rows)
 
     def finish(self) -> None:
-        for path, gathered in self._gathered.items():
-            self._multiply(path, gathered)
-        self._gathered.clear()
+        for path in self.count:
+            self._multiply_waiting(path)
+        self._places, self._gathered = {}, {}
 
-    def _multiply(self, path: str, gathered: list[Tensor]) -> None:
-        rows = torch.cat(gathered) if len(gathered) > 1 else gathered[0]
+    def _multiply_waiting(self, path: str) -> None:
+        if self._waiting[path]:
+            self._multiply(path, self._gathered[path][: self._waiting[path]])
+        self._waiting[path] = 0
+
+    def _multiply(self, path: str, rows: Tensor) -> None:
         half = (rows.T @ rows)[_upper(rows.shape[1])]
         if path in self.product:
             self.product[path].add_(half)
-        elif path in self._places:
-            self.product[path] = self._places[path].copy_(half)
         else:
-            self.product[path] = half
+            self.product[path] = self._places.pop(path).copy_(half)
 
     def share(self, path: str, other: str) -> None:
         """A layer reads the very inputs of another, whose moments serve both."""
@@ -94,8 +99,13 @@ class Moments:
         if other in self.refused:
             self.refused.add(path)
 
+    def forget_products(self, paths: Iterable[str]) -> None:
+        """Of layers of which means alone are wanted."""
+        for path in paths:
+            self.product.pop(path, None)
+
     def drop(self, path: str) -> None:
-        for own in (self.count, self.total, self.product, self._gathered):
+        for own in (self.count, self.total, self.product):
             own.pop(path, None)
 
     def rows_for_unknown(self) -> float:
@@ -116,7 +126,7 @@ class _Sums(dict[str, Tensor]):
 
 def join(folds: Sequence[Moments]) -> Moments:
     """The moments of all of them, which are of different samples, with ``rows`` and ``refused``."""
-    joint, known = Moments(), {}
+    joint, known = Moments({}), {}
     joint.product = _Sums(folds)
     for path in set.intersection(*(set(fold.count) for fold in folds)):
         inputs = tuple(id(fold.total[path]) for fold in folds)
@@ -144,11 +154,10 @@ class Part:
     def __init__(self, folds: "list[Moments]", path: str, left_out: "Moments | None" = None):
         self.count = sum(fold.count[path] for fold in folds)
         self.total = sum(fold.total[path] for fold in folds)
-        self.product = sum(fold.product[path] for fold in folds)
+        self._folds, self._path, self._left_out = folds, path, left_out
         if left_out is not None:
             self.count = self.count - left_out.count[path]
             self.total = self.total - left_out.total[path]
-            self.product = self.product - left_out.product[path]
 
     @property
     def mean(self) -> Tensor:
@@ -156,7 +165,10 @@ class Part:
 
     def covariance(self, centred: bool = True) -> Tensor:
         """float64 [channels, channels]; not centred: second moments."""
-        product = unpack(self.product, len(self.total)) / self.count
+        half = sum(fold.product[self._path] for fold in self._folds)
+        if self._left_out is not None:
+            half = half - self._left_out.product[self._path]
+        product = unpack(half, len(self.total)) / self.count
         return product - self.mean[:, None] * self.mean if centred else product
 
 

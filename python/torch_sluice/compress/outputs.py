@@ -62,8 +62,8 @@ class Fidelity:
         outputs, expected = float_outputs(call_model(model, piece.inputs)), self._expected[number]
         if [out.shape for out in outputs] != [out.shape for out in expected]:
             raise ValueError("its outputs have other shapes than the model's")
-        differences = [a.float() - b.float() for a, b in zip(outputs, expected, strict=True)]
-        error = _squares(self._rows(piece, differences), None)
+        squares = [(a.float() - b.float()).square_() for a, b in zip(outputs, expected, strict=True)]
+        error = _sums(self._rows(piece, squares))
         if self.constant:
             return (error > 0).double(), torch.ones_like(error)
         return error, self._scales[number]
@@ -87,15 +87,22 @@ def _means(rows: list[list[Tensor]], pieces: list[Piece]) -> dict[tuple, tuple[T
 
 def _squares(outputs: list[Tensor], means: dict[tuple, tuple[Tensor, int]] | None) -> Tensor:
     """[samples] Sums of squares, in float64, of all outputs, less means if given."""
-    total = torch.zeros(len(outputs[0]), dtype=torch.float64)
+    squares = []
     for place, out in enumerate(outputs):
         if means is not None:
             mean, count = means[place, out.shape[1:]]
             if count == 1:
                 mean = out.double().flatten(1, -2).mean(1) if out.dim() > 2 else torch.zeros((), dtype=torch.float64)
             out = out.double() - mean
-        squares = out.square()
-        total = total + (squares.flatten(1).sum(1, dtype=torch.float64) if out.dim() > 1 else squares.double()).cpu()
+        squares.append(out.square())
+    return _sums(squares)
+
+
+def _sums(outputs: list[Tensor]) -> Tensor:
+    """[samples] Sums, in float64, over all else."""
+    total = torch.zeros(len(outputs[0]), dtype=torch.float64)
+    for out in outputs:
+        total = total + (out.flatten(1).sum(1, dtype=torch.float64) if out.dim() > 1 else out.double()).cpu()
     return total
 
 

@@ -15,6 +15,7 @@ from torch_sluice.compress.compensation import Update, find_updates, reading_lay
 from torch_sluice.compress.graph import ChannelGroup, lowest
 from torch_sluice.compress.importance import raw_norms, relative_norms
 from torch_sluice.compress.latency import measure_layers
+from torch_sluice.compress.memory import release_memory
 from torch_sluice.compress.moments import Moments
 from torch_sluice.compress.norm_scale import NormScale, scale_norms
 from torch_sluice.compress.prediction import Prediction
@@ -22,7 +23,7 @@ from torch_sluice.compress.slicing import Lost, Sizes, cut, gather
 from torch_sluice.compress.verify import difference_of_cut
 
 _RATIOS = tuple(i / 20 for i in range(19, 0, -1))  # of the quantile policy
-
+_MUCH = 1 << 28  # bytes of parameters of which a cut makes smaller ones
 
 Plan = dict[int, int]  # group number -> units that stay; groups that are not named stay whole
 
@@ -54,6 +55,9 @@ class Pruner:
     norms: dict[str, NormScale] = field(default_factory=dict)  # whose scale is kept (norm_scale.py)
     _sides: dict[tuple[int, int], Lost] = field(default_factory=dict, repr=False)
     _prediction: Prediction | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self._bytes = {name: parameter.nbytes for name, parameter in self.model.named_parameters()}
 
     @classmethod
     def with_scores(cls, model: nn.Module, groups: list[ChannelGroup], policy: str) -> "Pruner":
@@ -102,6 +106,8 @@ class Pruner:
         """Within it, the model pruned so far, and compensated by all data, or all but that of a fold. ``self.model`` is
         as before after it."""
         lost = self.lost(kept)
+        if sum(self._bytes.get(name, 0) for name in {name for name, _ in lost}) > _MUCH:
+            release_memory()
         with without(self.model, lost, self.sizes(kept), self._updates(lost, left_out)) as model:
             yield model
 

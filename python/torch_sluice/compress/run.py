@@ -25,6 +25,7 @@ from torch_sluice.compress.estimate import Score, failed
 from torch_sluice.compress.graph import ChannelGroup, find_groups
 from torch_sluice.compress.latency import compare_latency, measure_latency
 from torch_sluice.compress.measure import Measure
+from torch_sluice.compress.memory import release_memory
 from torch_sluice.compress.moments import count_moment_bytes, join, measure_moments
 from torch_sluice.compress.norm_scale import measure_norms, norms_of
 from torch_sluice.compress.progress import Progress
@@ -36,6 +37,7 @@ from torch_sluice.compress.stages import describe_pruning, find_stages
 _PROVED = 2  # pieces of data on which groups are proved, beside the example
 _SCALED = 16  # pieces of data that say how large a norm's channels are: one number for each norm
 _PLENTY = 16  # rows for each unknown, of which half are as good
+_MOST_KEPT = 1 << 26  # bytes of quantised weights that are kept while channels are cut, and not found again
 _MOST_MOMENTS = 1 << 26  # bytes for which data is divided into more than two folds
 _RISE = 1.2  # a metric that a candidate raises by this is looked at twice
 
@@ -78,6 +80,7 @@ class Run:
         self.of_original: tuple[Layers, list[LayerDecision]] | None = None  # once they were looked for
         self.evaluations = 0
         self.failures: Counter[str] = Counter()
+        release_memory()
         self.call_seconds = measure_latency(self.original, example_inputs, 7, 0.3).median
         self._foresee_all()
 
@@ -87,9 +90,11 @@ class Run:
         stages, curves = [Stage({})], []
         if settings.prune:
             self._find_channels()
+            release_memory()
         self.workshop = Workshop(self.original, self.pruner)
         if self.pruner is not None:
             floor = min(1.0, settings.keep + self._margin_of_quantisation())
+            release_memory()
             stages, curves, score = find_stages(self, floor)
             if len(stages) == 1:  # nothing is cut: what would make up for it is as large as the model may be
                 self.pruner.forget_data()
@@ -126,6 +131,7 @@ class Run:
         self.progress.start("finding channels", max(1, leaves))
         inputs = [piece.inputs for piece in self.measure.pieces]
         self.groups, notes = find_groups(self.original, self.example, self.progress.step, inputs[:_PROVED])
+        release_memory()
         self.notes += notes
         if not self.groups:
             return
@@ -162,6 +168,8 @@ class Run:
         if len(folds) > 2 and moments.rows_for_unknown() > _PLENTY:
             folds = [join(folds[half::2]) for half in (0, 1)]  # half of the data tells as much as most of it
             measure.merge_folds()
+        for fold in folds:
+            fold.forget_products(moments.refused)
         self.pruner.moments, self.pruner.folds = moments, dict(zip(measure.folds, folds, strict=True))
         if moments.refused:
             few = ", ".join(sorted(moments.refused))
@@ -202,7 +210,9 @@ class Run:
         if not self.settings.quantize:
             return 0.0
         begin = time.monotonic()
-        layers, _ = self.of_original = find_layers(self, Stage({}))
+        layers, stay = find_layers(self, Stage({}))
+        if sum(c.weight.nbytes for whole in layers.chosen for c in whole.all()) <= _MOST_KEPT:
+            self.of_original = layers, stay
         self.progress.foresee("timing", time.monotonic() - begin)  # of the pruned model
         if not layers.chosen:
             return 0.0
