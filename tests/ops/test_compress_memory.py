@@ -1,4 +1,4 @@
-"""Compressing takes no second copy of a model's weights."""
+"""Compressing takes no second copy of a model's weights, and runs the model no oftener than it must."""
 
 import pytest
 import torch
@@ -6,6 +6,9 @@ from support.compress_models import mlp
 
 import torch_sluice
 from torch_sluice.compress import graph, run
+from torch_sluice.compress.moments import measure_moments, unpack
+from torch_sluice.compress.remember import remembering
+from torch_sluice.compress.samples import cut_pieces
 
 QUIET = {"progress": False}
 EXAMPLE = torch.randn(1, 20)
@@ -37,3 +40,42 @@ def test_the_work_is_done_in_the_memory_of_the_model_and_leaves_it_as_it_was(met
     assert own.isdisjoint(parameter.data_ptr() for parameter in small.parameters())
     unchanged = torch_sluice.compress(model, EXAMPLE, batches(), keep=1.0, metric=metric, quantize=False, **QUIET)
     assert own.isdisjoint(parameter.data_ptr() for parameter in unchanged.parameters())
+
+
+@pytest.mark.parametrize("kind", [tuple, list, dict])
+def test_what_a_model_gave_for_a_batch_answers_for_its_rows(kind):
+    class Two(torch.nn.Module):
+        def forward(self, x, y):
+            return {"sum": x + y, "product": (x * y,)}
+
+    def call(inputs):
+        return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+
+    tensors = torch.randn(24, 3), torch.randn(24, 3)
+    inputs = dict(zip("xy", tensors, strict=True)) if kind is dict else kind(tensors)
+    pieces = cut_pieces([(inputs, torch.arange(24))], [0], True, 4)
+    model, rest = Two(), {"x": torch.ones(6, 3), "y": torch.ones(6, 3)}
+    assert len(pieces) == 4
+    with remembering(model, pieces) as calls:
+        expected = call(inputs)
+        begin = 0
+        for piece in pieces:
+            found, end = call(piece.inputs), begin + piece.samples
+            assert torch.equal(found["sum"], expected["sum"][begin:end])
+            assert torch.equal(found["product"][0], expected["product"][0][begin:end])
+            found["sum"].zero_()  # a metric may write into what it is given
+            begin = end
+        assert (calls.run, calls.repeated) == (1, 4)
+        assert call(pieces[0].inputs)["sum"].any()
+        call(rest)
+        assert calls.run == 2
+
+
+def test_of_many_rows_as_many_as_are_asked_for_tell_the_moments():
+    torch.manual_seed(0)
+    model, data = torch.nn.Sequential(torch.nn.Conv1d(4, 2, 1)).eval(), [torch.randn(8, 4, 512) for _ in range(4)]
+    everything, some = (measure_moments(model, data, ["0"], for_channel=limit) for limit in (1e9, 512.0))
+    assert everything.count["0"] == 4 * 8 * 512
+    assert 2048 <= some.count["0"] <= 4096
+    whole, part = (unpack(m.product["0"], 4) / m.count["0"] for m in (everything, some))
+    torch.testing.assert_close(part, whole, atol=0.1, rtol=0.1)

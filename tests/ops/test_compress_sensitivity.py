@@ -11,7 +11,13 @@ from torch_sluice.compress.estimate import Score
 from torch_sluice.compress.measure import _is_enough
 from torch_sluice.compress.progress import Progress
 from torch_sluice.compress.quantization import Candidate
+from torch_sluice.compress.search import find_longest
 from torch_sluice.compress.sensitivity import Sensitivity, choose_longest, order_moves
+
+
+def longest(moves, groups, good, cost=len, stop=lambda plan: False):
+    """Of plans of which those up to so many groups keep the floor."""
+    return choose_longest(moves, groups, lambda plan: 1 - 0.1 * len(plan), 0.9999 - 0.1 * good, stop, cost, len)
 
 
 class Model:
@@ -52,24 +58,38 @@ def test_the_order_is_the_same_whether_sizes_are_measured_before_or_on_demand():
 
 def test_only_what_the_order_comes_to_is_measured():
     model = Model([0.001 * (g + 1) for g in range(40)])
-    chosen = choose_longest(
-        order_moves(model, model.curves, model.further), 40, lambda plan: len(plan) <= 3, lambda plan: False
-    )
+    chosen = longest(order_moves(model, model.curves, model.further), 40, 3)
     assert 1 <= len(chosen) <= 3
     assert len(model.asked) <= 40 + 20  # the first size of each, and one more for each of the first moves
 
 
 @pytest.mark.parametrize("good", [0, 1, 3, 4, 5, 9, 31, 32])
-def test_the_longest_accepted_prefix_is_found(good):
+@pytest.mark.parametrize("cost", [len, lambda plan: 2.0 ** len(plan), lambda plan: 1.0], ids=["right", "wrong", "flat"])
+def test_the_longest_accepted_prefix_is_found(good, cost):
     plans = [dict.fromkeys(range(n + 1), 1) for n in range(32)]
-    chosen = choose_longest(iter(plans), 8, lambda plan: len(plan) <= good, lambda plan: False)
-    assert len(chosen) == good
-    stopped = choose_longest(iter(plans), 8, lambda plan: len(plan) <= good, lambda plan: len(plan) >= 6)
+    assert len(longest(iter(plans), 8, good, cost)) == good
+    stopped = longest(iter(plans), 8, good, cost, lambda plan: len(plan) >= 6)
     assert len(stopped) == min(good, 6)
 
 
 def test_no_moves_are_no_plan():
-    assert choose_longest(iter([]), 0, lambda plan: True, lambda plan: False) == {}
+    assert longest(iter([]), 0, 5) == {}
+
+
+def test_a_search_that_is_told_costs_looks_at_few_places():
+    looked = []
+
+    def measure(number):
+        looked.append(number)
+        return 1 - 0.001 * number
+
+    steps = list(range(201))
+    assert find_longest(measure, 0.95, steps, steps, (0, 1.0), (200, 0.8)) in range(46, 51)
+    assert len(looked) <= 3
+    looked.clear()
+    assert find_longest(measure, 0.95, [1.1**n for n in steps], steps, (0, 1.0), (200, -math.inf)) in range(46, 51)
+    assert len(looked) <= 10
+    assert find_longest(measure, 0.95, steps, [0.0, 1.0] + [1.001] * 199, (1, 1.0), (200, 0.8)) == 1  # nothing to win
 
 
 def layers(losses):

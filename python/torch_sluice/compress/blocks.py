@@ -54,7 +54,7 @@ class Blocks:
         self._values: list[float] = []
         self._weights: list[float] = []
         self._whole = whole
-        with remembering(original) as calls:
+        with remembering(original, pieces) as calls:
             self.before = run_metric(metric, original, whole)
             if not math.isfinite(self.before):
                 raise ValueError(

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from torch_sluice.compress.estimate import Score
 from torch_sluice.compress.progress import Progress
-from torch_sluice.compress.pruning import bisect_count
 from torch_sluice.compress.quantization import Candidate
 from torch_sluice.compress.report import LayerDecision
+from torch_sluice.compress.search import find_longest
 
 _SETS = 32  # of candidates, that are measured together
 _COSTLY = 2.0  # times what a set costs on average, above which its halves are measured
@@ -58,36 +59,51 @@ def choose_layers(
     order.sort(key=lambda c: -worth[c.name] / costs[c.name])
     able = {c.name for c in find_finer(order)}
     choice = Choice(stay=stay)
+    if not order:
+        return choice
 
-    def longest(count: int, chosen: Callable[[int], tuple[list[Candidate], list[Candidate]]]) -> int:
-        """The largest number that keeps the floor, 0 if none does; what belongs to it becomes the choice."""
-        progress.start("quantising", max(1, count).bit_length())
+    def longest(
+        steps: list[Candidate],
+        chosen: Callable[[int], tuple[list[Candidate], list[Candidate]]],
+        none: Score,
+        whole: Score,
+    ) -> int:
+        """How many steps keep the floor; what belongs to the longest that does becomes the choice. ``none``,
+        ``whole``: what none of them keeps, and all of them together do not."""
+        progress.start("quantising", max(1, len(steps)).bit_length())
 
-        def accept(number: int) -> bool:
+        def measure(number: int) -> float:
             progress.step(f"{number} layers")
             some, finer = chosen(number)
             found = score(some, finer)
-            if found.low < floor:
-                return False
-            choice.chosen, choice.finer, choice.score = some, finer, found
-            return True
+            if found.low >= floor:
+                choice.chosen, choice.finer, choice.score = some, finer, found
+            return found.low
 
-        return bisect_count(count, accept)
+        ways = [list(accumulate((of[c.name] for c in steps), initial=0.0)) for of in (costs, worth)]
+        return find_longest(measure, floor, *ways, (0, none.low), (len(steps), whole.low))
 
     def finer_beyond(number: int) -> tuple[list[Candidate], list[Candidate]]:
         finer = [c for c in order[number:] if c.name in able]
         return order[:number] + finer, finer
 
-    most = len(order) - (len(order) == len(candidates))  # all of them do not
-    found = score(*finer_beyond(0)) if able else None
-    if found is not None and found.low >= floor:
+    original, finest = Score(1.0, 1.0), score(*finer_beyond(0)) if able else None
+    if len(order) < len(candidates):  # what all of these cost is not known
+        everything = score(order, ())
+        if everything.low >= floor:
+            return Choice(order, stay=stay, score=everything)
+    if finest is not None and finest.low >= floor:
         choice.chosen, choice.finer = finer_beyond(0)
-        choice.score = found
-        longest(most, finer_beyond)
+        choice.score = finest
+        longest(order, finer_beyond, finest, everything)
     else:
-        number = longest(most, lambda number: (order[:number], []))
+        number = longest(order, lambda number: (order[:number], []), original, everything)
         _, rest = finer_beyond(number)
-        longest(len(rest), lambda more: (order[:number] + rest[:more], rest[:more]))
+        beyond = score(order[:number] + rest, rest) if rest else None
+        if beyond is not None and beyond.low >= floor:
+            choice.chosen, choice.finer, choice.score = order[:number] + rest, rest, beyond
+        elif beyond is not None:
+            longest(rest, lambda more: (order[:number] + rest[:more], rest[:more]), choice.score or original, beyond)
     chosen = {c.name for c in choice.chosen}
     for c in order:
         if c.name not in chosen:

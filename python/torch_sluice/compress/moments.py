@@ -58,9 +58,10 @@ class Moments:
         self._gathered = {path: torch.empty(_GATHERED, count) for path, count in channels.items()}
         self._waiting = dict.fromkeys(channels, 0)  # rows of these
 
-    def add(self, path: str, rows: Tensor) -> None:
-        """rows [samples, channels]. ``finish`` is to be called behind the last."""
-        rows = rows[:: max(1, -(-len(rows) // _MOST_ROWS))].float()
+    def add(self, path: str, rows: Tensor, most: int = _MOST_ROWS) -> None:
+        """rows [samples, channels], of which about as many as ``most`` are taken. ``finish`` is to be called behind the
+        last."""
+        rows = rows[:: max(1, -(-len(rows) // most))].float()
         if not rows.isfinite().all():
             return
         self.count[path] = self.count.get(path, 0) + len(rows)
@@ -192,10 +193,23 @@ def _channels(model: nn.Module, path: str) -> int:
 
 
 def measure_moments(
-    model: nn.Module, batches: Iterable[Any], paths: list[str], report: Callable[[str], None] = lambda text: None
+    model: nn.Module,
+    batches: Iterable[Any],
+    paths: list[str],
+    report: Callable[[str], None] = lambda text: None,
+    for_channel: float = math.inf,
 ) -> Moments:
     """Runs the model over the inputs of the batches and takes the moments of what these layers read. Layers that read
-    the same, such as those of queries, keys and values, share them."""
+    the same, such as those of queries, keys and values, share them.
+
+    Args:
+        for_channel: rows for each channel of a layer that are enough: of more, some are taken of each batch.
+    """
+    batches = list(batches)
+    most = {
+        path: int(min(_MOST_ROWS, max(_GATHERED, for_channel * _channels(model, path) / max(1, len(batches)))))
+        for path in paths
+    }
     moments, hooks = Moments({path: _channels(model, path) for path in paths}), []
     mates: dict[str, str] = {}  # layers that read what another does
     seen = WeakIdKeyDictionary()  # tensor -> {version: (number, the layer that read it first)}
@@ -210,7 +224,7 @@ def measure_moments(
             number, first = seen.setdefault(x, {}).setdefault(version, (sum(map(len, read.values())), path))
             read.setdefault(path, []).append(number)
             if first == path or (path in moments.count and path not in mates):
-                moments.add(path, _rows_of(module, x.detach()))
+                moments.add(path, _rows_of(module, x.detach()), most[path])
             else:
                 mates.setdefault(path, first)
 

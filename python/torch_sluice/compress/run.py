@@ -36,6 +36,7 @@ from torch_sluice.compress.stages import describe_pruning, find_stages
 
 _PROVED = 2  # pieces of data on which groups are proved, beside the example
 _SCALED = 16  # pieces of data that say how large a norm's channels are: one number for each norm
+_ENOUGH = 32  # rows for each unknown, in all, beyond which more are not worth their time
 _PLENTY = 16  # rows for each unknown, of which half are as good
 _MOST_KEPT = 1 << 26  # bytes of quantised weights that are kept while channels are cut, and not found again
 _MOST_MOMENTS = 1 << 26  # bytes for which data is divided into more than two folds
@@ -157,7 +158,11 @@ class Run:
         try:
             folds = [
                 measure_moments(
-                    self.original, [p.inputs for p in measure.pieces if p.fold == fold], paths, self.progress.step
+                    self.original,
+                    [p.inputs for p in measure.pieces if p.fold == fold],
+                    paths,
+                    self.progress.step,
+                    _ENOUGH / len(measure.folds),
                 )
                 for fold in measure.folds
             ]

@@ -122,6 +122,7 @@ class Piece:
     samples: int  # rows where these are independent, else 1
     fold: int = 0  # the part of the data that it belongs to
     copies: int = 1  # how often data holds the very same
+    source: tuple[Any, int, int] | None = None  # the batch's inputs of which it is the rows from .. to ..
 
 
 def cut_pieces(batches: list[tuple[Any, Any]], numbers: list[int], rows_apart: bool, wanted: int) -> list[Piece]:
@@ -137,7 +138,7 @@ def cut_pieces(batches: list[tuple[Any, Any]], numbers: list[int], rows_apart: b
             parts = [Piece(inputs, target, number, rows)]
         else:
             parts = [
-                Piece(take_rows(inputs, a, b), take_rows(target, a, b), number, b - a)
+                Piece(take_rows(inputs, a, b), take_rows(target, a, b), number, b - a, source=(inputs, a, b))
                 for a, b in _bounds(rows, min(each, rows))
             ]
         for piece in parts:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from torch_sluice.compress.calling import describe_error
 from torch_sluice.compress.measure import Measure
 from torch_sluice.compress.progress import Progress
-from torch_sluice.compress.pruning import Plan, Pruner, bisect_count
+from torch_sluice.compress.pruning import Plan, Pruner
+from torch_sluice.compress.search import find_longest
 
 FRACTIONS = (0.9375, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)  # shares of a group that are tried
 _FIRST = 4  # moves that are tried first, or half as many as there are groups
@@ -103,27 +104,44 @@ def order_moves(
         yield kept
 
 
+def predict_cost(curves: list[Sensitivity], kept: Plan) -> float:
+    """What a plan costs if its groups cost together what each does alone."""
+    return sum(curve.losses[curve.kept.index(kept[curve.group])] for curve in curves if curve.group in kept)
+
+
 def choose_longest(
-    moves: Iterator[Plan], groups: int, accept: Callable[[Plan], bool], stop: Callable[[Plan], bool]
+    moves: Iterator[Plan],
+    groups: int,
+    measure: Callable[[Plan], float],
+    floor: float,
+    stop: Callable[[Plan], bool],
+    cost: Callable[[Plan], float],
+    saving: Callable[[Plan], float],
 ) -> Plan:
-    """The longest accepted prefix of an order of moves: twice as many as long as that is accepted, then by bisection.
+    """The longest prefix of an order of moves that keeps the floor: twice as many as long as that does, then between
+    (search.py).
 
     Args:
         groups: how many there are.
+        measure: what a plan keeps at least.
         stop: whether a plan meets the budget, so that nothing more need be pruned.
+        cost, saving: what a plan is expected to cost, and to win.
     """
     plans: list[Plan] = []
-    good, size, over = 0, max(_FIRST, groups // 2), False
+    good, size, over = (0, 1.0), max(_FIRST, groups // 2), False
     while not over:
         while len(plans) < size and not over:
             plan = next(moves, None)
             if plan is not None:
                 plans.append(plan)
             over = plan is None or stop(plan)
-        if len(plans) == good:
+        if len(plans) == good[0]:
             break
-        if not accept(plans[-1]):
-            good = bisect_count(len(plans) - 1, lambda count: accept(plans[count - 1]), good)
+        found = measure(plans[-1])
+        if found < floor:
+            costs, savings = ([0.0, *map(of, plans)] for of in (cost, saving))
+            bad = len(plans), found
+            good = find_longest(lambda count: measure(plans[count - 1]), floor, costs, savings, good, bad), found
             break
-        good, size = len(plans), 2 * size
-    return plans[good - 1] if good else {}
+        good, size = (len(plans), found), 2 * size
+    return plans[good[0] - 1] if good[0] else {}

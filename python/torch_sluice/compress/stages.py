@@ -1,5 +1,6 @@
 """How far a model is pruned: the stages that keep enough of the metric, each smaller than the one before."""
 
+import math
 from typing import TYPE_CHECKING
 
 from torch_sluice.compress.candidates import Stage
@@ -7,7 +8,7 @@ from torch_sluice.compress.estimate import Score
 from torch_sluice.compress.graph import ChannelGroup
 from torch_sluice.compress.pruning import Plan, choose_by_quantile
 from torch_sluice.compress.report import LayerDecision
-from torch_sluice.compress.sensitivity import FRACTIONS, Curves, Sensitivity, choose_longest, order_moves
+from torch_sluice.compress.sensitivity import FRACTIONS, Curves, Sensitivity, choose_longest, order_moves, predict_cost
 
 if TYPE_CHECKING:
     from torch_sluice.compress.run import Run
@@ -21,17 +22,17 @@ def find_stages(run: "Run", floor: float) -> tuple[list[Stage], list[Sensitivity
     settings, pruner, progress = run.settings, run.pruner, run.progress
     accepted: list[tuple[Plan, Score]] = []
 
-    def accept(kept: Plan) -> bool:
+    def measure(kept: Plan) -> float:
         progress.step(f"{len(kept)} groups")
         score = run.score(Stage(kept), None, floor)
         if score.low < floor - SLACK:
-            return False
+            return score.low
         wrong = pruner.why_wrong(kept, run.example)  # groups were proved by some of their units, not by these
         if wrong is not None:
             run.failures[wrong] += 1
-            return False
+            return -math.inf
         accepted.append((kept, score))
-        return True
+        return score.low
 
     now, total = run.call_seconds, pruner.predict_seconds({})
 
@@ -44,7 +45,7 @@ def find_stages(run: "Run", floor: float) -> tuple[list[Stage], list[Sensitivity
         chosen: Plan = {}
     elif settings.policy == "quantile":
         progress.start("pruning", 5)
-        chosen = choose_by_quantile(pruner, accept, settings.round_to)
+        chosen = choose_by_quantile(pruner, lambda kept: measure(kept) >= floor - SLACK, settings.round_to)
     else:
         # Where closeness is the metric, what is far below the floor is of no use; a metric of the user's may not
         # mind that outputs move.
@@ -60,7 +61,10 @@ def find_stages(run: "Run", floor: float) -> tuple[list[Stage], list[Sensitivity
             progress.foresee("sensitivity of", 0.7 * choices * run.loss_seconds)
             search.measure_all()
         progress.start("pruning", None)
-        chosen = choose_longest(order_moves(pruner, curves, search.further), len(curves), accept, enough)
+        chosen = choose_longest(
+            order_moves(pruner, curves, search.further), len(curves), measure, floor - SLACK, enough,
+            lambda kept: predict_cost(curves, kept), lambda kept: total - pruner.predict_seconds(kept),
+        )  # fmt: skip
         run.evaluations += search.evaluations
     plans = [(kept, score) for kept, score in accepted if _within(kept, chosen, pruner.groups)]
     plans.sort(key=lambda plan: -pruner.predict_seconds(plan[0]))
