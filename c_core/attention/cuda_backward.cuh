@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(BLOCK_WARPS *WARP)
         Pair<N> pair = {false, 0, 0};
         if (query < args.n_q) {
           N a = clamp_logit(*cell_of<N>(args.a, batch, head, query));
-          pair = judge_pair(args, a, clamp_logit(b), threshold, query + past, key);
+          pair = judge_pair(args, a, clamp_logit(b), threshold, query + past, range.begin, key);
         }
         unsigned kept = __ballot_sync(ALL_LANES, pair.kept);
         N ds = 0, weight = 0;

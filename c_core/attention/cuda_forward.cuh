@@ -36,7 +36,7 @@ template <typename T>
 __device__ Pair<Compute<T>> judge_key(const sl_gated_attention_args &args, const QueryRow<T> &row, int64_t key) {
   if (key >= row.key_end) return {false, 0, 0};
   Compute<T> b = clamp_logit(*cell_of<Compute<T>>(args.b, row.batch, row.head_kv, key));
-  return judge_pair(args, row.a, b, row.threshold, row.position, key);
+  return judge_pair(args, row.a, b, row.threshold, row.position, row.key_begin, key);
 }
 
 template <typename T>

@@ -64,13 +64,13 @@ struct Pair {
   N slope; /* dg_ij / dz_ij; 0 for near pairs */
 };
 
-/* a and b are clamped already. The caller has made sure that the key is in its range. */
+/* a and b are clamped already. The caller has made sure that the key is in its range, of which begin is the first. */
 template <typename N>
 __device__ Pair<N> judge_pair(const sl_gated_attention_args &args, N a, N b, N threshold, int64_t position,
-                              int64_t key) {
+                              int64_t begin, int64_t key) {
   int64_t distance = position < key ? key - position : position - key;
   if (args.causal && key > position) return {false, 0, 0};
-  if (distance < args.window || key < args.sinks) return {true, 1, 0};
+  if (distance < args.window || key - begin < args.sinks) return {true, 1, 0};
   N z = a + b;
   if (z < threshold && !(args.causal && distance == 0)) return {false, 0, 0};
   N e = exp(-z); /* at most e^80: finite in float32, and so is its product with the gate */

@@ -35,7 +35,7 @@ static bool keep_pair(const exact_row *row, int64_t key, double *gate) {
   const sl_gated_attention_args *args = row->args;
   *gate = 1;
   if (args->causal && key > row->position) return false;
-  if (key < args->sinks || llabs(row->position - key) < args->window) return true;
+  if (key < row->bounds.sinks || llabs(row->position - key) < args->window) return true;
   float z = row->a + sl_attention_clamp_logit(*sl_attention_at3(&args->b, row->batch, row->head_kv, key));
   *gate = 1 / (1 + exp(-(double)z));
   return !(z < row->tau) || (args->causal && key == row->position);

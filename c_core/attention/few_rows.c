@@ -22,12 +22,12 @@ typedef struct few_row {
   float score[KEYS];
 } few_row;
 
-static void keep_keys(few_row *row, const sl_gated_attention_args *args, int64_t begin, int64_t end) {
+static void keep_keys(few_row *row, const sl_gated_attention_args *args, int64_t sinks, int64_t begin, int64_t end) {
   const float *b = sl_attention_at3(&args->b, row->rows.batch, row->rows.head_kv, 0);
   row->kept = 0;
   for (int64_t key = begin; key < end; ++key) {
     float z = *row->rows.a + sl_attention_clamp_logit(b[key * args->b.token_stride]);
-    bool near = key < args->sinks || llabs(row->position - key) < args->window;
+    bool near = key < sinks || llabs(row->position - key) < args->window;
     if (!near && z < row->rows.logit_tau && !(args->causal && key == row->position)) continue;
     row->key[row->kept] = (int32_t)key;
     row->gate[row->kept++] = near ? 1 : 1 / (1 + expf(-z));
@@ -82,7 +82,7 @@ static void run_row(void *context, int64_t worker, int64_t task) {
   sl_key_bounds bounds = sl_attention_key_bounds(args, batch);
   int64_t end = args->causal && row.position + 1 < bounds.end ? row.position + 1 : bounds.end;
   for (int64_t begin = bounds.begin; begin < end; begin += KEYS) {
-    keep_keys(&row, args, begin, begin + KEYS < end ? begin + KEYS : end);
+    keep_keys(&row, args, bounds.sinks, begin, begin + KEYS < end ? begin + KEYS : end);
     if (row.kept) attend_to_kept(&row, plan, &k, &v);
   }
   sl_query_rows_store(&row.rows, plan);

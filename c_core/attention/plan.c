@@ -47,8 +47,8 @@ sl_key_bounds sl_attention_key_bounds(const sl_gated_attention_args *args, int64
     bounds.begin = args->key_range[2 * batch];
     bounds.end = args->key_range[2 * batch + 1];
   }
-  bounds.sinks = smaller(args->sinks, bounds.end);
-  if (bounds.sinks < bounds.begin) bounds.sinks = bounds.begin;
+  int64_t valid = bounds.end > bounds.begin ? bounds.end - bounds.begin : 0;
+  bounds.sinks = bounds.begin + smaller(args->sinks, valid);
   return bounds;
 }
 

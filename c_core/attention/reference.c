@@ -73,7 +73,7 @@ static void choose_keys(query_row *row) {
   for (int64_t key = 0; key < args->n_k; ++key) {
     int valid = key >= key_begin && key < key_end && (!args->causal || key <= position);
     double z = gate_sum(row, key);
-    row->near[key] = llabs(position - key) < args->window || key < args->sinks;
+    row->near[key] = llabs(position - key) < args->window || key - key_begin < args->sinks;
     row->gate[key] = row->near[key] ? 1 : 1 / (1 + exp(-z));
     row->kept[key] = (char)(valid && (row->near[key] || !(z < threshold) || (args->causal && key == position)));
   }

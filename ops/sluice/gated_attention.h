@@ -6,10 +6,11 @@
  *   s_ij = scale * <q_i, k_j>
  *   z_ij = clamp(a_i, -40, 40) + clamp(b_j, -40, 40)      in float32 (NaN stays NaN)
  *   p_i  = i + n_k - n_q                                  the position of query i among the keys (bottom-right aligned)
- *   near_ij = |p_i - j| < window  or  j < sinks           such pairs are kept whatever the gate says, with g_ij = 1
+ *   near_ij = |p_i - j| < window  or  j < key_begin + sinks   such pairs are kept whatever the gate says, with g_ij = 1
  *   g_ij = near_ij ? 1 : sigmoid(z_ij)
  *   K_i  = { j valid : near_ij  or  not (z_ij < logit_tau)  or  (causal and j = p_i) }
- *          where valid means key_begin <= j < key_end (key_range) and, if causal, j <= p_i
+ *          where valid means key_begin <= j < key_end (key_range; 0 and n_k without) and, if causal, j <= p_i: the
+ *          sinks are the first valid keys, so that padding on the left changes nothing
  *   out_i = sum over j in K_i of softmax over K_i (s_i)_j * g_ij * v_j
  *   lse_i = log sum over j in K_i of exp(s_ij)            (of the softmax alone: the gate is not in it)
  *

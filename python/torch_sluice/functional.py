@@ -84,9 +84,10 @@ def gated_attention(
     With ``z_ij = clamp(a_i, -40, 40) + clamp(b_j, -40, 40)`` and ``p_i = i + Nk - Nq``, the place of query i among the
     keys::
 
-        near_ij = |p_i - j| < window  or  j < sinks             kept whatever the gate says, with g_ij = 1
+        near_ij = |p_i - j| < window  or  j < begin + sinks     kept whatever the gate says, with g_ij = 1
         g_ij    = 1 where near, else sigmoid(z_ij)
-        K_i     = {j : near_ij  or  g_ij >= tau  or  (causal and j = p_i)}, within the causal triangle and key_range
+        K_i     = {j : near_ij  or  g_ij >= tau  or  (causal and j = p_i)}, within the causal triangle
+                  and key_range = [begin, end)
         out_i   = sum_{j in K_i} softmax_{K_i}(scale * q_i . k_j) * g_ij * v_j
 
     At ``tau=0``, ``window=0`` and ``sinks=0`` this is ``softmax(QK^T / sqrt(d)) * sigmoid(W_g [Q; K]) V``, whose gate
@@ -108,7 +109,7 @@ def gated_attention(
             [B, Hq]; picks tau per (batch, head) from a sample of a and b, see
             :func:`torch_sluice.selection.select_logit_tau` for its accuracy. Excludes ``tau``.
         window: keys at a distance below this are near: ``w`` are the last w keys, itself included. 0: none.
-        sinks: the first ``sinks`` keys are near.
+        sinks: the first ``sinks`` valid keys are near: those from the begin of key_range on, or from 0.
         scale: of the scores; default ``1 / sqrt(D)``.
         key_range: [B, 2] int64, begin and end of the valid keys of each batch element (padding); default all.
         return_lse: also return ``lse_i = log sum_{j in K_i} exp(scale * q_i . k_j)``, [B, Hq, Nq] in the dtype of the

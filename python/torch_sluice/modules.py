@@ -20,7 +20,7 @@ class GatedAttention(nn.Module):
         causal: tokens see themselves and the past only.
         tau: gate below which a pair is dropped, in [0, 1). 0 computes every pair: the formula above to the letter.
         window: the last ``window`` keys of each query are kept and not gated.
-        sinks: nor are the first ``sinks`` keys.
+        sinks: nor are the first ``sinks`` keys of each sequence, behind its padding.
         opening: gate of every pair at the start, in (0, 1).
         target_density: share in (0, 1] of the pairs to which ``torch_sluice.attention.DensityController(model,
             steps=...)`` drives the gate; None: the controller is told, or there is none.

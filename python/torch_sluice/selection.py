@@ -71,12 +71,14 @@ def select_logit_tau(
 
     z = a_values.unsqueeze(-1) + b_values.unsqueeze(-2)
     queries, keys = queries.unsqueeze(-1) + (n_k - n_q), keys.unsqueeze(-2)
-    far = ((queries - keys).abs() >= window) & (keys >= sinks)
+    far = (queries - keys).abs() >= window
     if causal:
         far &= keys < queries  # the pair of a token with itself is always kept
-    if key_range is not None:
+    if key_range is None:
+        far &= keys >= sinks
+    else:
         begin, end = key_range.view(-1, 1, 1, 2).unbind(-1)
-        far &= (keys >= begin.unsqueeze(-1)) & (keys < end.unsqueeze(-1))
+        far &= (keys - begin.unsqueeze(-1) >= sinks) & (keys < end.unsqueeze(-1))
 
     ordered = z.masked_fill(~far, -math.inf).flatten(-2).sort(dim=-1, descending=True).values
     count = far.flatten(-2).sum(-1)

@@ -173,7 +173,7 @@ TEST(ReferenceByHand, KeyRangeHidesPaddingWhateverTheWindowSays) {
   shape.key_range = {1, 3, 4, 4};
   AttentionProblem problem = pair_viewer(shape);
   run_both(problem);
-  std::vector<double> want = {0, 0, 0, 0, 0, 1, 0, 0, 0, .25, .5, 0, 0, .25, .25, 0};
+  std::vector<double> want = {0, 0, 0, 0, 0, 1, 0, 0, 0, .5, .5, 0, 0, .5, .25, 0};
   want.resize(32, 0);  // no key is valid in the second batch
   expect_values("out", problem.out, want);
   const double none = -std::numeric_limits<double>::infinity(), two = std::log(2.0);

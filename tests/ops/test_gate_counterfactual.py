@@ -57,7 +57,7 @@ def toggled_gradient(case, causal, key_range):
         position = query + n_k - n_q
         begin, end = (0, n_k) if key_range is None else key_range[batch].tolist()
         keys = [j for j in range(begin, end) if j <= position or not causal]
-        near = {j for j in keys if abs(position - j) < WINDOW or j < SINKS}
+        near = {j for j in keys if abs(position - j) < WINDOW or j - begin < SINKS}
         gates = torch.sigmoid(a[batch, head, query] + b[batch, head // group]).tolist()
         kept = {j: 1.0 if j in near else gates[j] for j in keys if j in near or gates[j] >= TAU}
         here = (batch, head, query)

@@ -20,7 +20,8 @@ def count_one_by_one(a, b, *, tau, causal=False, window=0, sinks=0, key_range=No
     if key_range is not None:
         begin, end = key_range[:, :, None, None, None].unbind(1)
         valid = valid & (j >= begin) & (j < end)
-    fixed = ((i - j).abs() < window) | (j < sinks) | (causal & (i == j))
+    first = 0 if key_range is None else key_range[:, 0, None, None, None]
+    fixed = ((i - j).abs() < window) | (j - first < sinks) | (causal & (i == j))
     kept = (fixed | ~(z < (math.log(tau / (1 - tau)) if tau else -math.inf))) & valid
     far = (valid & ~fixed).expand(z.shape)
     return kept.sum((-1, -2)), valid.sum((1, 2, 3)), (z.sigmoid() * far).sum() / far.sum().clamp(min=1), far.sum()

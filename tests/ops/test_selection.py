@@ -16,7 +16,8 @@ def kept_share(a, b, logit_tau, *, causal=False, window=0, sinks=0, key_range=No
     b = b.repeat_interleave(a.shape[1] // b.shape[1], 1)
     n_q, n_k = a.shape[-1], b.shape[-1]
     i, j = torch.arange(n_k - n_q, n_k)[:, None], torch.arange(n_k)[None]
-    far = ((i - j).abs() >= window) & (j >= sinks)
+    first = 0 if key_range is None else key_range[:, 0, None, None, None]
+    far = ((i - j).abs() >= window) & (j - first >= sinks)
     if causal:
         far = far & (j < i)
     far = far.expand(a.shape[0], 1, n_q, n_k)

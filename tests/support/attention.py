@@ -24,7 +24,8 @@ def formula(q, k, v, a, b, *, causal=False, tau=0.0, window=0, sinks=0, scale=No
     logit_tau = torch.logit(tau).to(choice.dtype).expand(batch, heads)[..., None, None]
     i = torch.arange(n_q, device=q.device)[:, None] + (n_k - n_q)
     j = torch.arange(n_k, device=q.device)[None, :]
-    near = ((i - j).abs() < window) | (j < sinks)
+    first = 0 if key_range is None else key_range[:, 0, None, None, None]
+    near = ((i - j).abs() < window) | (j - first < sinks)
     kept = near | ~(choice < logit_tau)
     if causal:
         kept = (kept | (i == j)) & (j <= i)

@@ -87,14 +87,17 @@ def _row_gradients(dout, out, lse, q, k_t, v_t, a, b, key_range, positions, tau,
     keys = torch.arange(n_k, device=q.device)
     distance = positions.unsqueeze(1) - keys
     valid = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
-    near = (distance.abs() < window) | (keys < sinks)
+    fixed = distance.abs() < window
     # The pair of a query with itself is always kept under a causal mask: nothing to learn about it.
-    fixed = near | (distance == 0) if causal else near
+    fixed = fixed | (distance == 0) if causal else fixed
     repeat = (1, grouped[2] // count, 1)
     valid, fixed = (x.unsqueeze(0).expand(repeat[1], -1, -1).reshape(grouped[2], n_k) for x in (valid, fixed))
-    if key_range is not None:
-        begin, end = key_range.view(-1, 1, 1, 2).unbind(-1)
-        valid = valid & ((keys >= begin.unsqueeze(-1)) & (keys < end.unsqueeze(-1)))
+    if key_range is None:
+        fixed = fixed | (keys < sinks)
+    else:
+        begin, end = (bound.unsqueeze(-1) for bound in key_range.view(-1, 1, 1, 2).unbind(-1))
+        valid = valid & (keys >= begin) & (keys < end)
+        fixed = fixed | (keys - begin < sinks)
     threshold = math.log(tau) - math.log1p(-tau) if tau > 0 else -math.inf
     kept = (fixed | ~(logits < threshold)) & valid
 

@@ -37,7 +37,7 @@ def _far_ranges(n_q, n_k, causal, window, sinks, key_range, device):
     """
     begin, end = _valid_range(n_q, n_k, causal, key_range, device)
     positions = torch.arange(n_q, device=device) + (n_k - n_q)
-    begin_far = begin.clamp(min=min(sinks, n_k))
+    begin_far = (begin + min(sinks, n_k)).clamp(max=n_k)
     if causal:
         before = torch.minimum(end, positions - (max(window, 1) - 1))
         return [(begin_far, torch.maximum(begin_far, before))]
@@ -103,9 +103,8 @@ def kept_pairs(a, b, *, tau=0.5, logit_tau=None, causal=False, window=0, sinks=0
     bounds = torch.nan_to_num(limit - _clamp(a), nan=-math.inf, neginf=-math.inf)
     bounds = torch.searchsorted(ordered, bounds.contiguous())
     keys = torch.arange(n_k, device=b.device)
-    decided = (keys >= sinks).view(1, 1, n_k)
-    if key_range is not None:
-        decided = decided & (keys >= key_range[:, :1]).unsqueeze(1)
+    first = 0 if key_range is None else key_range[:, :1]
+    decided = (keys - first >= sinks).view(-1, 1, n_k)
     ranks = torch.where(decided, ranks, -1)  # below every bound
     for number, (first, last) in enumerate(_far_ranges(n_q, n_k, causal, window, sinks, key_range, a.device)):
         far_kept = _count_below(last, bounds, ranks)

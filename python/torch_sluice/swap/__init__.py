@@ -97,7 +97,7 @@ def swap_attention(
         tau: pairs with a gate below this are dropped, in [0, 1).
         opening: gate of all pairs at the start, in (0, 1).
         window: the last ``window`` keys of each query are kept and not gated.
-        sinks: nor are the first ``sinks`` keys.
+        sinks: nor are the first ``sinks`` keys of each sequence, behind its padding.
         modules: the layers to swap, as names, modules, or a predicate (name, module) -> bool; default all.
         example: positional (tuple) or keyword (dict) inputs of the model. With them the swap proves itself: the model
             runs on them with open gates and as it was, and must give the same within rounding (1e-4 of the largest

@@ -44,7 +44,7 @@ def dense_gated_attention(
 
     keys = torch.arange(n_k, device=q.device)
     distance = torch.arange(n_k - n_q, n_k, device=q.device).unsqueeze(-1) - keys
-    near = (distance.abs() < window) | (keys < sinks)
+    near = (distance.abs() < window) | (keys - _first_keys(mask, key_range, n_q, n_k) < sinks)
     kept = near | ~(z < _logit(tau))
     if causal or keep_self:
         kept = kept | (distance == 0)
@@ -64,3 +64,22 @@ def dense_gated_attention(
     softmax = scores.masked_fill(~kept & ~empty, -torch.inf).softmax(-1).masked_fill(~kept, 0)
     weights = softmax * torch.where(near, 1.0, z.sigmoid())
     return (weights @ v.to(dtype)).to(v.dtype), weights
+
+
+def _first_keys(mask: Tensor | None, key_range: Tensor | None, n_q: int, n_k: int) -> Tensor | int:
+    """The place of the first key of each query's sequence, that broadcasts to [B, Hq, Nq, Nk]: sinks count from it.
+
+    A mask tells sequences apart: what a query can reach in any number of steps, from a query to the first key that it
+    sees and on from there, is one. So documents that are packed into a row have sinks of their own, and a sliding
+    window has those of the whole text, of which most queries see none.
+    """
+    if mask is None:
+        return 0 if key_range is None else key_range[:, :1].view(-1, 1, 1, 1)
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+    seen = seen.expand(*seen.shape[:2], n_q if n_q == n_k else seen.shape[2], n_k)
+    first = torch.where(seen.any(-1), seen.to(torch.uint8).argmax(-1), n_k)
+    if n_q != n_k:
+        return first.amin(-1)[..., None, None]
+    for _ in range(max(1, n_k).bit_length()):
+        first = torch.minimum(first, first.gather(-1, first.clamp(max=max(0, n_k - 1))))
+    return first.unsqueeze(-1)
