@@ -3,8 +3,11 @@
 All of it is registered from Python, because LibTorch's stable ABI has no C++ way to do it that holds across versions.
 """
 
+import functools
+
 import torch
 
+from torch_sluice import _functorch
 from torch_sluice._errors import check_tensors
 from torch_sluice._fakes import register_fake
 
@@ -67,41 +70,10 @@ def _fake_backward(dout, q, k, v, a, b, logit_tau, key_range, out, lse, causal, 
     return tuple(tensor.new_empty(tensor.shape) for tensor in (q, k, v, a, b))
 
 
-def _save_for_backward(ctx, inputs, output):
-    q, k, v, a, b, logit_tau, key_range, *options = inputs
-    out, lse = output
-    ctx.options = options
-    ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, a, b, logit_tau, key_range, out, lse)
-
-
-def _run_backward(ctx, dout, dlse):
-    if dout is None:
-        return (None,) * 11
-    q, k, v, a, b, logit_tau, key_range, out, lse = ctx.saved_tensors
-    gradients = torch.ops.sluice.gated_attention_backward(
-        dout, q, k, v, a, b, logit_tau, key_range, out, lse, *ctx.options
-    )
-    return (*gradients, None, None, None, None, None, None)
-
-
-def _refuse_second_order(ctx, *gradients):
-    raise NotImplementedError(
-        "sluice::gated_attention_backward has no derivative: gated attention supports first-order gradients only"
-    )
-
-
-def _refuse_vmap(info, in_dims, *args):
-    raise NotImplementedError(
-        "torch.vmap over sluice::gated_attention is not supported: use the batch dimension that the operator has"
-    )
-
-
-torch.library.register_autograd("sluice::gated_attention", _run_backward, setup_context=_save_for_backward)
-torch.library.register_autograd("sluice::gated_attention_backward", _refuse_second_order)
-torch.library.register_vmap("sluice::gated_attention", _refuse_vmap)
-torch.library.register_vmap("sluice::gated_attention_backward", _refuse_vmap)
+for _operator, _kernel in ((_FORWARD, _functorch.forward), (_BACKWARD, _functorch.backward)):
+    _name = _operator.name().partition(".")[0]
+    _library.impl(_name.partition("::")[2], _kernel, "Autograd")
+    torch.library.register_vmap(_name, functools.partial(_functorch.map_operator, _operator))
 
 
 def _register_autocast(device_type: str, key_name: str) -> None:

@@ -4,8 +4,9 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from torch_sluice import _operators
+from torch_sluice import _functorch, _operators
 from torch_sluice._errors import as_value_error, check_tensors
 from torch_sluice.selection import select_logit_tau
 
@@ -51,6 +52,10 @@ def _gates_of(name: str, logits: Tensor, dtype: torch.dtype) -> Tensor:
 def _run(arguments: tuple) -> tuple[Tensor, Tensor]:
     try:
         q, k, v, a, b = arguments[:5]
+        if _functorch.is_transformed():
+            return _functorch.transformed(*arguments)
+        if forward_ad._current_level >= 0:
+            return _operator(*arguments)
         if torch.is_grad_enabled() and (
             q.requires_grad or k.requires_grad or v.requires_grad or a.requires_grad or b.requires_grad
         ):
@@ -118,8 +123,10 @@ def gated_attention(
     Returns:
         out [B, Hq, Nq, Dv] in the dtype of q; with ``return_lse`` the tuple (out, lse).
 
-    Gradients flow to q, k, v, a and b (first order); dropped pairs have none. Under autocast q, k and v take the
-    autocast dtype and the gates float32. The same inputs give the same bits, whatever the number of threads.
+    Gradients flow to q, k, v, a and b; dropped pairs have none. They are of first order and reverse mode, by autograd
+    or torch.func (``grad``, ``vjp``, ``vmap``); second order and forward mode raise NotImplementedError. Under autocast
+    q, k and v take the autocast dtype and the gates float32. The same inputs give the same bits, whatever the number of
+    threads.
 
     Raises:
         ValueError: an argument of a wrong shape, dtype, device or value; the message names it.

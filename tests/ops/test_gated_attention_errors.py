@@ -120,11 +120,6 @@ def test_second_order_gradient():
         dq.sum().backward()
 
 
-def test_vmap():
-    with pytest.raises(NotImplementedError, match="vmap over sluice::gated_attention is not supported"):
-        torch.vmap(lambda q: call(q=q))(torch.stack((q, q)))
-
-
 def test_failed_call_leaves_the_operator_usable():
     with pytest.raises(ValueError, match="window"):
         call(window=-1)

@@ -11,6 +11,7 @@ from support.devices import DEVICES
 
 from torch_sluice import gate_parameters, restore, swap_attention
 from torch_sluice.attention import Gate
+from torch_sluice.swap import in_flight
 from torch_sluice.swap.hugging_face import register_when_imported, sluice_attention
 from torch_sluice.swap.masks import read_mask
 
@@ -295,7 +296,7 @@ def test_no_batch_and_no_tokens(target_density, sizes):
     """The attention itself: what is around it in these models reshapes to -1, and refuses both."""
     layer = swap_attention(make("llama").train(), target_density=target_density).model.layers[0].self_attn
     if target_density:
-        layer._sluice_logits = layer.sluice_gate(torch.zeros(sizes[0], sizes[2], 32))
+        in_flight.put(layer, layer.sluice_gate(torch.zeros(sizes[0], sizes[2], 32)))
     q, k, v = (torch.zeros(*sizes, requires_grad=True) for _ in range(3))
     out, _ = sluice_attention(layer, q, k[:, :2], v[:, :2], None, scaling=0.5)
     assert out.shape == (sizes[0], sizes[2], 4, 8)

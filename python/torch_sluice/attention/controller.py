@@ -61,6 +61,20 @@ def _target_density_of(model):
     return targets.pop()
 
 
+class _BeforeForward:
+    """The hook by which a controller hears of a forward. A copy of the model, or its pickle, is not listened to."""
+
+    def __init__(self, controller: "_Controller | None" = None):
+        self._controller = controller
+
+    def __call__(self, module, args):
+        if self._controller is not None:
+            self._controller._forget(module)
+
+    def __getstate__(self):
+        return {"_controller": None}
+
+
 class _Controller:
     """Listens to the gates of a model, sums up what they did since the last step, and leads them through the phases.
 
@@ -87,7 +101,7 @@ class _Controller:
         for gate in self.gates:
             gate.record = []
         # A forward whose loss never came, or one recomputed by checkpointing, must not count.
-        self._hook = model.register_forward_pre_hook(lambda module, _: self._forget(module))
+        self._hook = model.register_forward_pre_hook(_BeforeForward(self))
         self._enter_phase()
 
     def loss(self, loss):

@@ -77,6 +77,20 @@ class Gate(nn.Module):
         self.query_bias.fill_(logit / 2)
         self.key_bias.fill_(logit / 2)
 
+    def __getstate__(self):
+        """What copies and files hold: not what a controller listens to, which belongs to this gate's forwards."""
+        return {**self.__dict__, "record": None}
+
+    def _apply(self, fn, recurse=True):
+        """Gates move with their model, and stay as precise as they are: steps of a gate are below what 8 bits hold."""
+
+        def move(tensor):
+            moved = fn(tensor)
+            coarser = moved.is_floating_point() and torch.finfo(moved.dtype).eps > torch.finfo(tensor.dtype).eps
+            return tensor.to(moved.device) if coarser else moved
+
+        return super()._apply(move, recurse)
+
     def forward(self, x, key_x=None):
         """Gate logits of the queries from x and of the keys from ``key_x`` (default: x).
 

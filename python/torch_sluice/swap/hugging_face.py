@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from torch_sluice.attention import Gate
+from torch_sluice.swap import in_flight
 from torch_sluice.swap.cache import GatedCache
 from torch_sluice.swap.call import MAX_HEAD_DIM, GateOptions, attend_gated, attend_open
 from torch_sluice.swap.config_view import view_config
@@ -35,9 +36,8 @@ def sluice_attention(module, query, key, value, attention_mask=None, dropout=0.0
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is None and original.is_eager:
         is_causal = False  # the eager functions know no causality but their mask's
-    logits = getattr(module, "_sluice_logits", None)
+    logits = in_flight.take(module) if "sluice_gate" in module._modules else None
     if logits is not None:
-        module._sluice_logits = None
         mask, given = attention_mask, dict(causal=is_causal, scale=scaling, dropout=dropout)
         return _attend_gated(module, logits, original, (query, key, value), mask, bias, given, options)
     if "sluice_gate" in module._modules:
@@ -173,13 +173,14 @@ def is_attention(module: nn.Module) -> bool:
 
 def install(module: nn.Module, original: Original) -> None:
     """Lets an attention layer ask for Sluice; the config of its model, and so the masks, stay what they are."""
-    module.sluice_original, module._sluice_logits = original, None
+    module.sluice_original = original
     if not original.by_name:
         module.config = view_config(module.config, NAMES[original.implementation])
 
 
 def uninstall(module: nn.Module) -> None:
-    del module.sluice_original, module._sluice_logits
+    del module.sluice_original
+    in_flight.drop(module)
     module.config = getattr(module.config, "sluice_config", module.config)
 
 
@@ -211,7 +212,6 @@ def _compute_logits(module, args, kwargs):
             f"{type(module).__name__} was called without hidden_states, expected them first or by name: the gate "
             "reads them"
         )
-    module._sluice_logits = None
     a, b = module.sluice_gate(hidden_states.unsqueeze(0) if hidden_states.dim() == 2 else hidden_states)
     for name in _CACHE_NAMES:
         cache = kwargs.get(name)
@@ -219,7 +219,7 @@ def _compute_logits(module, args, kwargs):
             cache = GatedCache(cache, b)
             kwargs, b = {**kwargs, name: cache}, cache
             break
-    module._sluice_logits = (a, b)
+    in_flight.put(module, (a, b))
     return args, kwargs
 
 
