@@ -12,7 +12,7 @@ from torch_sluice.compress import compress  # noqa: E402
 from torch_sluice.functional import gated_attention  # noqa: E402
 from torch_sluice.modules import GatedAttention  # noqa: E402
 from torch_sluice.monitor import Monitor  # noqa: E402
-from torch_sluice.swap import gate_parameters, restore, swap_attention  # noqa: E402
+from torch_sluice.swap import gate_parameters, load_gates, restore, save_gates, swap_attention  # noqa: E402
 
 __version__ = _library.version()
 __all__ = [
@@ -23,6 +23,8 @@ __all__ = [
     "gate_parameters",
     "gated_attention",
     "library_path",
+    "load_gates",
     "restore",
+    "save_gates",
     "swap_attention",
 ]

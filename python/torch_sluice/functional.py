@@ -144,8 +144,6 @@ def gated_attention(
     else:
         if isinstance(tau, Tensor) or tau != 0:
             raise ValueError(f"tau is {tau} and density is {density}, expected at most one of them")
-        if not isinstance(density, Tensor):
-            _check_number("density", density, 0, math.nextafter(1, 2), "a number in [0, 1]")
         logit_tau = select_logit_tau(a, b, density, causal=causal, window=window, sinks=sinks, key_range=key_range)
     if scale is None:
         scale = 1 / math.sqrt(max(q.shape[3], 1))

@@ -28,6 +28,21 @@ def _sample_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
     return values.gather(-1, ranks).flatten(-2), positions.gather(-1, ranks).flatten(-2)
 
 
+def _check_density(density: float | Tensor, a: Tensor) -> None:
+    if not isinstance(density, Tensor):
+        if not 0 <= density <= 1:
+            raise ValueError(f"density is {density}, expected a number in [0, 1]")
+        return
+    shape = list(a.shape[:2])
+    if density.dim() > 2 or any(x not in (1, y) for x, y in zip(density.shape[::-1], shape[::-1], strict=False)):
+        raise ValueError(f"density has shape {list(density.shape)}, expected one that broadcasts to {shape}")
+    # Looking at the values of a tensor on an accelerator would wait for it, and a traced one has none.
+    if density.device.type == "cpu" and density.numel() and not torch.compiler.is_compiling():
+        low, high = (bound.item() for bound in density.detach().aminmax())
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"density is {high if low >= 0 else low}, expected every element in [0, 1]")
+
+
 @torch.no_grad()
 def select_logit_tau(
     a: Tensor,
@@ -60,7 +75,11 @@ def select_logit_tau(
     Returns:
         [B, Hq] in the dtype of a, ``logit_tau`` of the operator; -inf where all far pairs (or none exist) are kept,
         +inf where none shall be.
+
+    Raises:
+        ValueError: density is not in [0, 1] (unless it lies on an accelerator or is traced), or of another shape.
     """
+    _check_density(density, a)
     group = a.shape[1] // b.shape[1]
     n_q, n_k = a.shape[-1], b.shape[-1]
     a = a.clamp(-GATE_LOGIT_LIMIT, GATE_LOGIT_LIMIT)
