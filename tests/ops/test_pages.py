@@ -5,7 +5,7 @@ import re
 import pytest
 from support.devices import INDUCTOR
 
-EXAMPLES = {"attention": 3, "gate": 2, "accumulate": 2, "infer": 2}
+EXAMPLES = {"attention": 4, "gate": 2, "accumulate": 2, "infer": 2}
 
 
 def examples(repository, page):
@@ -19,8 +19,9 @@ def run(repository, page, number=0, names=None):
 
 
 @pytest.mark.parametrize("number", range(EXAMPLES["attention"]))
-def test_attention(repository, number):
+def test_attention(repository, number, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
     run(repository, "attention", number)
 
 

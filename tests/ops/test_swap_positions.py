@@ -7,8 +7,9 @@ from support.attention import formula
 pytest.importorskip("transformers")
 
 from support.gated_llama import draw, make
+from transformers import AutoModelForCausalLM, MistralConfig
 
-from torch_sluice import gated_attention
+from torch_sluice import gate_parameters, gated_attention, swap_attention
 from torch_sluice.attention import kept_pairs
 from torch_sluice.selection import select_logit_tau
 
@@ -59,3 +60,42 @@ def test_packed_documents_answer_as_each_does(lengths):
     found = model(torch.cat(texts, dim=1), position_ids=positions, use_cache=False).logits[0].split(list(lengths))
     for logits, text in zip(found, texts, strict=True):
         torch.testing.assert_close(logits, model(text).logits[0], atol=1e-4, rtol=1e-4)
+
+
+def sliding(window=8):
+    torch.manual_seed(0)
+    config = MistralConfig(
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32, intermediate_size=64,
+        vocab_size=50, initializer_range=0.3, sliding_window=window,
+    )  # fmt: skip
+    model = swap_attention(AutoModelForCausalLM.from_config(config).eval(), target_density=0.3, window=2, sinks=4)
+    generator = torch.Generator().manual_seed(7)
+    for parameter in gate_parameters(model):
+        parameter.copy_(3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:this attention mask is not the causal")
+@pytest.mark.parametrize("tokens", [3, 6, 12, 20])
+@pytest.mark.parametrize("padding", [0, 2, 7])
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"num_beams": 2}], ids=str)
+def test_a_cache_that_slides_takes_its_sinks_along(tokens, padding, options):
+    """With and without a cache; rows of which one begins later lose their sinks later."""
+    model = sliding()
+    texts = [draw(tokens=tokens + padding), draw(tokens=tokens, seed=1)]
+    ids = torch.cat([torch.nn.functional.pad(text, (padding + tokens - text.shape[1], 0)) for text in texts])
+    shared = dict(
+        attention_mask=(ids > 0).long(), max_new_tokens=14, do_sample=False, pad_token_id=0, eos_token_id=None
+    )
+    found = model.generate(ids, **shared, **options)
+    options = {name: value for name, value in options.items() if name != "cache_implementation"}
+    assert torch.equal(found, model.generate(ids, **shared, **options, use_cache=False))
+
+
+@torch.no_grad()
+def test_a_compiled_model_with_a_static_cache_refuses():
+    model = make()
+    model.forward = torch.compile(model.forward, backend="aot_eager")
+    with pytest.raises(RuntimeError, match=r"gated layer with a static cache works without torch\.compile"):
+        model.generate(draw(), max_new_tokens=3, do_sample=False, pad_token_id=0, cache_implementation="static")

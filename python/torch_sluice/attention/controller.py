@@ -186,7 +186,8 @@ class _Controller:
         if not means:
             raise RuntimeError(
                 "no gate was used since the last loss, expected a forward of the model in training mode with gradients "
-                "enabled before each call of loss()"
+                "enabled before each call of loss(). Re-entrant activation checkpointing runs it without: set "
+                "use_reentrant=False"
             )
         device = self._sums.device
         self._add(torch.stack([*self._sums.new_zeros(3), loss.reshape(()).to(device), self._sums.new_ones(())]))

@@ -28,6 +28,8 @@ class GatedCache:
     """
 
     def __init__(self, cache, b: Tensor):
+        self.layer = None  # of the cache, once it was updated
+        self.dropped = 0  # keys of the text that it no longer holds: a sliding one lets go of the first
         self._whole, self._cache = cache, getattr(cache, "self_attention_cache", cache)
         self.b = b  # of the new keys; after update, of all keys that the layer is to look at
 
@@ -60,9 +62,27 @@ class GatedCache:
         keys, values = self._cache.update(
             key_states, torch.cat((value_states, channels), dim=-1), layer_idx, *args, **kwargs
         )
+        self.layer = self._cache.layers[layer_idx] if len(getattr(self._cache, "layers", ())) > layer_idx else None
+        if self.layer is not None and not torch.compiler.is_compiling():
+            self.dropped = max(0, int(self.layer.get_seq_length()) - keys.shape[-2])
         values, channels = values.split((value_states.shape[-1], channels.shape[-1]), dim=-1)
         self.b = _unpack(channels, self.b.dtype, heads)
         return keys, values
+
+    def begin_of_text(self, seen: Tensor | None) -> Tensor | int:
+        """Where the text of each batch element begins, counted in the keys that the cache holds: below 0 if its first
+        are gone. ``seen`` [B] is the first of these keys that is no padding; None: 0.
+
+        How much padding there was is known while some of it is held, and kept with the cache's layer from then on.
+        """
+        if self.layer is None:
+            return -self.dropped
+        padding = 0 if seen is None else seen + self.dropped
+        if self.dropped:
+            known = getattr(self.layer, "sluice_padding", 0)
+            padding = known if seen is None else torch.where(seen > 0, padding, known)
+        self.layer.sluice_padding = padding
+        return padding - self.dropped
 
     def __getattr__(self, name):
         return getattr(self._cache if hasattr(self._cache, name) else self._whole, name)

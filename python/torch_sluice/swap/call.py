@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from torch_sluice.attention import attend
 from torch_sluice.functional import gated_attention
+from torch_sluice.swap.cache import GatedCache
 from torch_sluice.swap.dense import dense_gated_attention
 from torch_sluice.swap.masks import as_bool_mask, count_visible_keys, read_mask
 
@@ -118,6 +119,7 @@ def attend_gated(
     causal: bool = False,
     scale: float | None = None,
     dropout: float = 0.0,
+    cache: GatedCache | None = None,
 ) -> tuple[Tensor, Callable[[], Tensor]]:
     """Attention of a layer with a gate; logits (a [B, Hq, Nq], b [B, heads of the gate, Nk]).
 
@@ -137,10 +139,27 @@ def attend_gated(
             )
         pattern = read_mask(mask, q.shape[0], q.shape[2], k.shape[2], causal)
         if pattern is None or pattern.window:
+            if cache is not None and pattern is not None and options.sinks:
+                begin = cache.begin_of_text(None if pattern.key_range is None else pattern.key_range[:, 0])
+                near["begin_of_text"] = torch.as_tensor(begin).expand(q.shape[0])
             return _attend_densely(gate, a, b, q, k, v, mask, causal, near)
         causal, key_range, n_k = pattern[:3]
+        if torch.compiler.is_compiling() and causal and q.shape[2] != n_k:
+            torch._assert_async(
+                (key_range[:, 1] == n_k).all(),
+                "attention mask: expected one that sees up to the last key; a gated layer with a static cache works "
+                "without torch.compile",
+            )
         all_values = v
         k, v, b = k[:, :, :n_k], v[:, :, :n_k], b[:, :, :n_k]
+    if cache is not None and options.sinks:
+        begin = cache.begin_of_text(None if key_range is None else key_range[:, 0])
+        if cache.dropped:
+            left = (torch.as_tensor(begin) + options.sinks).clamp(min=0) - torch.as_tensor(begin).clamp(min=0)
+            if (left != left.flatten()[0]).any():
+                near["begin_of_text"] = begin
+                return _attend_densely(gate, a, b, q, k, v, mask[..., : k.shape[2]], causal, near)
+            near["sinks"] = int(left.flatten()[0])
     near |= dict(causal=causal, key_range=key_range)
     out = attend(gate, None, q, k, v, logits=(a, b), **near)
     if mask is not None and pattern.uniform is not None:

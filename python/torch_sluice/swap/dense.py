@@ -22,6 +22,7 @@ def dense_gated_attention(
     sinks: int = 0,
     scale: float | None = None,
     key_range: Tensor | None = None,
+    begin_of_text: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``torch_sluice.gated_attention`` with a mask and with the weights, at the cost and memory of n_q * n_k pairs.
 
@@ -29,6 +30,8 @@ def dense_gated_attention(
         mask: broadcasts to [B, Hq, Nq, Nk]; bool, True where a pair may be looked at, or a float bias on the scores.
         keep_self: a query keeps the key at its own place whatever the gate says, as ``causal`` implies; for causal
             layers whose mask says the rest.
+        begin_of_text: [B], the key from which sinks count, below 0 if the first are not among these keys; None: what
+            the mask or key_range says.
         The others: as in :func:`torch_sluice.gated_attention`.
 
     Returns:
@@ -44,7 +47,9 @@ def dense_gated_attention(
 
     keys = torch.arange(n_k, device=q.device)
     distance = torch.arange(n_k - n_q, n_k, device=q.device).unsqueeze(-1) - keys
-    near = (distance.abs() < window) | (keys - _first_keys(mask, key_range, n_q, n_k) < sinks)
+    first = begin_of_text
+    first = _first_keys(mask, key_range, n_q, n_k) if first is None else first.view(-1, 1, 1, 1)
+    near = (distance.abs() < window) | (keys - first < sinks)
     kept = near | ~(z < _logit(tau))
     if causal or keep_self:
         kept = kept | (distance == 0)

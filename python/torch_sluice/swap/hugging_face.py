@@ -117,8 +117,10 @@ def _attend_gated(module, logits, original, qkv, mask, bias, given, options):
 
         bias = bias[..., : k.shape[2]] if bias.shape[-1] == n_k else bias
         mask = create_position_bias_mask(bias, mask, causal and q.shape[2] > 1, q, k)
-    b = (b.b if isinstance(b, GatedCache) else b)[:, :, : k.shape[2]]
-    out, weights = attend_gated(module.sluice_gate, (a, b), module.sluice_options, q, k, v, mask=mask, **given)
+    cache = b if isinstance(b, GatedCache) else None
+    b = (b if cache is None else cache.b)[:, :, : k.shape[2]]
+    given = dict(mask=mask, cache=cache, **given)
+    out, weights = attend_gated(module.sluice_gate, (a, b), module.sluice_options, q, k, v, **given)
     out = out.transpose(1, 2).contiguous()
     if not original.is_eager:
         return out, None
