@@ -79,3 +79,12 @@ def test_of_many_rows_as_many_as_are_asked_for_tell_the_moments():
     assert 2048 <= some.count["0"] <= 4096
     whole, part = (unpack(m.product["0"], 4) / m.count["0"] for m in (everything, some))
     torch.testing.assert_close(part, whole, atol=0.1, rtol=0.1)
+
+
+def test_a_layer_that_gets_no_rows_has_no_moments():
+    """An expert that no token of a part of the data goes to."""
+    model, data = torch.nn.Linear(4, 2), [torch.zeros(0, 4), torch.zeros(2, 0, 4)]
+    assert not measure_moments(model, data, [""]).count
+    both = measure_moments(model, [*data, torch.randn(5, 4)], [""])
+    assert both.count[""] == 5
+    assert both.product[""].shape == (10,)

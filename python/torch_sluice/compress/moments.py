@@ -62,7 +62,7 @@ class Moments:
         """rows [samples, channels], of which about as many as ``most`` are taken. ``finish`` is to be called behind the
         last."""
         rows = rows[:: max(1, -(-len(rows) // most))].float()
-        if not rows.isfinite().all():
+        if not len(rows) or not rows.isfinite().all():
             return
         self.count[path] = self.count.get(path, 0) + len(rows)
         self.total[path] = self.total.get(path, 0) + rows.sum(0, dtype=torch.float64)
