@@ -34,7 +34,7 @@ def test_kept_pairs_against_the_rule_written_out(causal, window, sinks, n_q, n_k
         if causal and j > p:
             continue
         total += 1
-        near = abs(p - j) < window or j < sinks or (causal and j == p)
+        near = abs(p - j) < window or j - 1 < sinks or (causal and j == p)  # the first valid key is 1
         kept += near or bool(a[0, h, i] + b[0, h // (heads // kv_heads), j] >= logit_tau[0, h])
     options = dict(causal=causal, window=window, sinks=sinks)
     assert count_kept_pairs(a, b, logit_tau, key_range, **options) == (kept, total)

@@ -36,9 +36,10 @@ def count_kept_pairs(a, b, logit_tau=None, key_range=None, *, causal=False, wind
     keys = torch.arange(n_k, device=a.device)
     b = b.clamp(-GATE_LOGIT_LIMIT, GATE_LOGIT_LIMIT).repeat_interleave(a.shape[1] // max(b.shape[1], 1), 1)
     valid_keys = torch.ones(a.shape[0], 1, 1, n_k, dtype=torch.bool, device=a.device)
+    sink_keys = keys < sinks
     if key_range is not None:
-        begin, end = key_range.view(-1, 1, 1, 2).unbind(-1)
-        valid_keys = (keys >= begin.unsqueeze(-1)) & (keys < end.unsqueeze(-1))
+        begin, end = (bound.unsqueeze(-1) for bound in key_range.view(-1, 1, 1, 2).unbind(-1))
+        valid_keys, sink_keys = (keys >= begin) & (keys < end), keys - begin < sinks
     kept = total = 0
     for start in range(0, n_q, _ROWS):
         rows = a[..., start : start + _ROWS].clamp(-GATE_LOGIT_LIMIT, GATE_LOGIT_LIMIT)
@@ -48,9 +49,9 @@ def count_kept_pairs(a, b, logit_tau=None, key_range=None, *, causal=False, wind
         if logit_tau is None:
             kept = total
             continue
-        always = ((position - keys).abs() < window) | (keys < sinks)
+        always = ((position - keys).abs() < window) | sink_keys
         if causal:
-            always |= keys == position
+            always = always | (keys == position)
         passed = ~(rows.unsqueeze(-1) + b.unsqueeze(-2) < logit_tau.view(*logit_tau.shape, 1, 1))
         kept += int(((passed | always) & valid).sum())
     return kept, total
