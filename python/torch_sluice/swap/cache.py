@@ -63,7 +63,8 @@ class GatedCache:
             key_states, torch.cat((value_states, channels), dim=-1), layer_idx, *args, **kwargs
         )
         self.layer = self._cache.layers[layer_idx] if len(getattr(self._cache, "layers", ())) > layer_idx else None
-        if self.layer is not None and not torch.compiler.is_compiling():
+        # Others drop nothing, and on an accelerator asking for a length would wait for it.
+        if getattr(self.layer, "is_sliding", False) and not torch.compiler.is_compiling():
             self.dropped = max(0, int(self.layer.get_seq_length()) - keys.shape[-2])
         values, channels = values.split((value_states.shape[-1], channels.shape[-1]), dim=-1)
         self.b = _unpack(channels, self.b.dtype, heads)
