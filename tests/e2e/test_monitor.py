@@ -302,6 +302,17 @@ def test_memory_is_that_of_each_monitors_time():
     assert first.peak_bytes - first.parameter_bytes == pytest.approx(88 * 2**20, rel=0.2)
 
 
+def test_memory_that_was_freed_before_a_monitor_is_not_taken_for_in_use():
+    torch.ones(7 * 2**20)  # freed, glibc takes blocks up to this size from its heap from now on
+    blocks = [torch.ones(2**18) for _ in range(64)]  # 64 MiB, in one piece
+    pin = torch.ones(2**10)  # above them: the heap can't shrink
+    del blocks
+    with quiet_monitor(nn.Linear(4, 4)) as monitor:
+        memory = torch.ones(6 * 2**20)  # 24 MiB
+        assert monitor.peak_bytes > 20 * 2**20
+    del memory, pin
+
+
 def test_what_comes_after_the_end_is_not_the_runs_memory():
     monitor = quiet_monitor()
     monitor.close()

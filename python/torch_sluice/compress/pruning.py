@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_sluice._memory import release_memory
 from torch_sluice.compress.compensation import Update, find_updates, reading_layer
 from torch_sluice.compress.graph import ChannelGroup, lowest
 from torch_sluice.compress.importance import raw_norms, relative_norms
 from torch_sluice.compress.latency import measure_layers
-from torch_sluice.compress.memory import release_memory
 from torch_sluice.compress.moments import Moments
 from torch_sluice.compress.norm_scale import NormScale, scale_norms
 from torch_sluice.compress.prediction import Prediction

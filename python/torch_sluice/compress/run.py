@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torch_sluice._memory import release_memory
 from torch_sluice.compress.calling import (
     check_example,
     copy_model,
@@ -25,7 +26,6 @@ from torch_sluice.compress.estimate import Score, failed
 from torch_sluice.compress.graph import ChannelGroup, find_groups
 from torch_sluice.compress.latency import compare_latency, measure_latency
 from torch_sluice.compress.measure import Measure
-from torch_sluice.compress.memory import release_memory
 from torch_sluice.compress.moments import count_moment_bytes, join, measure_moments
 from torch_sluice.compress.norm_scale import measure_norms, norms_of
 from torch_sluice.compress.progress import Progress

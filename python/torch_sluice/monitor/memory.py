@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from torch_sluice._memory import release_memory
+
 _STATUS = Path("/proc/self/status")
 _meters: "weakref.WeakSet[MemoryMeter]" = weakref.WeakSet()
 
@@ -26,6 +28,8 @@ class MemoryMeter:
         for meter in list(_meters):
             if meter._device == device:
                 meter._note()
+        if device.type != "cuda":
+            release_memory()  # or what was freed before is taken again, unseen: it stayed resident
         self.before = self._current()
         self._highest = self.before
         self._stopped = False
