@@ -5,9 +5,11 @@ import torch
 from support.compress_models import mlp
 
 import torch_sluice
-from torch_sluice.compress import graph, run
+from torch_sluice.compress import Agreement, graph, run
+from torch_sluice.compress.first_pass import run_first
+from torch_sluice.compress.measure import Measure
 from torch_sluice.compress.moments import measure_moments, unpack
-from torch_sluice.compress.remember import remembering
+from torch_sluice.compress.remember import Calls, remembering
 from torch_sluice.compress.samples import cut_pieces
 
 QUIET = {"progress": False}
@@ -56,7 +58,7 @@ def test_what_a_model_gave_for_a_batch_answers_for_its_rows(kind):
     pieces = cut_pieces([(inputs, torch.arange(24))], [0], True, 4)
     model, rest = Two(), {"x": torch.ones(6, 3), "y": torch.ones(6, 3)}
     assert len(pieces) == 4
-    with remembering(model, pieces) as calls:
+    with remembering(model, Calls(pieces)) as calls:
         expected = call(inputs)
         begin = 0
         for piece in pieces:
@@ -69,6 +71,56 @@ def test_what_a_model_gave_for_a_batch_answers_for_its_rows(kind):
         assert call(pieces[0].inputs)["sum"].any()
         call(rest)
         assert calls.run == 2
+    expected = call(inputs)
+    with remembering(model, Calls(pieces)) as calls:
+        for piece in pieces[:3]:
+            call(piece.inputs)
+        call(inputs)  # one of its parts is not known
+        assert (calls.run, calls.repeated) == (4, 0)
+    with remembering(model, Calls(pieces)) as calls:
+        for piece in pieces:
+            call(piece.inputs)
+        found = call(inputs)
+        assert (calls.run, calls.repeated) == (4, 1)
+        assert torch.equal(found["sum"], expected["sum"])
+        assert torch.equal(found["product"][0], expected["product"][0])
+    with remembering(model, Calls(pieces, most_bytes=8)) as calls:
+        call(inputs), call(inputs)
+        assert calls.run == 2
+
+
+@pytest.mark.parametrize(
+    "metric", [None, Agreement(), lambda model, some: sum(float(model(x).exp().mean()) for x, _ in some)]
+)
+def test_the_original_runs_once_over_data(metric):
+    """For its metric, for moments, and for what candidates' outputs are compared with."""
+    model, runs = mlp().eval(), []
+    data = [(x, None) for x in torch.randn(96, 20).split(4)]
+    model[0].register_forward_hook(lambda module, inputs, output: runs.append(inputs[0].data_ptr()))
+
+    def first(measure, calls):
+        runs.clear()  # it was looked whether rows are independent
+        found.append(run_first(model, measure.pieces, ["2", "4"], [], calls))
+
+    found = []
+    Measure(model, data, metric, first)
+    again = 16 if callable(metric) and not isinstance(metric, Agreement) else 0  # with noise on the weights
+    assert len(runs) <= len(data) + again
+    assert set(runs) == {x.data_ptr() for x, _ in data}
+    assert list(found[0].folds) == [0, 1, 2, 3]
+    assert sum(moments.count["4"] for moments in found[0].folds.values()) == 96
+
+
+def test_moments_of_folds_that_are_merged_add_up():
+    model, data = mlp().eval(), torch.randn(96, 20)
+    pieces = cut_pieces([(data, None)], [0], True, 8)
+    first = run_first(model, pieces, ["2"], [], Calls(pieces))
+    whole = measure_moments(model, [data], ["2"])
+    for count in (1, 2, 4):
+        folds = first.by_folds(count)
+        assert list(folds) == list(range(count))
+        assert sum(fold.count["2"] for fold in folds.values()) == 96
+        torch.testing.assert_close(sum(fold.product["2"] for fold in folds.values()), whole.product["2"])
 
 
 def test_of_many_rows_as_many_as_are_asked_for_tell_the_moments():

@@ -39,7 +39,8 @@ def run_metric(metric: Metric, model: nn.Module, batches: list[tuple[Any, Any]])
 
 
 class Blocks:
-    """The metric on parts of the data, and the original's values there. The original is in eval mode.
+    """The metric on parts of the data, and the original's values there. The original is in eval mode, and ``calls``
+    remembers what it returns.
 
     Attributes:
         parts: (fold, pieces) of each block. Pieces are dealt out to fewer folds where the metric cannot be had on so
@@ -47,21 +48,27 @@ class Blocks:
         known: whether there are enough of them to tell how well the metric is known.
     """
 
-    def __init__(self, metric: Metric, original: nn.Module, whole: list[tuple[Any, Any]], pieces: list[Piece]):
+    def __init__(
+        self,
+        metric: Metric,
+        original: nn.Module,
+        whole: list[tuple[Any, Any]],
+        pieces: list[Piece],
+        calls: Calls,
+    ):
         self.metric, self.samples = metric, sum(piece.samples for piece in pieces)
         self.parts: Parts = []
         self.additive, self.known = False, False
         self._values: list[float] = []
         self._weights: list[float] = []
         self._whole = whole
-        with remembering(original, pieces) as calls:
-            self.before = run_metric(metric, original, whole)
-            if not math.isfinite(self.before):
-                raise ValueError(
-                    f"metric returned {self.before} for the original model, expected a finite number: check it on "
-                    "the uncompressed model first"
-                )
-            self._divide(original, pieces, calls)
+        self.before = run_metric(metric, original, whole)
+        if not math.isfinite(self.before):
+            raise ValueError(
+                f"metric returned {self.before} for the original model, expected a finite number: check it on the "
+                "uncompressed model first"
+            )
+        self._divide(original, pieces, calls)
 
     def _divide(self, original: nn.Module, pieces: list[Piece], calls: Calls) -> None:
         """Finds blocks that tell how well the metric is known, and takes the original's values."""
@@ -135,12 +142,21 @@ class Blocks:
     def score(self, numbers: list[int], values: list[float]) -> Score:
         """Of the metric's values on these blocks: of a mean over samples."""
         unchanged = sum(v == self._values[n] for n, v in zip(numbers, values, strict=True)) / len(numbers)
-        score = score_blocks(
-            values, [self._values[n] for n in numbers], [self._weights[n] for n in numbers],
-            # Where many blocks show no difference at all, their spread says nothing about rare ones.
-            self.unit * unchanged, self.samples,
-        )  # fmt: skip
-        return score
+        weights = [self._weights[n] for n in numbers]
+        seen = sum(weights) / sum(self._weights)
+        # Where many blocks show no difference at all, their spread says nothing about rare ones.
+        unit = self.unit * unchanged / seen
+        return score_blocks(values, [self._values[n] for n in numbers], weights, unit, round(seen * self.samples))
+
+    def first_batches(self, samples: int) -> list[tuple[Any, Any]]:
+        """The batches of the first blocks, of which there are as many as hold so many samples; all where there are no
+        blocks."""
+        pieces: list[Piece] = []
+        for _, part in self.parts:
+            if sum(piece.samples for piece in pieces) >= samples:
+                break
+            pieces += part
+        return as_batches(pieces) or self._whole
 
     def _pieces(self, fold: int | None, without: int | None = None) -> list[Piece]:
         return [piece for n in self.numbers(fold) if n != without for piece in self.parts[n][1]]
@@ -171,17 +187,18 @@ class Blocks:
         after = {fold: weights[fold] * torch.tensor(v, dtype=torch.float64) for fold, v in values.items()}
         before = {fold: weights[fold] * torch.tensor(self._whole_before[fold], dtype=torch.float64) for fold in values}
         total, original = (sum(float(v[0]) for v in of.values()) for of in (after, before))
+        samples = sum(piece.samples for fold in values for piece in self._pieces(fold)) or self.samples
         kept, variance, degrees, unchanged = total / original, 0.0, 0, 0
         if not self.known or not math.isfinite(kept):
-            return Score(kept, kept, self.samples, known=False)
+            return Score(kept, kept, samples, known=False)
         for fold, now in after.items():
             then, count = before[fold], len(now) - 1
             shares = (total - now[0] + now[1:]) / (original - then[0] + then[1:])
             variance += (count - 1) / count * float((shares - shares.mean()).square().sum())
             degrees += count - 1
             unchanged += int((now[1:] == then[1:]).sum())
-        unit = self.unit * unchanged / (degrees + len(after))
-        return Score(kept, lower_bound(kept, math.sqrt(variance), degrees, unit), self.samples)
+        unit = self.unit * unchanged / (degrees + len(after)) * self.samples / samples
+        return Score(kept, lower_bound(kept, math.sqrt(variance), degrees, unit), samples)
 
 
 def as_batches(pieces: list[Piece]) -> list[tuple[Any, Any]]:

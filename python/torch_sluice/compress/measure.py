@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_sluice.compress.blocks import Blocks, Metric, as_batches, noised, run_metric
+from torch_sluice.compress.blocks import Blocks, Metric, noised, run_metric
 from torch_sluice.compress.calling import call_model, describe_error, evaluating, float_outputs, seeded
 from torch_sluice.compress.estimate import Score, failed, ratio_error, score_losses
 from torch_sluice.compress.outputs import Agreement, Fidelity, run_original
+from torch_sluice.compress.remember import MOST_BYTES, Calls, remembering
+from torch_sluice.compress.report import count_bytes
 from torch_sluice.compress.samples import (
     Piece,
     count_rows,
@@ -32,11 +34,14 @@ from torch_sluice.compress.samples import (
 _COMPARED = 8  # pieces on which outputs are compared
 _MOST_ELEMENTS = 1 << 24  # of outputs that are compared
 _PIECES = {True: 8, False: 20}  # that few batches are cut into: to divide them; to see a metric's spread
-_ACCURACY = 0.15  # relative standard error with which a loss is known well enough,
+_ACCURACY = 0.25  # relative standard error with which a loss is known well enough,
 _FEWEST, _FEWEST_LARGE = 16, 4  # and samples; fewer where outputs of a sample have
 _LARGE = 1 << 16  # elements, such as the logits of a sentence
 _EARLY = 4  # values after which a candidate may be given up
 _PATIENCE = 3  # times the distance to its lower bound, above which it would have to rise
+_SURE = 1.5  # times that, below which it would have to fall
+_REMEMBERED = 1 << 26  # bytes of the original's outputs that are kept while it is measured, or an eighth of its own
+_LOOKED_AT = 32  # samples, at least, on which it is seen what noise does to the metric
 _LOSS = 1.5  # a metric that rises by this factor under noise is a loss,
 _MORE = 1.01  # and one that rises by this may be
 
@@ -52,11 +57,21 @@ class Measure:
         samples: how many different ones there are.
         folds: numbers of the folds that data could be divided into; one: not at all.
         notes: sentences about the data and the metric.
-        seconds: that measuring the original on all data took.
+        seconds: that measuring the original on all data took; predicted_seconds: before it has been done.
     """
 
-    def __init__(self, original: nn.Module, data: Iterable, metric: Metric | Agreement | None):
+    def __init__(
+        self,
+        original: nn.Module,
+        data: Iterable,
+        metric: Metric | Agreement | None,
+        first: "Callable[[Measure, Calls], None]" = lambda measure, calls: None,
+    ):
         """The model stays as it is.
+
+        Args:
+            first: called when data is divided into pieces, before the metric is. What it runs of the model on pieces,
+                ``remembering`` these calls, is not run again. It may merge the folds.
 
         Raises:
             TypeError, ValueError: of data, of the model on some batch of it, or of the metric, of the original model.
@@ -73,27 +88,31 @@ class Measure:
         if isinstance(metric, Agreement):
             self._comparison = Agreement(metric.dim)
         self.name = "metric" if self._comparison is None else self._comparison.name
-        begin = time.monotonic()
+        self._blocks = self._closeness = None
+        self.predicted_seconds = 0.0  # of a run over all data
+        ready = self._comparison is not None
         with evaluating(original):
-            ready = self._comparison is not None
             apart = self._look_at_rows(original, numbers, only_tell=not ready)
-            self.pieces = cut_pieces(self._batches, numbers, apart, _PIECES[ready])
-            self.samples = sum(piece.samples for piece in self.pieces)
-            self._blocks = None
+        self.pieces = cut_pieces(self._batches, numbers, apart, _PIECES[ready])
+        self.samples = sum(piece.samples for piece in self.pieces)
+        calls = Calls(self.pieces, min(MOST_BYTES, max(_REMEMBERED, count_bytes(original) // 8)))
+        first(self, calls)
+        earlier, begin = calls.seconds, time.monotonic()
+        with evaluating(original), remembering(original, calls):
             if ready:
                 self._comparison.begin(self.pieces, [self._output(original, piece) for piece in self.pieces])
                 self.original = 1.0
             else:
-                self._blocks = self._read_metric(metric, original, numbers)
+                self._blocks = self._read_metric(metric, original, numbers, calls)
                 self.original = self._blocks.before
                 if not self._blocks.parts:
                     for piece in self.pieces:
                         piece.fold = 0
-        self.seconds = time.monotonic() - begin
-        with evaluating(original):
+            self.seconds = earlier + time.monotonic() - begin
             self._closeness = self._compare_outputs(original)
-            if self._blocks is not None:
-                self._check_direction(original)
+        if self._blocks is not None:
+            with evaluating(original):
+                self._check_direction(original, calls)
 
     @property
     def folds(self) -> list[int]:
@@ -145,7 +164,10 @@ class Measure:
             if only_tell:  # the metric may call the model in its own way
                 return False
             raise
+        begin = time.monotonic()
         self._look_for_chance(original, inputs, outputs)
+        whole = sum(rows) / rows[largest] if rows[largest] else len(rows)
+        self.predicted_seconds = whole * (time.monotonic() - begin)
         apart = bool(outputs) and has_independent_rows(original, inputs, outputs)
         return apart and all(_share_rows(inputs, target) for inputs, target in self._batches)
 
@@ -159,9 +181,9 @@ class Measure:
                 "seed, and figures hold for that"
             )
 
-    def _read_metric(self, metric: Metric, original: nn.Module, numbers: list[int]) -> Blocks:
+    def _read_metric(self, metric: Metric, original: nn.Module, numbers: list[int], calls: Calls) -> Blocks:
         try:
-            blocks = Blocks(metric, original, self._batches, self.pieces)
+            blocks = Blocks(metric, original, self._batches, self.pieces, calls)
         except ValueError as error:
             if str(error).startswith("metric returned"):
                 raise
@@ -193,20 +215,20 @@ class Measure:
                     break
         raise kind(text) from error
 
-    def _check_direction(self, original: nn.Module) -> None:
+    def _check_direction(self, original: nn.Module, calls: Calls) -> None:
         """A copy full of noise must not be better than the model."""
-        metric, parts = self._blocks.metric, self._blocks.parts[:2]
-        batches = as_batches([piece for _, part in parts for piece in part]) or self._batches
+        metric, batches = self._blocks.metric, self._blocks.first_batches(_LOOKED_AT)
         try:
-            before, noisy = run_metric(metric, original, batches), []
+            with remembering(original, calls):
+                before, noisy = run_metric(metric, original, batches), []
+            count = before * sum(count_rows(inputs) or 1 for inputs, _ in batches)
+            if abs(count - round(count)) < 1e-6:
+                return  # a share of samples, which is no loss, and by chance may be more
             for seed in (0, 1):
                 with noised(original, seed):
                     noisy.append(run_metric(metric, original, batches))
         except Exception:
             return
-        counts = [value * sum(count_rows(inputs) or 1 for inputs, _ in batches) for value in (before, *noisy)]
-        if all(abs(count - round(count)) < 1e-6 for count in counts):
-            return  # a share of samples, which is no loss, and by chance may be more
         if 0 < _LOSS * before < min(noisy):
             raise ValueError(
                 f"metric returned {before:.4g} for the original model and {noisy[0]:.4g} for one with noise on its "
@@ -219,18 +241,31 @@ class Measure:
                 "is better, it is a loss, of which exp(-loss) can be kept"
             )
 
-    def score(self, candidate: nn.Module, floor: float | None = None) -> Score:
-        """Of a candidate of which nothing is fitted to the data. Given up early if ``floor`` is out of reach."""
-        taken = self._begin()
+    def score(self, candidate: nn.Module, floor: float | None = None, hurry: bool = False) -> Score:
+        """Of a candidate of which nothing is fitted to the data. Given up early if ``floor`` is out of reach.
+
+        Args:
+            hurry: that it keeps ``floor`` is enough to know, too, as soon as that is clear.
+        """
+        taken = self._begin(hurry)
         try:
             self._measure(candidate, None, taken, floor)
             return self._end(taken)
         except Exception as error:
             return failed(describe_error(error))
 
-    def score_folds(self, make: Maker, floor: float | None = None) -> Score:
-        """Of a candidate that ``make`` gives for each fold, fitted to the others."""
+    def glance(self, candidate: nn.Module) -> Score:
+        """As ``score``, on one fold alone."""
         taken = self._begin()
+        try:
+            self._measure(candidate, self.folds[-1], taken, None)
+            return self._end(taken)
+        except Exception as error:
+            return failed(describe_error(error))
+
+    def score_folds(self, make: Maker, floor: float | None = None, hurry: bool = False) -> Score:
+        """As ``score``, of a candidate that ``make`` gives for each fold, fitted to the others."""
+        taken = self._begin(hurry)
         try:
             for fold in self.folds:
                 with make(fold) as candidate:
@@ -244,15 +279,15 @@ class Measure:
         """What the candidate keeps at least; -inf for one that fails."""
         return self.score(candidate).low
 
-    def _begin(self) -> dict:
-        return {"numbers": [], "values": [], "whole": {}}
+    def _begin(self, hurry: bool = False) -> dict:
+        return {"numbers": [], "values": [], "whole": {}, "hurry": hurry}
 
     def _measure(self, model: nn.Module, fold: int | None, taken: dict, floor: float | None) -> bool:
-        """Adds what the model gives on a fold, or on all data. Returns whether the floor is out of reach."""
+        """Adds what the model gives on a fold, or on all data. Returns whether no more is needed."""
         with evaluating(model), torch.no_grad():
             if self._blocks is not None and not self._blocks.additive:
                 taken["whole"][fold] = self._blocks.measure_whole(model, fold)
-                return floor is not None and self.known and self._is_out_of_reach(taken, floor)
+                return floor is not None and self.known and self._is_decided(taken, floor)
             for number in self._numbers(fold):
                 if self._blocks is None:
                     piece = self.pieces[number]
@@ -267,7 +302,9 @@ class Measure:
                         raise ValueError(f"its metric is {value}")
                 taken["numbers"].append(number)
                 taken["values"].append(value)
-                if floor is not None and self._is_hopeless(taken, floor):
+                if floor is None or not self.known or len(taken["values"]) < _EARLY:
+                    continue
+                if self._is_decided(taken, floor):
                     return True
         return False
 
@@ -276,14 +313,11 @@ class Measure:
             return self._blocks.numbers(fold)
         return [n for n, piece in enumerate(self.pieces) if fold is None or piece.fold == fold]
 
-    def _is_hopeless(self, taken: dict, floor: float) -> bool:
-        if len(taken["values"]) < _EARLY or not self.known:
-            return False
-        return self._is_out_of_reach(taken, floor)
-
-    def _is_out_of_reach(self, taken: dict, floor: float) -> bool:
+    def _is_decided(self, taken: dict, floor: float) -> bool:
+        """Whether the floor is out of reach, or in a hurry whether it is kept."""
         score = self._end(taken)
-        return score.kept + _PATIENCE * (score.kept - score.low) < floor
+        distance = score.kept - score.low
+        return score.kept + _PATIENCE * distance < floor or (taken["hurry"] and score.kept - _SURE * distance >= floor)
 
     def _end(self, taken: dict) -> Score:
         if taken["whole"]:
@@ -293,8 +327,8 @@ class Measure:
             return self._blocks.score(taken["numbers"], taken["values"])
         losses, scales = (torch.cat(parts) for parts in zip(*taken["values"], strict=True))
         if float(scales.sum()) == 0:
-            return Score(1.0, 1.0, self.samples) if float(losses.sum()) == 0 else failed("its outputs are not 0")
-        return score_losses(losses, scales, self._comparison.unit, self.samples)
+            return Score(1.0, 1.0, len(losses)) if float(losses.sum()) == 0 else failed("its outputs are not 0")
+        return score_losses(losses, scales, self._comparison.unit * self.samples / len(losses))
 
     def _compare_outputs(self, original: nn.Module) -> "tuple[Fidelity, list[int]] | None":
         """How the outputs of a few pieces are compared: of the last fold, so that what is compared may be fitted to

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -192,62 +192,80 @@ def _channels(model: nn.Module, path: str) -> int:
     return model.get_submodule(path).weight.shape[1]
 
 
-def measure_moments(
-    model: nn.Module,
-    batches: Iterable[Any],
-    paths: list[str],
-    report: Callable[[str], None] = lambda text: None,
-    for_channel: float = math.inf,
-) -> Moments:
-    """Runs the model over the inputs of the batches and takes the moments of what these layers read. Layers that read
-    the same, such as those of queries, keys and values, share them.
+class MomentRecorder:
+    """Takes the moments of what layers read for as long as it is entered. Layers that read the same, such as those of
+    queries, keys and values, share them.
 
     Args:
-        for_channel: rows for each channel of a layer that are enough: of more, some are taken of each batch.
+        calls: of the model that are to come.
+        for_channel: rows for each channel of a layer that are enough: of more, some are taken of each call.
     """
-    batches = list(batches)
-    most = {
-        path: int(min(_MOST_ROWS, max(_GATHERED, for_channel * _channels(model, path) / max(1, len(batches)))))
-        for path in paths
-    }
-    moments, hooks = Moments({path: _channels(model, path) for path in paths}), []
-    mates: dict[str, str] = {}  # layers that read what another does
-    seen = WeakIdKeyDictionary()  # tensor -> {version: (number, the layer that read it first)}
-    read: dict[str, list[int]] = {}  # numbers of the tensors that a layer read in one call of the model
 
-    def record(path: str):
+    def __init__(self, model: nn.Module, paths: Sequence[str], calls: int, for_channel: float = math.inf):
+        channels = {path: _channels(model, path) for path in paths}
+        self._model, self._moments = model, Moments(channels)
+        self._most = {
+            path: int(min(_MOST_ROWS, max(_GATHERED, for_channel * count / max(1, calls))))
+            for path, count in channels.items()
+        }
+        self._mates: dict[str, str] = {}  # layers that read what another does
+        self._seen = WeakIdKeyDictionary()  # tensor -> {version: (number, the layer that read it first)}
+        self._read: dict[str, list[int]] = {}  # numbers of the tensors that a layer read in one call of the model
+        self._unlike: set[str] = set()
+        self._hooks: list = []
+
+    def __enter__(self) -> "MomentRecorder":
+        for path in self._most:
+            module = self._model.get_submodule(path)
+            self._hooks.append(module.register_forward_pre_hook(self._record(path), with_kwargs=True))
+        return self
+
+    def __exit__(self, *_) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def end_call(self) -> None:
+        """To be called behind each call of the model."""
+        read = self._read
+        self._unlike |= {path for path, other in self._mates.items() if read.get(path) != read.get(other)}
+        self._seen.clear(), read.clear()
+
+    def finish(self) -> Moments:
+        moments = self._moments
+        moments.finish()
+        for path, other in self._mates.items():
+            if path in self._unlike:  # the same here and not there: rare, and then nothing is known
+                moments.drop(path)
+            elif other in moments.count:
+                moments.share(path, other)
+        return moments
+
+    def _record(self, path: str):
         def hook(module, args, kwargs):
             x = args[0] if args else kwargs.get("input")
             if not isinstance(x, Tensor):
                 return
             version = 0 if x.is_inference() else x._version
-            number, first = seen.setdefault(x, {}).setdefault(version, (sum(map(len, read.values())), path))
-            read.setdefault(path, []).append(number)
-            if first == path or (path in moments.count and path not in mates):
-                moments.add(path, _rows_of(module, x.detach()), most[path])
+            number = sum(map(len, self._read.values()))
+            number, first = self._seen.setdefault(x, {}).setdefault(version, (number, path))
+            self._read.setdefault(path, []).append(number)
+            if first == path or (path in self._moments.count and path not in self._mates):
+                self._moments.add(path, _rows_of(module, x.detach()), self._most[path])
             else:
-                mates.setdefault(path, first)
+                self._mates.setdefault(path, first)
 
         return hook
 
-    unlike: set[str] = set()
-    try:
-        for path in paths:
-            hooks.append(model.get_submodule(path).register_forward_pre_hook(record(path), with_kwargs=True))
-        with evaluating(model), torch.no_grad():
-            for inputs in batches:
-                report("activations")
-                with seeded():
-                    call_model(model, inputs)
-                unlike |= {path for path, other in mates.items() if read.get(path) != read.get(other)}
-                seen.clear(), read.clear()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    moments.finish()
-    for path, other in mates.items():
-        if path in unlike:  # the same here and not there: rare, and then nothing is known
-            moments.drop(path)
-        elif other in moments.count:
-            moments.share(path, other)
-    return moments
+
+def measure_moments(
+    model: nn.Module, batches: Iterable[Any], paths: Sequence[str], for_channel: float = math.inf
+) -> Moments:
+    """Runs the model over the inputs of the batches and takes the moments of what these layers read."""
+    batches = list(batches)
+    with MomentRecorder(model, paths, len(batches), for_channel) as recorder, evaluating(model), torch.no_grad():
+        for inputs in batches:
+            with seeded():
+                call_model(model, inputs)
+            recorder.end_call()
+    return recorder.finish()

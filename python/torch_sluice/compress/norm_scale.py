@@ -6,7 +6,7 @@ by sqrt(r) undoes it. Channels that are 0 leave n / n' of the mean, so that cutt
 nothing. Which modules are such norms, and how they use their weight, is measured on their inputs, not read from names.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,52 +47,64 @@ def norms_of(model: nn.Module, groups: Iterable[ChannelGroup]) -> list[str]:
     return found
 
 
-def measure_norms(
-    model: nn.Module, batches: Iterable[Any], paths: list[str], report: Callable[[str], None] = lambda text: None
-) -> dict[str, NormScale]:
-    """The scales of those of these modules that are norms over their last dimension."""
-    forms: dict[str, tuple[bool, float] | None] = {}
-    total: dict[str, Tensor] = {}
-    count: dict[str, int] = {}
-    hooks = []
+class NormRecorder:
+    """Measures the scales of those of these modules that are norms over their last dimension, for as long as it is
+    entered."""
 
-    def record(path: str):
+    def __init__(self, model: nn.Module, paths: Iterable[str]):
+        self._model, self._paths = model, list(paths)
+        self._forms: dict[str, tuple[bool, float] | None] = {}
+        self._total: dict[str, Tensor] = {}
+        self._count: dict[str, int] = {}
+        self._hooks: list = []
+
+    def __enter__(self) -> "NormRecorder":
+        for path in self._paths:
+            self._hooks.append(self._model.get_submodule(path).register_forward_pre_hook(self._record(path)))
+        return self
+
+    def __exit__(self, *_) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def finish(self) -> dict[str, NormScale]:
+        return {
+            path: NormScale(path, form[1], self._total[path] / self._count[path])
+            for path, form in self._forms.items()
+            if form is not None and self._count.get(path)
+        }
+
+    def _record(self, path: str):
         def hook(module, args):
             if len(args) != 1 or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
-                forms[path] = None
+                self._forms[path] = None
                 return
             x = args[0].detach()
-            if path not in forms:
-                forms[path] = _form(module, x)
-            if forms[path] is None or x.shape[-1] != len(module.weight):
+            if path not in self._forms:
+                self._forms[path] = _form(module, x)
+            form = self._forms[path]
+            if form is None or x.shape[-1] != len(module.weight):
                 return
             rows = x.reshape(-1, x.shape[-1]).double()
-            if forms[path][0]:
+            if form[0]:
                 rows = rows - rows.mean(1, keepdim=True)
             squares = rows.square()
             mean = squares.mean(1, keepdim=True)
             squares = squares[(mean > 0).flatten()] / mean[mean > 0][:, None]
-            total[path] = total.get(path, 0) + squares.sum(0)
-            count[path] = count.get(path, 0) + len(squares)
+            self._total[path] = self._total.get(path, 0) + squares.sum(0)
+            self._count[path] = self._count.get(path, 0) + len(squares)
 
         return hook
 
-    try:
-        for path in paths:
-            hooks.append(model.get_submodule(path).register_forward_pre_hook(record(path)))
-        with evaluating(model), torch.no_grad():
-            for inputs in batches:
-                report("norms")
-                with seeded():
-                    call_model(model, inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {
-        path: NormScale(path, form[1], total[path] / count[path])
-        for path, form in forms.items()
-        if form is not None and count.get(path)
-    }
+
+def measure_norms(model: nn.Module, batches: Iterable[Any], paths: Iterable[str]) -> dict[str, NormScale]:
+    """Runs the model over the inputs of the batches and measures the scales of these norms."""
+    with NormRecorder(model, paths) as recorder, evaluating(model), torch.no_grad():
+        for inputs in batches:
+            with seeded():
+                call_model(model, inputs)
+    return recorder.finish()
 
 
 def _form(module: nn.Module, x: Tensor) -> tuple[bool, float] | None:

@@ -19,6 +19,7 @@ from torch_sluice.compress.latency import measure_layers
 from torch_sluice.compress.moments import Moments
 from torch_sluice.compress.norm_scale import NormScale, scale_norms
 from torch_sluice.compress.prediction import Prediction
+from torch_sluice.compress.residuals import find_residuals
 from torch_sluice.compress.slicing import Lost, Sizes, cut, gather
 from torch_sluice.compress.verify import difference_of_cut
 
@@ -86,6 +87,14 @@ class Pruner:
             for g, count in kept.items()
             for member in self.groups[g].sizes
         ]
+
+    def residuals(self, g: int, counts: Sequence[int], left_out: int | None) -> list[float] | None:
+        """What the layers that read group g lose with each of these descending numbers of units kept; None: not known
+        (residuals.py)."""
+        if self.moments is None:
+            return None
+        lost = [self._lost_alone(g, count) for count in counts]
+        return find_residuals(self.model, self.groups[g], lost, self.moments, self.folds.get(left_out))
 
     def is_fitted(self, kept: Plan) -> bool:
         """Whether pruning so far changes weights by what the data tells."""

@@ -23,21 +23,21 @@ from torch_sluice.compress.candidates import Layers, Stage, Workshop
 from torch_sluice.compress.changes import describe_changes
 from torch_sluice.compress.compensation import reading_layers
 from torch_sluice.compress.estimate import Score, failed
+from torch_sluice.compress.first_pass import FirstPass, run_first
 from torch_sluice.compress.graph import ChannelGroup, find_groups
 from torch_sluice.compress.latency import compare_latency, measure_latency
 from torch_sluice.compress.measure import Measure
-from torch_sluice.compress.moments import count_moment_bytes, join, measure_moments
-from torch_sluice.compress.norm_scale import measure_norms, norms_of
+from torch_sluice.compress.moments import count_moment_bytes, join
+from torch_sluice.compress.norm_scale import norms_of
 from torch_sluice.compress.progress import Progress
 from torch_sluice.compress.pruning import Pruner
 from torch_sluice.compress.quantising import find_layers, quantise
+from torch_sluice.compress.remember import Calls
 from torch_sluice.compress.report import CompressionReport, LayerDecision, count_bytes
-from torch_sluice.compress.stages import describe_pruning, find_stages
+from torch_sluice.compress.stages import SLACK, describe_pruning, find_stages
 
 _PROVED = 2  # pieces of data on which groups are proved, beside the example
-_SCALED = 16  # pieces of data that say how large a norm's channels are: one number for each norm
-_ENOUGH = 32  # rows for each unknown, in all, beyond which more are not worth their time
-_PLENTY = 16  # rows for each unknown, of which half are as good
+_COMPARED = 0.25  # of a run over data, that it takes to see what a group costs
 _MOST_KEPT = 1 << 26  # bytes of quantised weights that are kept while channels are cut, and not found again
 _MOST_MOMENTS = 1 << 26  # bytes for which data is divided into more than two folds
 _RISE = 1.2  # a metric that a candidate raises by this is looked at twice
@@ -71,27 +71,40 @@ class Run:
             give_copies(self.original)
         with evaluating(self.original):
             check_example(self.original, example_inputs)
-        progress.start("measuring the model")
-        progress.step()
-        self.measure = Measure(self.original, data, metric)
-        self.notes: list[str] = list(self.measure.notes)
+        self.notes: list[str] = []
         self.layers: list[LayerDecision] = []
         self.groups: list[ChannelGroup] = []
         self.pruner: Pruner | None = None
+        self.first: FirstPass | None = None
         self.of_original: tuple[Layers, list[LayerDecision]] | None = None  # once they were looked for
         self.evaluations = 0
         self.failures: Counter[str] = Counter()
-        release_memory()
+        progress.start("looking at data")
+        progress.step()
         self.call_seconds = measure_latency(self.original, example_inputs, 7, 0.3).median
-        self._foresee_all()
+        self.measure = Measure(self.original, data, metric, self._look_first)
+        self.notes = self.measure.notes + self.notes
+        release_memory()
+        self._foresee_rest(self.measure.seconds, len(self.groups))
+
+    def _look_first(self, measure: Measure, calls: Calls) -> None:
+        """Finds channels, and runs the original over data, before the metric looks at what it returns."""
+        self._foresee_first(measure.predicted_seconds)
+        if self.settings.prune:
+            self._find_channels(measure)
+            release_memory()
+        if self.pruner is not None and self.settings.compensate:
+            self._record(measure, calls)
+        self.progress.start("measuring the model")
+        self.progress.step()
 
     def finish(self) -> nn.Module:
         """The result, with its report."""
         settings, score = self.settings, Score(1.0, 1.0, self.measure.samples)
         stages, curves = [Stage({})], []
-        if settings.prune:
-            self._find_channels()
-            release_memory()
+        if self.pruner is not None:
+            self._settle_moments()
+            self.pruner.time_layers(self.example)
         self.workshop = Workshop(self.original, self.pruner)
         if self.pruner is not None:
             floor = min(1.0, settings.keep + self._margin_of_quantisation())
@@ -102,99 +115,108 @@ class Run:
         stage, result = stages[-1], None
         if settings.quantize:
             stage, result, score = quantise(self, stages, score)
+        if result is None:
+            stage, score = self._confirm(stages[: stages.index(stage) + 1], score)
         if self.pruner is not None:
             describe_pruning(self, stage.kept, {curve.group: curve for curve in curves})
         return self._report(stage, result, score)
 
-    def _foresee_all(self) -> None:
-        """What phases will take, as far as that can be told from the time of a call and of measuring the original."""
-        settings, measured, call = self.settings, self.measure.seconds, self.call_seconds
+    def _confirm(self, stages: list[Stage], score: Score) -> tuple[Stage, Score]:
+        """The last stage that keeps enough on all data: stages are found in a hurry."""
+        while len(stages) > 1:
+            if score.samples < self.measure.samples:
+                score = self.score(stages[-1], None, self.settings.keep - SLACK)
+            if score.low >= self.settings.keep - SLACK:
+                return stages[-1], score
+            stages, score = stages[:-1], Score(0.0, 0.0)  # of no sample
+        return stages[0], Score(1.0, 1.0, self.measure.samples)
+
+    def _foresee_first(self, seconds: float) -> None:
+        """What phases before the metric is read will take, as far as that can be told from the time of a call and of
+        a run over data."""
         layers = sum(isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)) for m in self.original.modules())
-        if settings.prune:
-            self.progress.foresee("finding channels", 4 * layers * call)
-            if settings.compensate:
-                self.progress.foresee("measuring", 1.2 * measured)
-            if settings.policy == "sensitivity":
-                self.progress.foresee("sensitivity of", 4 * layers * self.loss_seconds)
-            self.progress.foresee("pruning", 4 * measured)
-        if settings.quantize:
-            self.progress.foresee("timing", 2 * 3 * 6 * call)
-            self.progress.foresee("quantising", 2 * measured)
-        self.progress.foresee("measuring the result", measured + min(2.0, 60 * call))
+        if self.settings.prune:
+            self.progress.foresee("finding channels", 4 * layers * self.call_seconds)
+            if self.settings.compensate:
+                self.progress.foresee("measuring", 1.2 * seconds)
+        self._foresee_rest(seconds, layers / 2 if self.settings.prune else 0)
+
+    def _foresee_rest(self, seconds: float, groups: float) -> None:
+        """The phases behind that."""
+        if groups:
+            if self.settings.policy == "sensitivity":
+                self.progress.foresee("sensitivity of", groups * seconds * _COMPARED)
+            self.progress.foresee("pruning", 2 * seconds)
+        if self.settings.quantize:
+            self.progress.foresee("timing", 2 * 3 * 6 * self.call_seconds)
+            self.progress.foresee("quantising", 1.5 * seconds)
+        self.progress.foresee("measuring the result", seconds + min(2.0, 60 * self.call_seconds))
 
     @property
     def loss_seconds(self) -> float:
         """That comparing the outputs of a candidate takes."""
         return self.measure.seconds * self.measure.compared_share
 
-    def _find_channels(self) -> None:
+    def _find_channels(self, measure: Measure) -> None:
         leaves = sum(isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)) for m in self.original.modules())
         self.progress.start("finding channels", max(1, leaves))
-        inputs = [piece.inputs for piece in self.measure.pieces]
-        self.groups, notes = find_groups(self.original, self.example, self.progress.step, inputs[:_PROVED])
-        release_memory()
+        inputs = [piece.inputs for piece in measure.pieces[:_PROVED]]
+        self.groups, notes = find_groups(self.original, self.example, self.progress.step, inputs)
         self.notes += notes
-        if not self.groups:
-            return
-        settings = self.settings
-        self.pruner = Pruner.with_scores(self.original, self.groups, settings.policy)
-        if settings.compensate:
-            self._take_moments()
-            self._take_scales(inputs[:_SCALED])
-        self.pruner.time_layers(self.example)
+        if self.groups:
+            self.pruner = Pruner.with_scores(self.original, self.groups, self.settings.policy)
 
-    def _take_moments(self) -> None:
-        measure, paths = self.measure, reading_layers(self.original, self.groups)
-        if len(measure.folds) > 2 and count_moment_bytes(self.original, paths) * len(measure.folds) > max(
+    def _record(self, measure: Measure, calls: Calls) -> None:
+        """What compensation is fitted to."""
+        readers, norms = reading_layers(self.original, self.groups), norms_of(self.original, self.groups)
+        if len(measure.folds) > 2 and count_moment_bytes(self.original, readers) * len(measure.folds) > max(
             _MOST_MOMENTS, count_bytes(self.original)
         ):
             measure.merge_folds()
+        if len(measure.folds) < 2:
+            readers = []
+        self.progress.start("measuring", len(measure.pieces))
+        try:
+            self.first = run_first(self.original, measure.pieces, readers, norms, calls, self.progress.step)
+        except Exception as error:  # a metric that calls the model otherwise than model(inputs)
+            why = f"the model does not run on data: {describe_error(error)}"
+            self.notes += [f"channels are not compensated: {why}"] * bool(readers)
+            self.notes += [f"norms keep their weights: {why}"] * bool(norms)
+
+    def _settle_moments(self) -> None:
+        """Moments by the folds that the metric can be had on."""
+        first, measure, pruner = self.first, self.measure, self.pruner
+        if first is None:
+            return
+        pruner.norms = first.norms
         if len(measure.folds) < 2:
             self.notes.append(
                 "channels are not compensated: data cannot be divided into parts to fit to and to measure on"
             )
             return
-        self.progress.start("measuring", len(measure.pieces))
-        try:
-            folds = [
-                measure_moments(
-                    self.original,
-                    [p.inputs for p in measure.pieces if p.fold == fold],
-                    paths,
-                    self.progress.step,
-                    _ENOUGH / len(measure.folds),
-                )
-                for fold in measure.folds
-            ]
-        except Exception as error:  # a metric that calls the model otherwise than model(inputs)
-            self.notes.append(f"channels are not compensated: the model does not run on data: {describe_error(error)}")
-            return
-        moments = join(folds)
-        if len(folds) > 2 and moments.rows_for_unknown() > _PLENTY:
-            folds = [join(folds[half::2]) for half in (0, 1)]  # half of the data tells as much as most of it
+        if len(measure.folds) > 2 and first.tells_more_than_needed:
             measure.merge_folds()
-        for fold in folds:
+        moments, folds = join(list(first.folds.values())), first.by_folds(len(measure.folds))
+        self.first = None
+        for fold in folds.values():
             fold.forget_products(moments.refused)
-        self.pruner.moments, self.pruner.folds = moments, dict(zip(measure.folds, folds, strict=True))
+        pruner.moments, pruner.folds = moments, folds
         if moments.refused:
             few = ", ".join(sorted(moments.refused))
             self.notes.append(f"compensated by means alone, because data has too few independent rows: {few}")
 
-    def _take_scales(self, inputs: list[Any]) -> None:
-        try:
-            self.pruner.norms = measure_norms(self.original, inputs, norms_of(self.original, self.groups))
-        except Exception as error:
-            self.notes.append(f"norms keep their weights: the model does not run on data: {describe_error(error)}")
-
-    def score(self, stage: Stage, layers: Layers | None = None, floor: float | None = None) -> Score:
-        """What a candidate keeps: where data shaped it, of data that did not."""
+    def score(
+        self, stage: Stage, layers: Layers | None = None, floor: float | None = None, hurry: bool = False
+    ) -> Score:
+        """What a candidate keeps: where data shaped it, of data that did not. In a hurry of part of the data, where
+        that shows that it keeps the floor."""
         self.evaluations += 1
         if self.workshop.is_fitted(stage):
-            score = self.measure.score_folds(lambda fold: self.workshop.made(stage, fold, layers), floor)
+            score = self.measure.score_folds(lambda fold: self.workshop.made(stage, fold, layers), floor, hurry)
         else:
             try:
                 with self.workshop.made(stage, None, layers) as candidate:
-                    score = self.measure.score(candidate, floor)
+                    score = self.measure.score(candidate, floor, hurry)
             except Exception as error:
                 score = failed(describe_error(error))
         if score.reason is not None:
@@ -221,8 +243,15 @@ class Run:
         self.progress.foresee("timing", time.monotonic() - begin)  # of the pruned model
         if not layers.chosen:
             return 0.0
-        kept = self.score(Stage({}), layers).kept
-        return min(max(0.0, 1 - kept), (1 - self.settings.keep) / 2)
+        self.evaluations += 1
+        try:
+            with self.workshop.made(Stage({}), None, layers) as candidate:
+                score = self.measure.glance(candidate)
+        except Exception as error:
+            score = failed(describe_error(error))
+        if score.reason is not None:
+            self.failures[score.reason] += 1
+        return min(max(0.0, 1 - score.kept), (1 - self.settings.keep) / 2)
 
     def _report(self, stage: Stage, result: nn.Module | None, score: Score) -> nn.Module:
         self.progress.start("measuring the result")

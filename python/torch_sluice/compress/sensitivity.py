@@ -2,7 +2,8 @@
 
 A greedy order of moves takes the next step of the group that wins most predicted latency for what it costs. It only
 looks one step ahead in each group, so that what a group costs is measured when the order comes to it: of a model that
-can be pruned little, little is measured.
+can be pruned little, little is measured. Between sizes that are measured, what is lost in the layers that read the
+group tells how its cost grows (residuals.py).
 """
 
 import math
@@ -16,6 +17,7 @@ from torch_sluice.compress.pruning import Plan, Pruner
 from torch_sluice.compress.search import find_longest
 
 FRACTIONS = (0.9375, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)  # shares of a group that are tried
+_GROWN = 8.0  # times what is lost at a measured size, up to which cost is taken to grow with it
 _FIRST = 4  # moves that are tried first, or half as many as there are groups
 
 
@@ -34,12 +36,17 @@ class Curves:
     """The sensitivities of all groups, each measured one size further when that is asked for.
 
     Weights are fitted to all folds but the last, and outputs compared on that.
+
+    Attributes:
+        evaluations: how often the model ran for it.
     """
 
     def __init__(self, pruner: Pruner, measure: Measure, most: float, round_to: int, progress: Progress):
         self.pruner, self.measure, self.most, self.progress = pruner, measure, most, progress
         self.left = [group.kept_choices(FRACTIONS, round_to) for group in pruner.groups]
         self.curves = [Sensitivity(g, [], []) for g in range(len(pruner.groups))]
+        self._residuals: dict[int, dict[int, float]] = {}  # group -> kept -> what its readers lose, where known
+        self._measured: dict[int, tuple[float, float]] = {}  # group -> what they lose and what it costs, last measured
         self.evaluations = 0
 
     def further(self, g: int) -> bool:
@@ -47,14 +54,10 @@ class Curves:
         after which no further one is tried."""
         if not self.left[g]:
             return False
-        curve, kept, loss = self.curves[g], self.left[g].pop(0), math.inf
-        self.progress.step(self.pruner.groups[g].name)
-        self.evaluations += 1
-        try:
-            with self.pruner.pruned({g: kept}, self.measure.folds[-1]) as candidate:
-                loss, curve.reason = self.measure.loss(candidate)
-        except Exception as error:
-            curve.reason = describe_error(error)
+        curve, kept = self.curves[g], self.left[g].pop(0)
+        loss = self._predict(g, kept)
+        if loss is None:
+            loss = self._measure(g, kept)
         if loss > self.most:
             self.progress.skip(len(self.left[g]))
             self.left[g] = []
@@ -62,6 +65,30 @@ class Curves:
         curve.kept.append(kept)
         curve.losses.append(loss)
         return True
+
+    def _measure(self, g: int, kept: int) -> float:
+        self.progress.step(self.pruner.groups[g].name)
+        self.evaluations += 1
+        try:
+            with self.pruner.pruned({g: kept}, self.measure.folds[-1]) as candidate:
+                loss, self.curves[g].reason = self.measure.loss(candidate)
+        except Exception as error:
+            self.curves[g].reason = describe_error(error)
+            return math.inf
+        if g not in self._residuals:
+            counts = [kept, *self.left[g]]
+            residuals = self.pruner.residuals(g, counts, self.measure.folds[-1])
+            self._residuals[g] = dict(zip(counts, residuals, strict=True)) if residuals is not None else {}
+        if kept in self._residuals[g]:
+            self._measured[g] = self._residuals[g][kept], loss
+        return loss
+
+    def _predict(self, g: int, kept: int) -> float | None:
+        """What a cut costs, where one that was measured tells it."""
+        if g not in self._measured or kept not in self._residuals[g]:
+            return None
+        (before, loss), now = self._measured[g], self._residuals[g][kept]
+        return loss * now / before if 0 < now <= _GROWN * before else None
 
     def measure_first(self) -> None:
         """The smallest cut of each group."""

@@ -24,7 +24,7 @@ def find_stages(run: "Run", floor: float) -> tuple[list[Stage], list[Sensitivity
 
     def measure(kept: Plan) -> float:
         progress.step(f"{len(kept)} groups")
-        score = run.score(Stage(kept), None, floor)
+        score = run.score(Stage(kept), None, floor, hurry=True)
         if score.low < floor - SLACK:
             return score.low
         wrong = pruner.why_wrong(kept, run.example)  # groups were proved by some of their units, not by these
