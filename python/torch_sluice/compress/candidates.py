@@ -31,6 +31,7 @@ class Layers:
     options: dict[str, Any] | None = None
     target_sqnr: float | None = None  # in place of the options' where it is lower
     finer: frozenset[str] = frozenset()  # names of those whose activations take more bits (widths.FINER_SQNR)
+    packed: bool = True  # the weights of ``chosen`` are the stage's, fitted to all data
 
 
 class Workshop:
@@ -52,7 +53,7 @@ class Workshop:
                 model = stack.enter_context(self.pruner.pruned(stage.kept, left_out))
             if layers is not None:
                 stack.callback(fold_pairs(model, layers.pairs))
-                packed = left_out is None  # those of all data's weights were packed when they were timed
+                packed = layers.packed and left_out is None
                 stack.enter_context(_quantized(model, layers, packed))
             yield model
 

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ _FEWEST, _FEWEST_LARGE = 16, 4  # and samples; fewer where outputs of a sample h
 _LARGE = 1 << 16  # elements, such as the logits of a sentence
 _EARLY = 4  # values after which a candidate may be given up
 _PATIENCE = 3  # times the distance to its lower bound, above which it would have to rise
-_SURE = 1.5  # times that, below which it would have to fall
+_DOUBT = 0.5  # times that, about a standard error, by which one in a hurry wants to be sure
 _REMEMBERED = 1 << 26  # bytes of the original's outputs that are kept while it is measured, or an eighth of its own
 _LOOKED_AT = 32  # samples, at least, on which it is seen what noise does to the metric
 _LOSS = 1.5  # a metric that rises by this factor under noise is a loss,
@@ -245,12 +246,13 @@ class Measure:
         """Of a candidate of which nothing is fitted to the data. Given up early if ``floor`` is out of reach.
 
         Args:
-            hurry: that it keeps ``floor`` is enough to know, too, as soon as that is clear.
+            hurry: it is enough to know whether it most likely keeps ``floor``; ``low`` is then what all data would
+                most likely show.
         """
         taken = self._begin(hurry)
         try:
             self._measure(candidate, None, taken, floor)
-            return self._end(taken)
+            return self._finish(taken)
         except Exception as error:
             return failed(describe_error(error))
 
@@ -259,7 +261,7 @@ class Measure:
         taken = self._begin()
         try:
             self._measure(candidate, self.folds[-1], taken, None)
-            return self._end(taken)
+            return self._finish(taken)
         except Exception as error:
             return failed(describe_error(error))
 
@@ -271,7 +273,7 @@ class Measure:
                 with make(fold) as candidate:
                     if self._measure(candidate, fold, taken, floor):
                         break
-            return self._end(taken)
+            return self._finish(taken)
         except Exception as error:
             return failed(describe_error(error))
 
@@ -314,10 +316,24 @@ class Measure:
         return [n for n, piece in enumerate(self.pieces) if fold is None or piece.fold == fold]
 
     def _is_decided(self, taken: dict, floor: float) -> bool:
-        """Whether the floor is out of reach, or in a hurry whether it is kept."""
+        """Whether the floor is out of reach, or in a hurry which side of it the bound will most likely be on."""
         score = self._end(taken)
         distance = score.kept - score.low
-        return score.kept + _PATIENCE * distance < floor or (taken["hurry"] and score.kept - _SURE * distance >= floor)
+        if not taken["hurry"]:
+            return score.kept + _PATIENCE * distance < floor
+        doubt = _DOUBT * math.sqrt(1 - self._seen(score)) * distance
+        return abs(self._foresee(score).low - floor) >= doubt
+
+    def _seen(self, score: Score) -> float:
+        return min(1.0, score.samples / self.samples)
+
+    def _foresee(self, score: Score) -> Score:
+        """With the bound that all data would give, if the rest is as what was seen."""
+        return replace(score, low=score.kept - math.sqrt(self._seen(score)) * (score.kept - score.low))
+
+    def _finish(self, taken: dict) -> Score:
+        score = self._end(taken)
+        return self._foresee(score) if taken["hurry"] and math.isfinite(score.kept) else score
 
     def _end(self, taken: dict) -> Score:
         if taken["whole"]:

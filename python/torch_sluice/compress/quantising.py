@@ -45,14 +45,21 @@ def quantise(run: "Run", stages: list[Stage], score: Score) -> tuple[Stage, nn.M
         def layers(chosen, finer=(), found=found):
             return Layers(found.pairs, chosen, found.options, finer=frozenset(c.name for c in finer))
 
-        choice = choose_layers(
-            found.chosen,
-            lambda some, finer, stage=stage: run.score(stage, layers(some, finer), floor),
-            lambda some, stage=stage: run.loss(stage, layers(some)),
-            floor,
-            run.progress,
-            lambda some, stage=stage: _find_finer(run, stage, layers(some)),
-        )
+        def choose(hurry, stage=stage, found=found, layers=layers):
+            return choose_layers(
+                found.chosen,
+                lambda some, finer: run.score(stage, layers(some, finer), floor, hurry),
+                lambda some: run.loss(stage, layers(some)),
+                floor,
+                run.progress,
+                lambda some: _find_finer(run, stage, layers(some)),
+            )
+
+        choice = choose(hurry=True)
+        if choice.chosen and choice.score.samples < run.measure.samples:
+            choice.score = run.score(stage, layers(choice.chosen, choice.finer), floor)
+            if choice.score.low < floor:
+                choice = choose(hurry=False)
         chosen, best = choice.chosen, choice.score
         lost = sum(c.before - c.after for c in found.chosen) - sum(c.before - c.after for c in chosen)
         won = sum(c.before - c.after for c in found.chosen)

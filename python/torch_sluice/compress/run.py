@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ _PROVED = 2  # pieces of data on which groups are proved, beside the example
 _COMPARED = 0.25  # of a run over data, that it takes to see what a group costs
 _MOST_KEPT = 1 << 26  # bytes of quantised weights that are kept while channels are cut, and not found again
 _MOST_MOMENTS = 1 << 26  # bytes for which data is divided into more than two folds
+_QUICK = 0.7  # of the original's time, in which a quantised model has to run data to be measured in place of it
 _RISE = 1.2  # a metric that a candidate raises by this is looked at twice
 
 
@@ -76,6 +77,7 @@ class Run:
         self.groups: list[ChannelGroup] = []
         self.pruner: Pruner | None = None
         self.first: FirstPass | None = None
+        self.beside: Layers | None = None  # with which pruned models are measured
         self.of_original: tuple[Layers, list[LayerDecision]] | None = None  # once they were looked for
         self.evaluations = 0
         self.failures: Counter[str] = Counter()
@@ -107,7 +109,7 @@ class Run:
             self.pruner.time_layers(self.example)
         self.workshop = Workshop(self.original, self.pruner)
         if self.pruner is not None:
-            floor = min(1.0, settings.keep + self._margin_of_quantisation())
+            floor = self._floor_of_pruning()
             release_memory()
             stages, curves, score = find_stages(self, floor)
             if len(stages) == 1:  # nothing is cut: what would make up for it is as large as the model may be
@@ -232,17 +234,20 @@ class Run:
         except Exception as error:
             return float("inf"), describe_error(error)
 
-    def _margin_of_quantisation(self) -> float:
-        """What quantising costs by itself, which pruning has to leave over."""
+    def _floor_of_pruning(self) -> float:
+        """What pruned models have to keep. Where layers that are quantised cost little and run data faster, models
+        are measured with these; else what quantising costs by itself is left over for it."""
+        keep = self.settings.keep
         if not self.settings.quantize:
-            return 0.0
+            return keep
         begin = time.monotonic()
         layers, stay = find_layers(self, Stage({}))
         if sum(c.weight.nbytes for whole in layers.chosen for c in whole.all()) <= _MOST_KEPT:
             self.of_original = layers, stay
-        self.progress.foresee("timing", time.monotonic() - begin)  # of the pruned model
+        looked = time.monotonic()
+        self.progress.foresee("timing", looked - begin)  # of the pruned model
         if not layers.chosen:
-            return 0.0
+            return keep
         self.evaluations += 1
         try:
             with self.workshop.made(Stage({}), None, layers) as candidate:
@@ -251,7 +256,12 @@ class Run:
             score = failed(describe_error(error))
         if score.reason is not None:
             self.failures[score.reason] += 1
-        return min(max(0.0, 1 - score.kept), (1 - self.settings.keep) / 2)
+        seconds, lost = time.monotonic() - looked, max(0.0, 1 - score.kept)
+        quick = seconds < _QUICK * self.measure.seconds * score.samples / self.measure.samples
+        if self.of_original is not None and quick and lost <= (1 - keep) / 2 and self.settings.finetune is None:
+            self.beside = replace(layers, packed=False)
+            return keep
+        return min(1.0, keep + min(lost, (1 - keep) / 2))
 
     def _report(self, stage: Stage, result: nn.Module | None, score: Score) -> nn.Module:
         self.progress.start("measuring the result")

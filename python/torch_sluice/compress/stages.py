@@ -24,7 +24,7 @@ def find_stages(run: "Run", floor: float) -> tuple[list[Stage], list[Sensitivity
 
     def measure(kept: Plan) -> float:
         progress.step(f"{len(kept)} groups")
-        score = run.score(Stage(kept), None, floor, hurry=True)
+        score = run.score(Stage(kept), run.beside, floor, hurry=True)
         if score.low < floor - SLACK:
             return score.low
         wrong = pruner.why_wrong(kept, run.example)  # groups were proved by some of their units, not by these
@@ -71,6 +71,8 @@ def find_stages(run: "Run", floor: float) -> tuple[list[Stage], list[Sensitivity
     stages, score = [Stage({})], Score(1.0, 1.0, run.measure.samples)
     if plans:
         stages, score = stages + [Stage(kept) for kept, _ in plans], plans[-1][1]
+        if run.beside is not None:
+            score = Score(0.0, 0.0)  # of no sample: what it keeps without them is not known
     if settings.finetune is not None and curves:
         further, last = _train_further(run, curves, stages[-1], floor, enough)
         stages, score = stages + further, last or score
