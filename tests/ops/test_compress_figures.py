@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import torch_sluice
-from torch_sluice.compress.estimate import lower_bound, score_losses, student_quantile
+from torch_sluice.compress.estimate import lower_bound, rare_share, score_losses, student_quantile
 from torch_sluice.compress.measure import Measure
 from torch_sluice.compress.moments import join, measure_moments
 from torch_sluice.compress.samples import cut_pieces, has_independent_rows
@@ -166,11 +166,107 @@ def test_the_bound_is_the_ratio_estimators():
     losses, scales = torch.rand(50, dtype=torch.float64) / 10, torch.rand(50, dtype=torch.float64) + 1
     ratio = losses.sum() / scales.sum()
     error = ((losses - ratio * scales).square().sum() * 50 / 49).sqrt() / scales.sum()
+    counted = score_losses(losses, scales, unit=1e-9)
+    assert counted.low == pytest.approx(float(1 - ratio - student_quantile(49) * error))
     score = score_losses(losses, scales)
-    assert score.low == pytest.approx(float(1 - ratio - student_quantile(49) * error))
+    assert score.low == pytest.approx(float(1 - ratio * (student_quantile(49) * error / ratio).exp()))
     assert not score_losses(losses[:1], scales[:1]).known
     for degrees, quantile in ((1, 6.314), (5, 2.015), (16, 1.746), (30, 1.697), (1000, 1.646)):
         assert student_quantile(degrees) == pytest.approx(quantile, abs=1e-3)
+
+
+@pytest.mark.parametrize("spread", [0.6, 1.2])
+def test_the_bound_holds_for_losses_of_which_few_are_large(spread):
+    """Of log-normal losses; the bound of a symmetric mean would miss more often."""
+    torch.manual_seed(0)
+    mean = math.exp(spread**2 / 2) / 100
+    misses, symmetric = 0, 0
+    for _ in range(1000):
+        losses, scales = (spread * torch.randn(64, dtype=torch.float64)).exp() / 100, torch.ones(64).double()
+        score = score_losses(losses, scales)
+        misses += score.low > 1 - mean
+        symmetric += lower_bound(score.kept, float(losses.std()) / 8, 63) > 1 - mean
+        assert score.low <= score.kept
+    assert misses < symmetric
+    assert misses <= (80 if spread < 1 else 0.8 * symmetric)
+
+
+def test_samples_are_as_many_as_make_up_the_outputs():
+    torch.manual_seed(0)
+    for scales in (torch.ones(64), torch.randn(64, 3).square().sum(1), torch.rand(64)):
+        assert rare_share(scales.double()) == 0
+    scales = torch.full((64,), 1e-6, dtype=torch.float64)
+    scales[[3, 40]] = 1
+    assert rare_share(scales) == pytest.approx(1 / 2 - 3 / 64, rel=1e-3)
+    score = score_losses(1e-9 * scales, scales)
+    assert score.kept == pytest.approx(1, abs=1e-6)
+    assert score.low < 0.5
+
+
+class Jumping(nn.Module):
+    """All but the same for nearly all inputs: in few the second of two scores is the larger, and the outputs jump."""
+
+    def __init__(self, share):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.table = nn.Linear(16, 64), nn.Linear(64, 2), nn.Linear(2, 8)
+        with torch.no_grad():
+            scores = self.scores(torch.randn(20_000, 16))
+            self.second.bias[1] -= (scores[:, 1] - scores[:, 0]).quantile(1 - share)
+
+    def scores(self, x):
+        return self.second(self.first(x).relu())
+
+    def forward(self, x):
+        scores = self.scores(x)
+        chosen = nn.functional.one_hot(scores.argmax(1), 2).float()
+        return self.table(chosen) + 1e-3 * scores[:, :1]
+
+
+@pytest.mark.parametrize("seed", [0, 3, 4])
+def test_that_few_samples_agree_is_no_promise_where_they_are_all_that_counts(seed):
+    model, generator = Jumping(0.02).eval(), torch.Generator().manual_seed(seed)
+    x, fresh = torch.randn(64, 16, generator=generator), torch.randn(4000, 16, generator=generator)
+    small = torch_sluice.compress(model, x[:1], [(part, None) for part in x.split(8)], keep=0.97, **QUIET)
+    with torch.no_grad():
+        expected, got = model(fresh), small(fresh)
+    assert 1 - float((got - expected).square().sum() / (expected - expected.mean(0)).square().sum()) >= 0.97
+
+
+def test_masked_outputs_count_for_nothing():
+    """Logits that are masked with the largest number there is, in some samples."""
+    model, x = small_model(), torch.randn(96, 16)
+    other = moved(model, 0.05)
+
+    class Masked(nn.Module):
+        def __init__(self, layers):
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, x):
+            return self.layers(x).masked_fill(x[:, :4] > 1, torch.finfo(x.dtype).min)
+
+    with torch.no_grad():
+        y, z, shown = model(x).double(), other(x).double(), x[:, :4] <= 1
+    mean = (y * shown).sum(0) / shown.sum(0)
+    kept = 1 - float(((z - y) * shown).square().sum() / ((y - mean) * shown).square().sum())
+    data = [(part, None) for part in x.split(16)]
+    measure = Measure(Masked(model), data, None)
+    assert measure.score(Masked(other)).kept == pytest.approx(kept, rel=1e-5)
+    assert "its outputs are not finite" in measure.score(model).reason  # shows what was masked
+    small = torch_sluice.compress(Masked(model), x[:1], data, keep=0.9, **QUIET)
+    with torch.no_grad():
+        assert torch.equal(small(x) < -1e38, ~shown)
+
+
+def test_outputs_whose_squares_are_beyond_float32_are_compared():
+    model, x = small_model(), torch.randn(64, 16)
+    plain, other = Measure(model, [(x, None)], None), moved(model, 0.05)
+    large = [nn.Sequential(*each, nn.Linear(4, 4, bias=False)).eval() for each in (model, other)]
+    with torch.no_grad():
+        for each in large:
+            each[-1].weight.copy_(1e25 * torch.eye(4))
+    assert Measure(large[0], [(x, None)], None).score(large[1]).kept == pytest.approx(plain.score(other).kept, rel=1e-4)
 
 
 def test_no_difference_among_few_samples_is_no_certainty():

@@ -8,6 +8,7 @@ from torch import Tensor
 
 CONFIDENCE = 0.95  # one-sided
 _NORMAL = 1.6449  # the quantile of a normal distribution at CONFIDENCE
+_NORMAL_SPREAD = 3.0  # the mean square of squares of a normal variable, by the square of their mean
 # Of Student's t with 1, 2, .. degrees of freedom.
 _STUDENT = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.796, 1.782, 1.771, 1.761, 1.753)
 
@@ -53,9 +54,29 @@ def lower_bound(kept: float, error: float, degrees: int, unit: float = 0.0) -> f
     return min(kept, 1.0) - unit - student_quantile(degrees) * math.hypot(error, unit)
 
 
+def skewed_error(lost: float, error: float, degrees: int) -> float:
+    """By how much more than ``lost`` may be lost, of what no sample loses less than nothing of.
+
+    Such losses are skewed: most samples lose little, a few much, and without these few both the mean and its error come
+    out too small. So the bound is that of the mean's logarithm, whose error is ``error / lost``.
+    """
+    return lost * math.expm1(student_quantile(degrees) * error / lost) if lost > 0 else 0.0
+
+
+def rare_share(scales: Tensor) -> float:
+    """What one sample counts of all, float64 [n], beyond what it would if they varied as squares of a normal variable
+    do: 0 for nearly all models.
+
+    Where a few samples make up most of the scale (outputs that are all but constant and sometimes jump), n samples are
+    as good as these few: that none of them differs does not show that the next does not.
+    """
+    total = float(scales.sum())
+    return max(0.0, float(scales.square().sum()) / total**2 - _NORMAL_SPREAD / len(scales)) if total > 0 else 0.0
+
+
 def score_losses(losses: Tensor, scales: Tensor, unit: float = 0.0, samples: int | None = None) -> Score:
     """Of 1 - sum(losses) / sum(scales), both float64 [n] of independent samples; of one sample nothing is known about
-    its uncertainty."""
+    its uncertainty. ``unit``: as for ``lower_bound``; without one, losses are as small as they like."""
     count = len(losses)
     samples = count if samples is None else samples
     kept = 1 - float(losses.sum() / scales.sum())
@@ -63,9 +84,12 @@ def score_losses(losses: Tensor, scales: Tensor, unit: float = 0.0, samples: int
         return failed("its outputs are not finite")
     if count < 2:
         return Score(kept, kept, samples, known=False)
-    if float(losses.abs().sum()) == 0:
-        return Score(kept, kept if unit == 0 else lower_bound(kept, 0.0, count - 1, unit), samples)
-    return Score(kept, lower_bound(kept, ratio_error(losses, scales), count - 1, unit), samples)
+    error = ratio_error(losses, scales)
+    if unit > 0:
+        return Score(kept, lower_bound(kept, error, count - 1, unit), samples)
+    lost = max(0.0, 1 - kept)
+    low = lower_bound(kept, 0.0, count - 1, rare_share(scales)) - skewed_error(lost, error, count - 1)
+    return Score(kept, low, samples)
 
 
 def score_blocks(values: list[float], before: list[float], weights: list[float], unit: float, samples: int) -> Score:

@@ -10,6 +10,11 @@ from torch import Tensor, nn
 from torch_sluice.compress.calling import call_model, float_outputs, seeded
 from torch_sluice.compress.samples import Piece, count_rows, tensors_of
 
+_NOT_FINITE = (
+    "the model's outputs on data are not finite, expected finite numbers to compare with: look for inf or NaN in data "
+    "and in the model's weights"
+)
+_FILL = 0.5  # of the largest number of a dtype: what is beyond it stands for a masked element
 Losses = tuple[Tensor, Tensor]  # of some samples: what each lost, and what it counts, float64 [n] each
 
 
@@ -18,7 +23,8 @@ class Fidelity:
 
     1 - sum |y' - y|^2 / sum |y - mean(y)|^2 over all elements of all floating-point outputs y of the original and y' of
     the candidate, with the mean over all samples whose outputs have that shape; where there is one, over its positions.
-    Where outputs do not vary, the mean is left out. How samples are cut into batches makes no difference.
+    Where outputs do not vary, the mean is left out. How samples are cut into batches makes no difference. Elements that
+    the original masks, with the largest number of their dtype or its negative, count for nothing, and must stay masked.
     """
 
     name = "fidelity"
@@ -30,17 +36,16 @@ class Fidelity:
 
     def begin(self, pieces: list[Piece], outputs: list[Any]) -> None:
         """The original's outputs for the pieces."""
-        self._expected = [[out.detach().clone() for out in float_outputs(output)] for output in outputs]
+        if not all(out.isfinite().all() for output in outputs for out in float_outputs(output)):
+            raise ValueError(_NOT_FINITE)
+        self._expected = [[_without_masked(out.detach()) for out in float_outputs(output)] for output in outputs]
         rows = [self._rows(piece, expected) for piece, expected in zip(pieces, self._expected, strict=True)]
         means = _means(rows, pieces)
         spread = [_squares(each, means) for each in rows]
         magnitude = [_squares(each, None) for each in rows]
         total = float(sum(s.sum() for s in magnitude))
         if not math.isfinite(total):
-            raise ValueError(
-                "the model's outputs on data are not finite, expected finite numbers to compare with: look for inf or "
-                "NaN in data and in the model's weights"
-            )
+            raise ValueError(_NOT_FINITE)
         varied = float(sum(s.sum() for s in spread)) > 1e-12 * total
         self._scales = spread if varied else magnitude
         self.constant = total == 0  # all outputs are 0: only the same is as good
@@ -62,11 +67,31 @@ class Fidelity:
         outputs, expected = float_outputs(call_model(model, piece.inputs)), self._expected[number]
         if [out.shape for out in outputs] != [out.shape for out in expected]:
             raise ValueError("its outputs have other shapes than the model's")
-        squares = [(a.float() - b.float()).square_() for a, b in zip(outputs, expected, strict=True)]
-        error = _sums(self._rows(piece, squares))
+        pairs = list(zip(outputs, expected, strict=True))
+        error = _sums(self._rows(piece, [_square_error(a.float(), b.float()) for a, b in pairs]))
+        if not error.isfinite().all():  # too large for float32, or masked
+            error = _sums(self._rows(piece, [_square_error(_without_masked(a).double(), b.double()) for a, b in pairs]))
         if self.constant:
             return (error > 0).double(), torch.ones_like(error)
         return error, self._scales[number]
+
+
+def is_masked(out: Tensor) -> Tensor:
+    """Which elements stand for masked ones: as large as their dtype allows, or nearly."""
+    largest = torch.finfo(out.dtype).max
+    size = out.abs()
+    return (size >= _FILL * largest) & (size <= largest)
+
+
+def _without_masked(out: Tensor) -> Tensor:
+    """A copy with NaN for elements that are masked."""
+    masked = is_masked(out)
+    return out.masked_fill(masked, math.nan) if bool(masked.any()) else out.clone()
+
+
+def _square_error(out: Tensor, expected: Tensor) -> Tensor:
+    """0 where both are masked."""
+    return (out - expected).square_().masked_fill_(out.isnan() & expected.isnan(), 0)
 
 
 def _counts(piece: Piece, out: Tensor) -> bool:
@@ -79,10 +104,16 @@ def _means(rows: list[list[Tensor]], pieces: list[Piece]) -> dict[tuple, tuple[T
     for outputs, piece in zip(rows, pieces, strict=True):
         for place, out in enumerate(outputs):
             entry = sums.setdefault((place, out.shape[1:]), [0.0, 0, 0])
-            entry[0] = entry[0] + piece.copies * out.sum(0, dtype=torch.float64)
-            entry[1] += piece.copies * len(out)
+            entry[0] = entry[0] + piece.copies * out.nansum(0, dtype=torch.float64)
+            entry[1] = entry[1] + piece.copies * _count_known(out)
             entry[2] += len(out)
     return {key: (total / weight, count) for key, (total, weight, count) in sums.items()}
+
+
+def _count_known(out: Tensor) -> "Tensor | int":
+    """How many rows are not masked, by element."""
+    masked = out.isnan()
+    return (~masked).sum(0).clamp_min(1) if bool(masked.any()) else len(out)
 
 
 def _squares(outputs: list[Tensor], means: dict[tuple, tuple[Tensor, int]] | None) -> Tensor:
@@ -92,9 +123,9 @@ def _squares(outputs: list[Tensor], means: dict[tuple, tuple[Tensor, int]] | Non
         if means is not None:
             mean, count = means[place, out.shape[1:]]
             if count == 1:
-                mean = out.double().flatten(1, -2).mean(1) if out.dim() > 2 else torch.zeros((), dtype=torch.float64)
+                mean = out.double().flatten(1, -2).nanmean(1) if out.dim() > 2 else torch.zeros((), dtype=torch.float64)
             out = out.double() - mean
-        squares.append(out.square())
+        squares.append(out.double().square().nan_to_num_(0.0, math.inf))
     return _sums(squares)
 
 
