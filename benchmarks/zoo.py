@@ -152,6 +152,7 @@ def _find_plan(model: nn.Module) -> Plan:
                 check_runs(model, plan.draw(model, ROWS, 0))
                 if "attention_mask" in plan.variants:
                     check_runs(model, plan.draw(model, ROWS, 1, True))
+                _check_rows(model, plan)
                 return plan
             except Exception as error:
                 first = first or error
@@ -160,6 +161,16 @@ def _find_plan(model: nn.Module) -> Plan:
                     break
                 plan.special |= asked
     raise first
+
+
+def _check_rows(model: nn.Module, plan: Plan) -> None:
+    """Raises ValueError if the model runs on inputs of this plan only for ROWS rows: what is drawn in the wrong shape
+    may be broadcast by chance."""
+    try:
+        with torch.no_grad():
+            call(model, plan.draw(model, 4 * ROWS, 0))
+    except Exception as error:
+        raise ValueError(f"it runs with {ROWS} rows, and not with {4 * ROWS}: {_sentence(error)}") from error
 
 
 def check_runs(model: nn.Module, inputs: Any) -> None:

@@ -77,6 +77,8 @@ class Draw:
 def _tokens(draw: Draw, length: int | None = None) -> Tensor:
     high = min(draw.vocabulary(), _LATE)
     text = draw.integers(min(10, high // 2), high, draw.rows, length or draw.length)
+    while draw.special and (again := sum(text == token for token in draw.special)).any():  # those stand for an image
+        text = torch.where(again > 0, (text + 1) % high, text)
     for token, count in draw.special.items():
         if length is None:
             text = torch.cat([torch.full((draw.rows, count), token), text], 1)

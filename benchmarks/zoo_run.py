@@ -59,7 +59,7 @@ def run(examine: Examine, options: argparse.Namespace) -> list[dict]:
     entries = select(options.only)
     kept = {}
     if options.resume is not None and options.resume.exists():
-        kept = {row["model"]: row for row in map(json.loads, _lines(options.resume))}
+        kept = {row["model"]: row for row in _read(options.resume)}
     rows = [kept[entry.name] for entry in entries if entry.name in kept]
     waiting = [entry for entry in entries if entry.name not in kept]
     begin = time.monotonic()
@@ -73,8 +73,24 @@ def run(examine: Examine, options: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def _lines(path: Path) -> list[str]:
-    return [line.rstrip(",") for line in path.read_text().splitlines() if line.startswith("{")]
+def _read(path: Path) -> list[dict]:
+    """The rows of a file: a list in JSON, however it is laid out; or one row a line, the last of which may be cut off."""
+    text = path.read_text()
+    try:
+        rows = json.loads(text)
+        return rows if isinstance(rows, list) else [rows]
+    except ValueError:
+        return list(_whole_lines(text))
+
+
+def _whole_lines(text: str) -> Iterator[dict]:
+    for line in text.splitlines():
+        try:
+            row = json.loads(line.strip().rstrip(","))
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            yield row
 
 
 def _write(path: Path | None, rows: list[dict]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import torch_sluice
-from benchmarks import compress_zoo, zoo, zoo_run
+from benchmarks import compress_zoo, zoo, zoo_inputs, zoo_run
 from benchmarks.zoo_torch import MODELS
 
 pytest.importorskip("transformers")
@@ -68,6 +68,21 @@ def test_an_architecture_that_cannot_be_built_says_why():
     entry = zoo.Entry("none", "transformers", lambda: zoo.make_transformer("timm_wrapper"))
     with pytest.raises(zoo.Unbuildable, match="timm"):
         entry.build()
+
+
+def test_inputs_are_drawn_for_any_number_of_rows():
+    """A tower of vision that takes patches of all images together, and a text that holds as many image tokens as asked
+    for and no more by chance."""
+    tower = zoo.find("qwen3_vl_vision")
+    model, _ = tower.build()
+    inputs = tower.batches(1, rows=8)[0][0]
+    with torch.no_grad():
+        assert zoo.outputs_of(zoo.call(model, inputs))
+    assert inputs["hidden_states"].shape[0] == 16 * 8
+    plan = zoo_inputs.Plan({"input_ids": 0}, {12: 4})
+    model, _ = zoo.find("llama").build()
+    text = torch.cat([plan.draw(model, 64, seed)["input_ids"] for seed in range(50)])
+    assert text.eq(12).sum(1).eq(4).all()
 
 
 class Wrong(nn.Module):
@@ -150,6 +165,12 @@ def test_the_program_writes_rows_and_resumes(tmp_path, capsys):
     compress_zoo.main(["--only", "gated MLP, glu|timm_wrapper", f"--resume={path}", f"--json={other}"])
     assert json.loads(other.read_text())[0] == kept
     assert "[1/1" in capsys.readouterr().err
+    path.write_text(json.dumps([kept, {**rows["timm_wrapper"], "reason": "indented"}], indent=2))
+    compress_zoo.main(["--only", "gated MLP, glu|timm_wrapper", f"--resume={path}", f"--json={other}"])
+    assert {row["reason"] for row in json.loads(other.read_text())} == {"from the file", "indented"}
+    assert not capsys.readouterr().err  # nothing ran
+    path.write_text("[\n" + json.dumps(kept) + ',\n{"model": "timm_wr')  # cut off while it was written
+    assert list(zoo_run._read(path)) == [kept]
     with pytest.raises(SystemExit, match="no model matches 'nothing'"):
         compress_zoo.main(["--only", "nothing"])
 
