@@ -4,7 +4,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
-_WORTH = 0.02  # of all that the steps win, which is not worth another measurement
+_WORTH = 0.03  # of all that the steps win, which is not worth another measurement
 
 
 def find_longest(
