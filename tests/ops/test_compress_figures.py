@@ -168,8 +168,10 @@ def test_the_bound_is_the_ratio_estimators():
     error = ((losses - ratio * scales).square().sum() * 50 / 49).sqrt() / scales.sum()
     counted = score_losses(losses, scales, unit=1e-9)
     assert counted.low == pytest.approx(float(1 - ratio - student_quantile(49) * error))
-    score = score_losses(losses, scales)
-    assert score.low == pytest.approx(float(1 - ratio * (student_quantile(49) * error / ratio).exp()))
+    both = torch.cat([losses, 2 * ratio * scales - losses])  # not skewed
+    score = score_losses(both, scales.repeat(2))
+    error = ((both - ratio * scales.repeat(2)).square().sum() * 100 / 99).sqrt() / (2 * scales.sum())
+    assert score.low == pytest.approx(float(1 - ratio * (student_quantile(99) * error / ratio).exp()))
     assert not score_losses(losses[:1], scales[:1]).known
     for degrees, quantile in ((1, 6.314), (5, 2.015), (16, 1.746), (30, 1.697), (1000, 1.646)):
         assert student_quantile(degrees) == pytest.approx(quantile, abs=1e-3)
@@ -188,7 +190,7 @@ def test_the_bound_holds_for_losses_of_which_few_are_large(spread):
         symmetric += lower_bound(score.kept, float(losses.std()) / 8, 63) > 1 - mean
         assert score.low <= score.kept
     assert misses < symmetric
-    assert misses <= (80 if spread < 1 else 0.8 * symmetric)
+    assert misses <= (60 if spread < 1 else 0.65 * symmetric)
 
 
 def test_samples_are_as_many_as_make_up_the_outputs():

@@ -8,6 +8,7 @@ from torch import Tensor
 
 CONFIDENCE = 0.95  # one-sided
 _NORMAL = 1.6449  # the quantile of a normal distribution at CONFIDENCE
+_MOST_TIMES = 50.0  # exponent
 _NORMAL_SPREAD = 3.0  # the mean square of squares of a normal variable, by the square of their mean
 # Of Student's t with 1, 2, .. degrees of freedom.
 _STUDENT = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.796, 1.782, 1.771, 1.761, 1.753)
@@ -54,13 +55,22 @@ def lower_bound(kept: float, error: float, degrees: int, unit: float = 0.0) -> f
     return min(kept, 1.0) - unit - student_quantile(degrees) * math.hypot(error, unit)
 
 
-def skewed_error(lost: float, error: float, degrees: int) -> float:
-    """By how much more than ``lost`` may be lost, of what no sample loses less than nothing of.
+def skewed_error(losses: Tensor, scales: Tensor) -> float:
+    """By how much more than sum(losses) / sum(scales), float64 [n] of samples that lose nothing or more, may be lost.
 
     Such losses are skewed: most samples lose little, a few much, and without these few both the mean and its error come
-    out too small. So the bound is that of the mean's logarithm, whose error is ``error / lost``.
+    out too small. So the bound is that of the mean's logarithm, which has the error error / mean, with the quantile of
+    Cornish and Fisher for the skewness that is seen.
     """
-    return lost * math.expm1(student_quantile(degrees) * error / lost) if lost > 0 else 0.0
+    count, lost = len(losses), float(losses.sum() / scales.sum())
+    residuals = losses - lost * scales
+    variance = float(residuals.square().mean())
+    if not lost > 0 or variance == 0:
+        return 0.0
+    skewness = max(0.0, float(residuals.pow(3).mean()) / variance**1.5)
+    quantile = student_quantile(count - 1)
+    quantile += skewness / (6 * math.sqrt(count)) * (1 + 2 * quantile**2)
+    return lost * math.expm1(min(_MOST_TIMES, quantile * ratio_error(losses, scales) / lost))
 
 
 def rare_share(scales: Tensor) -> float:
@@ -84,11 +94,9 @@ def score_losses(losses: Tensor, scales: Tensor, unit: float = 0.0, samples: int
         return failed("its outputs are not finite")
     if count < 2:
         return Score(kept, kept, samples, known=False)
-    error = ratio_error(losses, scales)
     if unit > 0:
-        return Score(kept, lower_bound(kept, error, count - 1, unit), samples)
-    lost = max(0.0, 1 - kept)
-    low = lower_bound(kept, 0.0, count - 1, rare_share(scales)) - skewed_error(lost, error, count - 1)
+        return Score(kept, lower_bound(kept, ratio_error(losses, scales), count - 1, unit), samples)
+    low = lower_bound(kept, 0.0, count - 1, rare_share(scales)) - skewed_error(losses, scales)
     return Score(kept, low, samples)
 
 
