@@ -74,7 +74,7 @@ def run(examine: Examine, options: argparse.Namespace) -> list[dict]:
 
 
 def _read(path: Path) -> list[dict]:
-    """The rows of a file: a list in JSON, however it is laid out; or one row a line, the last of which may be cut off."""
+    """The rows of a file: a list in JSON, however it is laid out; or one row a line, the last perhaps cut off."""
     text = path.read_text()
     try:
         rows = json.loads(text)
