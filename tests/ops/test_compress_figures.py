@@ -383,6 +383,20 @@ def test_folds_hold_about_as_many_rows_and_share_none():
     assert max(map(len, rows)) - min(map(len, rows)) <= 18
 
 
+def test_groups_are_proved_on_few_of_many_samples(monkeypatch):
+    """Its cost does not grow with the data; what cannot be taken apart is taken whole."""
+    from torch_sluice.compress import run
+
+    seen = []
+    find_groups = run.find_groups
+    monkeypatch.setattr(run, "find_groups", lambda *args: (seen.extend(args[3]), find_groups(*args))[1])
+    for model, x, rows in ((small_model(), torch.randn(800, 16), 2), (Mixing("mean"), torch.randn(96, 16), 48)):
+        seen.clear()
+        data = [(part, None) for part in x.split(len(x) // 2)]
+        torch_sluice.compress(model.eval(), x[:1], data, keep=0.9, **QUIET)
+        assert [len(inputs) for inputs in seen] == [rows, rows]
+
+
 def test_what_is_fitted_is_measured_on_other_folds():
     """Each fold's candidate is the one that is made for it, and what it learnt by heart is of no use."""
     torch.manual_seed(0)

@@ -36,7 +36,7 @@ from torch_sluice.compress.remember import Calls
 from torch_sluice.compress.report import CompressionReport, LayerDecision, count_bytes
 from torch_sluice.compress.stages import SLACK, describe_pruning, find_stages
 
-_PROVED = 2  # pieces of data on which groups are proved, beside the example
+_PROVED, _ROWS_PROVED = 2, 2  # pieces of data on which groups are proved, beside the example, and samples of each
 _COMPARED = 0.25  # of a run over data, that it takes to see what a group costs
 _MOST_KEPT = 1 << 26  # bytes of quantised weights that are kept while channels are cut, and not found again
 _MOST_MOMENTS = 1 << 26  # bytes for which data is divided into more than two folds
@@ -162,8 +162,8 @@ class Run:
     def _find_channels(self, measure: Measure) -> None:
         leaves = sum(isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)) for m in self.original.modules())
         self.progress.start("finding channels", max(1, leaves))
-        inputs = [piece.inputs for piece in measure.pieces[:_PROVED]]
-        self.groups, notes = find_groups(self.original, self.example, self.progress.step, inputs)
+        few = [piece.head(_ROWS_PROVED) for piece in measure.pieces[:_PROVED]]
+        self.groups, notes = find_groups(self.original, self.example, self.progress.step, few)
         self.notes += notes
         if self.groups:
             self.pruner = Pruner.with_scores(self.original, self.groups, self.settings.policy)

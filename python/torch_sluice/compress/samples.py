@@ -124,6 +124,12 @@ class Piece:
     copies: int = 1  # how often data holds the very same
     source: tuple[Any, int, int] | None = None  # the batch's inputs of which it is the rows from .. to ..
 
+    def head(self, samples: int) -> Any:
+        """Its inputs for the first so many samples; all of them where these cannot be taken apart."""
+        if samples >= self.samples or count_rows(self.inputs) != self.samples:
+            return self.inputs
+        return take_rows(self.inputs, 0, samples)
+
 
 def cut_pieces(batches: list[tuple[Any, Any]], numbers: list[int], rows_apart: bool, wanted: int) -> list[Piece]:
     """The batches, cut along their rows into about as many pieces as wanted where ``rows_apart`` allows it, dealt out

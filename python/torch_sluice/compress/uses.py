@@ -74,8 +74,13 @@ class Watch(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return served.FUNCTIONS[func](*args, **kwargs)
-        watched = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and self._name(leaf)]
-        if not watched or func in _QUESTIONS:
+        if func in _QUESTIONS:
+            return func(*args, **kwargs)
+        leaves = (*args, *kwargs.values())
+        if any(isinstance(leaf, (list, tuple, dict)) for leaf in leaves):  # else nothing is inside another
+            leaves = tree_leaves((args, kwargs))
+        watched = [leaf for leaf in leaves if isinstance(leaf, Tensor) and self._name(leaf)]
+        if not watched:
             return func(*args, **kwargs)
         if func in served_recurrent.SERVED and not kwargs:
             return self._call_recurrent(func, args, watched)
