@@ -3,8 +3,12 @@ numbers can only leave the model together.
 
 Two relations are kept. Numbers are *equal* where one element carries both: output channel 3 of a convolution and weight
 3 of the batch norm behind it. And a number may stand for a *set*: a head leaves exactly when all of its channels do.
+
+A buffer of integers may pick channels by their places. So its values 0, 1, .. up to the largest have numbers, too, as if
+they were one more of its dimensions: a value leaves with the channel that it picks.
 """
 
+import bisect
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -13,23 +17,43 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from torch_sluice.compress.meetings import Meetings
+from torch_sluice.compress.slicing import VALUES
+
+_LARGEST_VALUE = 1 << 16  # of buffers that are taken for places of channels
+
 
 class Source(NamedTuple):
     """One dimension of a parameter or buffer; its indices have the numbers first .. first + size - 1."""
 
     name: str  # of model.named_parameters() or named_buffers()
-    dim: int
+    dim: int  # or VALUES
     first: int
     size: int
+
+
+class Move(NamedTuple):
+    """Channels that an operator put elsewhere by what the code says."""
+
+    numbers: np.ndarray
+    advice: str  # part of a sentence: why they may have to stay, and what to do
+    strict: bool  # whether other numbers of channels surely come to lie otherwise
 
 
 class Couplings:
     """The numbers of all dimensions of a model's tensors, and which of them hang together. 0 is no number.
 
-    ``gone``: indices of (name, dim) that a run is to act as if they had left (tracer.py).
+    ``gone``: indices of (name, dim) that a run is to act as if they had left (tracer.py). ``meetings``: is told what
+    becomes equal, and where (arrangement.py).
     """
 
-    def __init__(self, model: nn.Module, gone: dict[tuple[str, int], set[int]] | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        gone: dict[tuple[str, int], set[int]] | None = None,
+        meetings: Meetings | None = None,
+    ):
+        self.meetings = meetings
         self.sources: list[Source] = []
         self.names: dict[int, list[str]] = defaultdict(list)  # id of a tensor -> all names that it has
         self.tensors: dict[str, Tensor] = {}  # first name -> tensor
@@ -41,6 +65,9 @@ class Couplings:
                     if size > 1:
                         self.sources.append(Source(name, dim, self._count, size))
                         self._count += size
+                if count := _count_values(tensor):
+                    self.sources.append(Source(name, VALUES, self._count, count))
+                    self._count += count
             self.names[id(tensor)].append(name)
         self.original_count = self._count  # of parameters, and 0
         self._parent = np.arange(self._count)
@@ -51,6 +78,7 @@ class Couplings:
         self.attended = np.zeros(self._count, bool)  # in a product of activations with activations
         self.splits: list[Tensor] = []  # numbers where one dimension became several, as channels become heads
         self.parts: list[Tensor] = []  # numbers of a dimension that was divided into equal parts, which may be no rows
+        self.moves: list[Move] = []
         self._frozen: dict[int, str] = {}  # number -> why it cannot leave
         self.gone: np.ndarray | None = None  # a flag for each number
         if gone is not None:
@@ -58,6 +86,11 @@ class Couplings:
             for source in self.sources:
                 for index in gone.get((source.name, source.dim), ()):
                     self.gone[source.first + index] = True
+
+    @property
+    def count(self) -> int:
+        """Of all numbers, 0 included."""
+        return self._count
 
     def find(self, numbers: np.ndarray) -> np.ndarray:
         """What stands for each number and all that are equal to it."""
@@ -70,6 +103,8 @@ class Couplings:
     def join(self, first: np.ndarray, second: np.ndarray) -> None:
         """Makes numbers equal, in pairs; pairs with 0 are left out."""
         both = (first != 0) & (second != 0)
+        if self.meetings is not None:
+            self.meetings.add(first[both], second[both])
         pairs = np.stack([self.find(first[both]), self.find(second[both])])
         pairs = np.unique(np.sort(pairs, axis=0), axis=1)
         for one, other in pairs[:, pairs[0] != pairs[1]].T.tolist():
@@ -96,7 +131,29 @@ class Couplings:
             self._known_sets[key] = self._count
             self._sets.append((self._count, roots))
             self._count += 1
+        if self.meetings is not None:
+            own = members[members != 0]
+            self.meetings.add(np.full(len(own), self._known_sets[key]), own)
         return self._known_sets[key]
+
+    def renamed(self, axis: Tensor) -> Tensor:
+        """Other numbers, equal to these: what lies in a tensor a second time is told from the first."""
+        known, places = np.unique(axis.numpy(), return_inverse=True)
+        self._make_room(len(known))
+        names = np.where(known != 0, np.arange(self._count, self._count + len(known)), 0)
+        self._count += len(known)
+        self.join(known, names)
+        return torch.from_numpy(names[places.reshape(axis.shape)])
+
+    def source_of(self, number: int) -> Source | None:
+        """Where a number of a parameter comes from; None for others."""
+        if not 0 < number < self.original_count:
+            return None
+        return self.sources[bisect.bisect(self.sources, number, key=lambda source: source.first) - 1]
+
+    def values_of(self, name: str) -> Source | None:
+        """The values of a buffer of integers."""
+        return next((source for source in self.sources if (source.name, source.dim) == (name, VALUES)), None)
 
     def fresh_numbers(self, count: int, first: Tensor, second: Tensor) -> Tensor:
         """New numbers for elements that carry one of each: they are gone where either is."""
@@ -127,6 +184,14 @@ class Couplings:
     def closing(self) -> "Closing":
         """The couplings, complete, in a form that answers what leaves with what."""
         return Closing(self._parent, self._sets, self._frozen, self.find)
+
+
+def _count_values(tensor: Tensor) -> int:
+    """One more than the largest value of a buffer that may hold places of channels; 0 for others."""
+    if tensor.dtype not in (torch.int64, torch.int32) or not 1 < tensor.numel() <= _LARGEST_VALUE or tensor.is_meta:
+        return 0
+    low, high = (int(value) for value in tensor.aminmax())
+    return high + 1 if 0 <= low and high < _LARGEST_VALUE else 0
 
 
 class Closing:

@@ -4,8 +4,9 @@ The model is run once and its channels are followed (tracer.py); from what met w
 with the indices that every unit has in every parameter. Each is proved on the model before it is offered (verify.py).
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from torch_sluice.compress.arrangement import Arranger
 from torch_sluice.compress.calling import call_model, evaluating
-from torch_sluice.compress.couplings import Closing, Couplings, Source
-from torch_sluice.compress.labels import varying
+from torch_sluice.compress.couplings import Closing, Couplings, Move, Source
 from torch_sluice.compress.slicing import Member, SizeMember
 from torch_sluice.compress.tracer import trace
+from torch_sluice.compress.units import alike, partitions_of
 
+_MOST_ADVICE = 2
 _MOST_WAYS = 6  # of forming units from the channels of one layer
 _MOST_WORK = 1_000_000  # numbers that are looked at for them, a second's
 
@@ -38,6 +41,8 @@ class ChannelGroup:
     sizes: list[SizeMember] = field(default_factory=list, repr=False)
     step: int = 1  # units leave by multiples of it
     counts: frozenset[int] = field(default_factory=frozenset, repr=False)  # of what its units make up
+    moves: tuple[Move, ...] = field(default=(), repr=False)  # of its channels, by what the code says
+    arranger: Arranger | None = field(default=None, repr=False)  # finds the order of what a cut leaves
 
     def kept_choices(self, fractions: tuple[float, ...], round_to: int) -> list[int]:
         """Units to keep for these shares, rounded down so that channels are a multiple of ``round_to`` where the layer
@@ -75,6 +80,9 @@ def find_groups(
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         return [], [f"channels stay, because they could not be followed: {type(error).__name__}: {reason}"]
     candidates, notes = _candidates(couplings)
+    arranger = Arranger(example_inputs)
+    for group in (group for ways in candidates for group in ways if any(move.strict for move in group.moves)):
+        group.arranger = arranger
     if unknown:
         notes.append(f"channels that reach {', '.join(sorted(unknown))} stay: these operators are not followed")
     more = [inputs for inputs in batches if _runs(model, inputs)]  # a metric may call the model otherwise
@@ -123,6 +131,7 @@ def _candidates(couplings: Couplings) -> tuple[list[list[ChannelGroup]], list[st
     for axis in (*couplings.splits, *couplings.parts):
         numbers = couplings.find(axis.numpy().ravel()).reshape(axis.shape)
         splits.append((axis, numbers, frozenset(numbers.ravel().tolist())))
+    moves = [(frozenset(couplings.find(move.numbers).tolist()), move) for move in couplings.moves]
     found, notes, seen, met, without = [], [], set(), set(), []
     for source in couplings.sources:
         if not _makes_channels(couplings, source):
@@ -136,7 +145,11 @@ def _candidates(couplings: Couplings) -> tuple[list[list[ChannelGroup]], list[st
         met.add(own.tobytes())
         name = _label(source.name)
         ways, frozen, begin = [], None, closing.work
-        for units, rows in _partitions(closing, own, splits):
+        own_moves = [move for roots_moved, move in moves if not roots_moved.isdisjoint(own.tolist())]
+        partitions = partitions_of(closing, own, splits)
+        if own_moves:
+            partitions = itertools.chain(partitions, alike(closing, own, atoms))
+        for units, rows in partitions:
             frozen = frozen or closing.why_frozen(set().union(*units))
             if frozen is not None or len(units) < 2:
                 continue
@@ -146,6 +159,7 @@ def _candidates(couplings: Couplings) -> tuple[list[list[ChannelGroup]], list[st
             seen.add(key)
             group = _make_group(name, units, rows, atoms, couplings)
             if group is not None:
+                group.moves = tuple(move for roots, move in moves if not roots.isdisjoint(set().union(*units)))
                 ways.append(group)
             if closing.work - begin > _MOST_WORK or len(ways) == _MOST_WAYS:
                 break  # channels that hang together with all positions of an image
@@ -154,14 +168,20 @@ def _candidates(couplings: Couplings) -> tuple[list[list[ChannelGroup]], list[st
         if ways:
             found.append(ways)
         elif frozen is None:
-            without.append(source)
-    for source in without:
+            without.append((source, own_moves))
+    for source, own_moves in without:
         if not _is_covered(source, found):
             notes.append(
                 f"{_label(source.name)}: stays, because its channels form no units that are alike (some are read by "
-                "others, elsewhere, or not at all)"
+                f"others, elsewhere, or not at all){advice(own_moves)}"
             )
     return found, notes
+
+
+def advice(moves: Iterable[Move]) -> str:
+    """What moves channels, to be put behind the reason why they stay; nothing where nothing does."""
+    sentences = dict.fromkeys(move.advice for move in sorted(moves, key=lambda move: not move.strict))
+    return "".join(f"; {sentence}" for sentence in itertools.islice(sentences, _MOST_ADVICE))
 
 
 def _is_covered(source: Source, found: list[list[ChannelGroup]]) -> bool:
@@ -193,44 +213,6 @@ def _atoms(couplings: Couplings, roots: np.ndarray) -> dict[int, list[tuple[int,
         for index, root in enumerate(roots[source.first : source.first + source.size].tolist()):
             atoms.setdefault(root, []).append((number, index))
     return atoms
-
-
-def _partitions(closing: Closing, own: np.ndarray, splits):
-    """Ways to form units from the channels of a layer, with the numbers of rows that these ways know of: by the rows of
-    every array that they were arranged in, or each for itself where they never were."""
-    mine, touching = set(own.tolist()), []
-    for axis, roots, all_roots in splits:
-        if not mine.isdisjoint(all_roots):
-            touching.append((axis, roots))
-    if not touching:
-        yield _units(closing, [[root] for root in dict.fromkeys(own.tolist())]), []
-        return
-    for axis, roots in touching:
-        for dim in sorted(varying(axis)):
-            rows = np.moveaxis(roots, dim, 0).reshape(roots.shape[dim], -1)
-            sets = [sorted(mine.intersection(row.tolist())) for row in rows]
-            if not all(sets):
-                continue
-            units = _units(closing, sets)  # rows of values bring those of queries and keys
-            if mine <= set().union(*units):
-                yield units, [(a.shape[d], np.moveaxis(r, d, 0)) for a, r in touching for d in varying(a)]
-
-
-def _units(closing: Closing, sets: list[list[int]]) -> list[frozenset[int]]:
-    """What leaves with each of these; those that share something are one unit."""
-    units: dict[int, frozenset[int]] = {}  # by place, in order
-    owner: dict[int, int] = {}
-    for place, own in enumerate(sets):
-        closed = closing.close(own)
-        shared = {owner[root] for root in closed if root in owner}
-        if len(shared) == 1 and closed <= units[next(iter(shared))]:
-            continue
-        if shared:
-            closed = closing.close(closed.union(*(units.pop(other) for other in shared)))
-            place = min(shared)
-        units[place] = closed
-        owner.update(dict.fromkeys(closed, place))
-    return [units[place] for place in sorted(units)]
 
 
 def _make_group(name, units, rows, atoms, couplings: Couplings) -> ChannelGroup | None:

@@ -20,7 +20,7 @@ from torch_sluice.compress.moments import Moments
 from torch_sluice.compress.norm_scale import NormScale, scale_norms
 from torch_sluice.compress.prediction import Prediction
 from torch_sluice.compress.residuals import find_residuals
-from torch_sluice.compress.slicing import Lost, Sizes, cut, gather
+from torch_sluice.compress.slicing import Lost, Order, Sizes, cut, gather, order_for, reorder
 from torch_sluice.compress.verify import difference_of_cut
 
 _RATIOS = tuple(i / 20 for i in range(19, 0, -1))  # of the quantile policy
@@ -30,13 +30,16 @@ Plan = dict[int, int]  # group number -> units that stay; groups that are not na
 
 
 @contextlib.contextmanager
-def without(model: nn.Module, lost: Lost, sizes: Sizes, updates: Sequence[Update] = ()) -> Iterator[nn.Module]:
-    """Within it, the model without these channels and with these updates of weights, in place: no copy is made.
-    It is as before after it, whatever happens."""
+def without(
+    model: nn.Module, lost: Lost, sizes: Sizes, updates: Sequence[Update] = (), order: Order | None = None
+) -> Iterator[nn.Module]:
+    """Within it, the model without these channels and with these updates of weights, and then in this order, in place:
+    no copy is made. It is as before after it, whatever happens."""
     undo = [cut(model, lost, sizes)]
     try:
         for update in updates:
             undo.append(update.add_to(model))
+        undo.append(reorder(model, {}, order or {}))
         yield model
     finally:
         for step in reversed(undo):
@@ -114,11 +117,16 @@ class Pruner:
     def pruned(self, kept: Plan, left_out: int | None = None) -> Iterator[nn.Module]:
         """Within it, the model pruned so far, and compensated by all data, or all but that of a fold. ``self.model`` is
         as before after it."""
-        lost = self.lost(kept)
+        lost, sizes = self.lost(kept), self.sizes(kept)
         if sum(self._bytes.get(name, 0) for name in {name for name, _ in lost}) > _MUCH:
             release_memory()
-        with without(self.model, lost, self.sizes(kept), self._updates(lost, left_out)) as model:
+        order = self._order(kept)
+        with without(self.model, lost, sizes, self._updates(lost, left_out), order) as model:
             yield model
+
+    def _order(self, kept: Plan) -> Order:
+        """In which what is left has to lie, where another than the present one."""
+        return order_for([self.groups[g] for g in kept], self.model, self.lost(kept), self.sizes(kept))
 
     def build(self, kept: Plan) -> nn.Module:
         """A pruned copy, compensated where moments are known."""
@@ -128,12 +136,18 @@ class Pruner:
     def build_further(self, module: nn.Module, before: Plan, kept: Plan) -> nn.Module:
         """A copy of ``module``, which is this model pruned to ``before`` and trained since, pruned to ``kept``."""
         gone = {side: sorted(indices) for side, indices in self.lost(before).items()}
-        lost = {
-            side: {i - bisect.bisect(gone.get(side, []), i) for i in indices.difference(gone.get(side, []))}
-            for side, indices in self.lost(kept).items()
-        }
+        present, after = self._order(before), self._order(kept)
+        lost = {}
+        for side, indices in self.lost(kept).items():
+            new = indices.difference(gone.get(side, []))
+            place = {index: i for i, index in enumerate(present[side])} if side in present else None
+            lost[side] = {i - bisect.bisect(gone.get(side, []), i) if place is None else place[i] for i in new}
+            if side in present:
+                present[side] = [index for index in present[side] if index not in indices]
+                after.setdefault(side, sorted(present[side]))
         further = copy.deepcopy(module)
         cut(further, lost, self.sizes(kept, before))
+        reorder(further, present, after)
         return further
 
     def forget_data(self) -> None:
@@ -160,7 +174,7 @@ class Pruner:
 
     def why_wrong(self, kept: Plan, inputs: Any) -> str | None:
         """What a cut so far does beyond taking its units out, or None (verify.py)."""
-        return difference_of_cut(self.model, self.lost(kept), self.sizes(kept), inputs)
+        return difference_of_cut(self.model, self.lost(kept), self.sizes(kept), inputs, self._order(kept))
 
 
 def kept_by_quantile(groups: list[ChannelGroup], scores: list[Tensor], ratio: float, round_to: int) -> Plan:

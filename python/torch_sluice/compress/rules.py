@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from torch_sluice.compress.labels import align, all_numbers, clean, clean_shape, combine, cross, note_split, varying
 from torch_sluice.compress.rules_mixing import MIXING_RULES
+from torch_sluice.compress.rules_places import PLACES, follow_places
 from torch_sluice.compress.rules_products import PRODUCT_RULES
 
 _MOVES = (
@@ -75,6 +76,8 @@ def _move(tracer, func, args, kwargs):
         tracer.couplings.splits += [axis.reshape(args[1], -1) for axis in own if axis.numel() > args[1] > 1]
     if name in _PARTS and len({part.shape for part in outs}) == 1:
         _note_parts(tracer.couplings, axes, args, kwargs, len(outs))
+    if name in PLACES:
+        moved = [follow_places(tracer, name, args, kwargs, out, moved[0])]
     aliases = any(argument.alias_info is not None for argument in func._schema.arguments)
     for tensor, parts in zip(outs, moved, strict=True):
         parts = clean(tracer.couplings, parts)
@@ -201,6 +204,8 @@ def _join_tensors(tracer, func, args, kwargs):
         shapes = [x.unsqueeze(dim).shape for x in tensors]
     dim %= out.dim()
     kept = [i for i, shape in enumerate(shapes) if len(shape) == out.dim()]  # cat takes empty ones of any rank
+    if tracer.couplings.meetings is not None:
+        parts = _told_apart(tracer.couplings, parts, dim)
     combine(tracer.couplings, [[axis for axis in parts[i] if dim not in varying(axis)] for i in kept])
     signatures = {varying(axis) | {dim} for i in kept for axis in parts[i]}
     result = []
@@ -213,6 +218,20 @@ def _join_tensors(tracer, func, args, kwargs):
         result.append(torch.cat(pieces, dim))
     tracer.finish(out, result)
     return out
+
+
+def _told_apart(couplings, parts, dim: int):
+    """Axes of tensors that are put together, with a name of its own for what one before them has, too."""
+    seen: set[int] = set()
+    result = []
+    for axes in parts:
+        own = []
+        for axis in axes:
+            numbers = set(axis.numpy().ravel().tolist()) - {0}
+            own.append(axis if dim not in varying(axis) or seen.isdisjoint(numbers) else couplings.renamed(axis))
+            seen |= numbers
+        result.append(own)
+    return result
 
 
 def _pointwise(tracer, func, args, kwargs):

@@ -17,7 +17,11 @@ from torch_sluice.compress.module_sizes import sizes_of
 if TYPE_CHECKING:
     from torch_sluice.compress.graph import ChannelGroup
 
-Lost = dict[tuple[str, int], set[int]]  # (name of a parameter or buffer, dimension) -> indices that go
+VALUES = -1  # in place of a dimension of a buffer of integers: places of channels that it holds, not its own indices
+
+Side = tuple[str, int]  # name of a parameter or buffer, dimension
+Lost = dict[Side, set[int]]  # indices that go
+Order = dict[Side, list[int]]  # indices that stay, as they lie after a cut; sides that are not named keep their order
 
 
 @dataclass(frozen=True)
@@ -85,13 +89,9 @@ def _cut(model: nn.Module, lost: Lost, sizes, undo) -> None:
     owners: dict[str, nn.Module] = {}
     for name, of_dim in dims.items():
         tensor = _get(model, name)
-        smaller = _without(tensor, of_dim)
+        _put(model, names[id(tensor)], tensor, _without(tensor, of_dim), undo)
         for alias in names[id(tensor)]:
-            path, _, leaf = alias.rpartition(".")
             owners.setdefault(layer_of(alias), model.get_submodule(layer_of(alias)))
-            holder = model.get_submodule(path)
-            undo.append(lambda holder=holder, leaf=leaf, tensor=tensor: setattr(holder, leaf, tensor))
-            setattr(holder, leaf, smaller)
     for owner in owners.values():
         kind = type(owner)
         for attribute, value in sizes_of(owner).items():
@@ -112,6 +112,46 @@ def _cut(model: nn.Module, lost: Lost, sizes, undo) -> None:
         _set(module, member.attribute, value, undo)
 
 
+def _put(model: nn.Module, names: list[str], before: Tensor, after: Tensor, undo) -> None:
+    """Puts a tensor in another's place, under all of its names."""
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        holder = model.get_submodule(path)
+        undo.append(lambda holder=holder, leaf=leaf: setattr(holder, leaf, before))
+        setattr(holder, leaf, after)
+
+
+@torch.no_grad()
+def reorder(model: nn.Module, before: Order, order: Order) -> Callable[[], None]:
+    """Puts what a cut left into another order, in place. ``before``: the indices of the same sides as they lie now; of
+    sides that are not named they ascend. Returns a function that undoes it."""
+    undo: list[Callable[[], None]] = []
+    names = all_names(model)
+    for (name, dim), wanted in order.items():
+        tensor = _get(model, name)
+        place = {index: place for place, index in enumerate(before.get((name, dim)) or sorted(wanted))}
+        places = torch.tensor([place[index] for index in wanted], dtype=torch.int64, device=tensor.device)
+        moved = _like(tensor, tensor.detach().index_select(dim, places))
+        _put(model, names[id(tensor)], tensor, moved, undo)
+    return lambda: _undo_all(undo)
+
+
+def cut_in_order(model: nn.Module, lost: Lost, sizes: Sizes, order: Order) -> Callable[[], None]:
+    """Cuts a model in place, and puts what is left into this order. Returns a function that undoes both."""
+    undo = cut(model, lost, sizes)
+    try:
+        back = reorder(model, {}, order)
+    except BaseException:
+        undo()
+        raise
+
+    def undo_both():
+        back()
+        undo()
+
+    return undo_both
+
+
 def _set(module: nn.Module, attribute: str, value, undo) -> None:
     before = getattr(module, attribute)
     if before != value:
@@ -126,13 +166,19 @@ def layer_of(name: str) -> str:
 
 def _without(tensor: Tensor, lost: dict[int, set[int]]) -> Tensor:
     smaller = tensor.detach()
-    for dim, indices in lost.items():
+    for dim, indices in sorted(lost.items(), reverse=True):
+        if dim == VALUES:
+            gone = torch.tensor(sorted(indices), dtype=smaller.dtype, device=smaller.device)
+            smaller = smaller - torch.searchsorted(gone, smaller, out_int32=smaller.dtype == torch.int32)
+            continue
         keep = torch.tensor([i for i in range(tensor.shape[dim]) if i not in indices], dtype=torch.int64)
         smaller = smaller.index_select(dim, keep.to(tensor.device))
-    smaller = smaller.contiguous()
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(smaller, requires_grad=tensor.requires_grad)
-    return smaller
+    return _like(tensor, smaller.contiguous())
+
+
+def _like(tensor: Tensor, values: Tensor) -> Tensor:
+    """A parameter where the tensor is one."""
+    return nn.Parameter(values, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
 
 
 def _get(model: nn.Module, name: str) -> Tensor:
@@ -144,12 +190,20 @@ def prune(model: nn.Module, removals: Iterable[tuple["ChannelGroup", list[int]]]
     """A copy of the model without these units of these groups."""
     lost: Lost = {}
     sizes: list[tuple[SizeMember, int]] = []
+    removals = list(removals)
     for group, units in removals:
         gather(group.members, units, lost)
         sizes += [(member, len(units)) for member in group.sizes]
     pruned = copy.deepcopy(model)
-    cut(pruned, lost, sizes)
+    order = order_for([group for group, _ in removals], pruned, lost, sizes)
+    cut_in_order(pruned, lost, sizes, order)
     return pruned
+
+
+def order_for(groups: Iterable["ChannelGroup"], model: nn.Module, lost: Lost, sizes: Sizes) -> Order:
+    """In which order the parameters of a model have to lie once this is cut, where it is not the one in which they are."""
+    arranger = next((group.arranger for group in groups if group.arranger is not None), None)
+    return {} if arranger is None else arranger.order(model, lost, sizes)
 
 
 def all_names(model: nn.Module) -> dict[int, list[str]]:

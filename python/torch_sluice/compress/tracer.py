@@ -20,7 +20,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from torch_sluice.compress.calling import call_model, evaluating, float_outputs
 from torch_sluice.compress.couplings import Couplings
 from torch_sluice.compress.labels import Axes, all_numbers, clean, kept_mask
+from torch_sluice.compress.meetings import Meetings
 from torch_sluice.compress.rules import rule_for
+from torch_sluice.compress.slicing import VALUES
 
 
 class ChannelTracer(TorchDispatchMode):
@@ -35,6 +37,8 @@ class ChannelTracer(TorchDispatchMode):
         self._parameter_memory = {t.untyped_storage().data_ptr() for t in couplings.tensors.values() if _is_plain(t)}
         by_name: dict[str, Axes] = {name: [] for name in couplings.tensors}
         for source in couplings.sources:
+            if source.dim == VALUES:
+                continue
             shape = [source.size if dim == source.dim else 1 for dim in range(couplings.tensors[source.name].dim())]
             by_name[source.name].append(torch.arange(source.first, source.first + source.size).reshape(shape))
         for name, axes in by_name.items():
@@ -78,6 +82,8 @@ class ChannelTracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self.couplings.meetings is not None:
+            self.couplings.meetings.begin()
         if not any(self.axes(leaf) for leaf in tree_leaves((args, kwargs))):
             out = func(*args, **kwargs)
             if func._schema.is_mutable:
@@ -123,11 +129,14 @@ def plain_operators(model: nn.Module):
 
 
 def trace(
-    model: nn.Module, inputs: Any, gone: dict[tuple[str, int], set[int]] | None = None
+    model: nn.Module,
+    inputs: Any,
+    gone: dict[tuple[str, int], set[int]] | None = None,
+    meetings: Meetings | None = None,
 ) -> tuple[Couplings, list[Tensor], set[str]]:
     """The couplings of a model's channels on the path that it takes for these inputs, its floating-point outputs, and
     the operators that could not be followed."""
-    couplings = Couplings(model, gone)
+    couplings = Couplings(model, gone, meetings)
     tracer = ChannelTracer(couplings)
     with evaluating(model), torch.no_grad(), plain_operators(model):
         with tracer:

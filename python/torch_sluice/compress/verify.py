@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from torch_sluice.compress.attributes import ways_to_count
 from torch_sluice.compress.calling import call_model, describe_error, evaluating, float_outputs
-from torch_sluice.compress.graph import ChannelGroup
+from torch_sluice.compress.arrangement import Arranger
+from torch_sluice.compress.graph import ChannelGroup, advice
 from torch_sluice.compress.outputs import is_masked
-from torch_sluice.compress.slicing import Lost, cut, gather
+from torch_sluice.compress.slicing import Lost, Order, cut_in_order, gather, order_for
 from torch_sluice.compress.tracer import trace
 
 _STEPS = (1, 4, 8)  # units that leave at a time, where operators want sizes that are multiples
@@ -56,7 +57,7 @@ def prove(
 def _first_that_holds(model, ways: list[ChannelGroup], inputs) -> tuple[ChannelGroup | None, str | None]:
     """The first way to form units that holds, with what counts them; or why the first does not."""
     reason = None
-    for way in ways:
+    for way in _with_arranged(ways, inputs):
         for sizes in ways_to_count(model, way):
             for step in _STEPS:
                 if step > 1 and (way.width % step or way.width < 4 * step):
@@ -65,10 +66,17 @@ def _first_that_holds(model, ways: list[ChannelGroup], inputs) -> tuple[ChannelG
                 wrong = _difference(model, [trial], inputs)
                 if wrong is None:
                     return trial, None
-                reason = reason or wrong
+                reason = reason or wrong + advice(way.moves)
                 if not wrong.startswith(_DOES_NOT_RUN):
                     break
     return None, reason
+
+
+def _with_arranged(ways: list[ChannelGroup], inputs) -> list[ChannelGroup]:
+    """These, and the likeliest of those whose weights keep their order in another order: slices may take channels in the
+    middle of a layer."""
+    plain = [way for way in ways if way.moves and way.arranger is None]
+    return ways + [replace(way, arranger=Arranger(inputs[0])) for way in plain[:1]]
 
 
 def _is_free(group: ChannelGroup, groups: list[ChannelGroup]) -> bool:
@@ -142,7 +150,8 @@ def _difference(
             units = chosen.sample(range(group.width), remove)
             gather(group.members, units, lost)
             sizes += [(member, len(units)) for member in group.sizes]
-        reason = difference_of_cut(model, lost, sizes, example)
+        order = order_for(groups, model, lost, sizes)
+        reason = difference_of_cut(model, lost, sizes, example, *([order] if order else []))
         if reason is not None:
             return reason
     return None
@@ -161,12 +170,12 @@ def _draws(groups: list[ChannelGroup], inputs: list[Any]) -> Iterator[tuple[Any,
         yield inputs[0], [number >> bit & 1 for number in range(1, len(groups) + 1)]
 
 
-def difference_of_cut(model: nn.Module, lost: Lost, sizes, inputs: Any) -> str | None:
-    """What is wrong with this cut on these inputs, as part of a sentence, or None."""
+def difference_of_cut(model: nn.Module, lost: Lost, sizes, inputs: Any, order: Order | None = None) -> str | None:
+    """What is wrong with this cut, in this order, on these inputs, as part of a sentence, or None."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            undo = cut(model, lost, sizes)
+            undo = cut_in_order(model, lost, sizes, order or {})
         except Exception as error:
             return f"it cannot be cut ({describe_error(error)})"
         try:
