@@ -1,18 +1,18 @@
 """In which order weights have to lie after a cut, where forward() moves channels by what is written in its code.
 
-``x.roll(3, 1)`` brings other channels to a layer once x is narrower. But columns of weights, and the rows that make
-channels, can lie in any order, if all that meet them follow. So the model is traced twice, whole and cut, and what meets
-is compared: which row, column, bias and norm of one operator comes to lie with which of another. A unit of the cut model
-may be any unit of the whole one that meets its others in the same way, at the same operators; one that is fixed fixes
-those that it meets, and so on. Where no order is left that fits, as for ``x + x.roll(3, 1)``, whose rings become others,
-the weights stay as they are, and values tell that this cut is wrong (verify.py).
+``x.roll(3, 1)`` brings other channels to a layer once x is narrower. But the columns of weights, and the rows that make
+channels, may lie in any order, if all that meet them follow. So the model is traced twice, whole and cut, and what
+meets is compared: which index of a weight, a bias or a norm comes to lie with which of another, at which operator. An
+index of the cut model may be any of the whole one that meets its like at the same operators; one that is chosen fixes
+those that it meets, and they fix others. Where no choice is left, as for ``x + x.roll(3, 1)``, whose rings become
+others, weights stay as they are, and values tell that this cut is wrong (verify.py).
 """
 
 from collections import defaultdict
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from torch_sluice.compress.couplings import Couplings, Source
 from torch_sluice.compress.meetings import Key, Meetings
@@ -98,17 +98,11 @@ class _Matching:
 
     def _fix_rows(self) -> None:
         """Rows of channels, as those of groups of a norm, keep their order."""
-        for whole, narrow in (
-            (self._whole.splits, self._narrow.splits),
-            (self._whole.parts, self._narrow.parts),
-        ):
-            if len(whole) != len(narrow):
-                continue
-            for axis, small in zip(whole, narrow, strict=True):
-                kept = _flat(axis)
-                kept = kept[self._stays[kept]]
-                if len(kept) == small.numel():
-                    self._fix(_flat(small), kept)
+        own = self._narrow.meetings.rows
+        for key, (numbers, are_rows) in self._whole.meetings.rows.items():
+            kept = numbers[self._stays[numbers]]
+            if are_rows and key in own and len(kept) == len(own[key][0]):
+                self._fix(own[key][0], kept)
 
     def _fix(self, narrow: np.ndarray, whole: np.ndarray) -> None:
         for new, old in zip(narrow.tolist(), whole.tolist(), strict=True):
@@ -132,7 +126,7 @@ class _Matching:
                     break
 
     def _match(self, new: int, old: int) -> bool:
-        """Takes one number for another, and with them all that they meet; False, and nothing, where that is impossible."""
+        """Takes one number for another, and with them all that they meet; False, and nothing, where that cannot be."""
         made: list[tuple[int, int]] = []
         work = [(new, old)]
         while work:
@@ -158,10 +152,6 @@ class _Matching:
             order = [(next(left) if old is None else old) - source.first for old in order]
             if order != sorted(order):
                 yield (source.name, source.dim), order
-
-
-def _flat(axis: Tensor) -> np.ndarray:
-    return axis.numpy().ravel()
 
 
 def _staying(couplings: Couplings, lost: Lost) -> np.ndarray:

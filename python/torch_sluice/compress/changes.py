@@ -15,6 +15,7 @@ from torch_sluice.compress.multihead import SlicedMultiheadAttention
 from torch_sluice.compress.quantized import Options, QuantizedWeight, check_parts
 from torch_sluice.compress.slicing import all_names
 
+TRANSIENT = "transient"  # kind of a buffer that the state_dict has not
 PARTS = ("packed", "scale")  # names of a quantised weight's tensors in a file, behind its own
 
 
@@ -93,9 +94,13 @@ def describe_changes(original: nn.Module, compressed: nn.Module) -> dict[str, An
         for kind, own in (("parameter", module._parameters), ("buffer", module._buffers)):
             for leaf, tensor in own.items():
                 former = getattr(old, leaf, None)
-                if tensor is not None and (former is None or former.shape != tensor.shape):
+                transient = leaf in module._non_persistent_buffers_set
+                if tensor is None or former is tensor:
+                    continue
+                same = former is not None and former.shape == tensor.shape
+                if not same or (transient and not torch.equal(former, tensor)):
                     full = f"{name}.{leaf}" if name else leaf
-                    tensors[full] = {"kind": kind, "shape": list(tensor.shape)}
+                    tensors[full] = {"kind": TRANSIENT if transient else kind, "shape": list(tensor.shape)}
     weights = [weight.as_plain() for weight in find_weights(compressed)]
     return {"modules": modules, "sizes": sizes, "tensors": tensors, "weights": weights, "original": shapes}
 
@@ -196,7 +201,18 @@ def _change_tensor(model: nn.Module, name: str, spec: dict[str, Any], shape: lis
     if spec["kind"] == "parameter":
         module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=like.requires_grad))
     else:
-        module.register_buffer(leaf, tensor)
+        module.register_buffer(leaf, tensor, persistent=spec["kind"] != TRANSIENT)
+
+
+def transient_names(changes: dict[str, Any]) -> list[str]:
+    """Of changed buffers, those that the state_dict has not."""
+    return [name for name, spec in changes["tensors"].items() if spec["kind"] == TRANSIENT]
+
+
+def put_transients(model: nn.Module, changes: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Puts the values of such buffers in their places, and takes them out of ``tensors``."""
+    for name in transient_names(changes):
+        model.get_buffer(name).copy_(tensors.pop(name))
 
 
 def put_weights(model: nn.Module, weights: list[Weight], tensors: dict[str, Tensor]) -> dict[str, QuantizedWeight]:

@@ -4,8 +4,8 @@ numbers can only leave the model together.
 Two relations are kept. Numbers are *equal* where one element carries both: output channel 3 of a convolution and weight
 3 of the batch norm behind it. And a number may stand for a *set*: a head leaves exactly when all of its channels do.
 
-A buffer of integers may pick channels by their places. So its values 0, 1, .. up to the largest have numbers, too, as if
-they were one more of its dimensions: a value leaves with the channel that it picks.
+A buffer of integers may pick channels by their places. So its values 0, 1, .. up to the largest have numbers, too, as
+if they were one more of its dimensions: a value leaves with the channel that it picks.
 """
 
 import bisect
@@ -37,7 +37,8 @@ class Move(NamedTuple):
 
     numbers: np.ndarray
     advice: str  # part of a sentence: why they may have to stay, and what to do
-    strict: bool  # whether other numbers of channels surely come to lie otherwise
+    strict: bool  # whether, where there are fewer channels, others are surely moved
+    taken: np.ndarray  # of a slice, those in it; else none
 
 
 class Couplings:
@@ -131,10 +132,16 @@ class Couplings:
             self._known_sets[key] = self._count
             self._sets.append((self._count, roots))
             self._count += 1
-        if self.meetings is not None:
-            own = members[members != 0]
-            self.meetings.add(np.full(len(own), self._known_sets[key]), own)
         return self._known_sets[key]
+
+    def numbers_for(self, rows: np.ndarray) -> np.ndarray:
+        """The number that stands for each row of [rows, members]."""
+        numbers = np.array([self.number_for(row) for row in rows], np.int64)
+        if self.meetings is not None:
+            members = rows.ravel()
+            both = (members != 0) & (numbers.repeat(rows.shape[1]) != 0)
+            self.meetings.add(numbers.repeat(rows.shape[1])[both], members[both])
+        return numbers
 
     def renamed(self, axis: Tensor) -> Tensor:
         """Other numbers, equal to these: what lies in a tensor a second time is told from the first."""
@@ -172,6 +179,14 @@ class Couplings:
             if self.gone is not None:
                 self.gone = np.concatenate([self.gone, np.zeros(more, bool)])
 
+    def note_rows(self, axis: Tensor, are_rows: bool) -> None:
+        """Remembers an axis by whose dimensions numbers form rows. ``are_rows``: whether they do here; where they may in
+        a wider model, they are noted for arrangement.py."""
+        if are_rows:
+            self.splits.append(axis)
+        if self.meetings is not None:
+            self.meetings.add_rows(axis.numpy().ravel(), are_rows)
+
     def freeze(self, numbers: np.ndarray, reason: str) -> None:
         """These cannot leave."""
         for number in np.unique(numbers[numbers != 0]).tolist():
@@ -191,7 +206,7 @@ def _count_values(tensor: Tensor) -> int:
     if tensor.dtype not in (torch.int64, torch.int32) or not 1 < tensor.numel() <= _LARGEST_VALUE or tensor.is_meta:
         return 0
     low, high = (int(value) for value in tensor.aminmax())
-    return high + 1 if 0 <= low and high < _LARGEST_VALUE else 0
+    return high + 1 if low >= 0 and high < _LARGEST_VALUE else 0
 
 
 class Closing:

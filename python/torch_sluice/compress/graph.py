@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch_sluice.compress.arrangement import Arranger
 from torch_sluice.compress.calling import call_model, evaluating
 from torch_sluice.compress.couplings import Closing, Couplings, Move, Source
+from torch_sluice.compress.labels import PICKED
 from torch_sluice.compress.slicing import Member, SizeMember
 from torch_sluice.compress.tracer import trace
 from torch_sluice.compress.units import alike, partitions_of
@@ -137,18 +138,19 @@ def _candidates(couplings: Couplings) -> tuple[list[list[ChannelGroup]], list[st
         if not _makes_channels(couplings, source):
             continue
         own = roots[source.first : source.first + source.size]
+        own_moves = [move for roots_moved, move in moves if not roots_moved.isdisjoint(own.tolist())]
         if not _can_leave(closing, own):
-            notes.append(f"{_label(source.name)}: stays, because {closing.why_frozen(own.tolist())}")
+            notes.append(_why_frozen(_label(source.name), closing.why_frozen(own.tolist()), own_moves))
             continue
         if own.tobytes() in met:
             continue  # as all layers that write to a residual stream
         met.add(own.tobytes())
         name = _label(source.name)
         ways, frozen, begin = [], None, closing.work
-        own_moves = [move for roots_moved, move in moves if not roots_moved.isdisjoint(own.tolist())]
         partitions = partitions_of(closing, own, splits)
         if own_moves:
-            partitions = itertools.chain(partitions, alike(closing, own, atoms))
+            slices = [set(couplings.find(move.taken).tolist()) for move in own_moves if len(move.taken)]
+            partitions = itertools.chain(partitions, alike(closing, own, atoms, slices))
         for units, rows in partitions:
             frozen = frozen or closing.why_frozen(set().union(*units))
             if frozen is not None or len(units) < 2:
@@ -164,7 +166,7 @@ def _candidates(couplings: Couplings) -> tuple[list[list[ChannelGroup]], list[st
             if closing.work - begin > _MOST_WORK or len(ways) == _MOST_WAYS:
                 break  # channels that hang together with all positions of an image
         if frozen is not None:
-            notes.append(f"{name}: stays, because {frozen}")
+            notes.append(_why_frozen(name, frozen, own_moves))
         if ways:
             found.append(ways)
         elif frozen is None:
@@ -176,6 +178,10 @@ def _candidates(couplings: Couplings) -> tuple[list[list[ChannelGroup]], list[st
                 f"others, elsewhere, or not at all){advice(own_moves)}"
             )
     return found, notes
+
+
+def _why_frozen(name: str, reason: str, moves: list[Move]) -> str:
+    return f"{name}: stays, because {reason}{advice(moves) if reason == PICKED else ''}"
 
 
 def advice(moves: Iterable[Move]) -> str:

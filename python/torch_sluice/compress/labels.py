@@ -12,6 +12,8 @@ from torch_sluice.compress.couplings import Couplings
 
 Axes = list[Tensor]
 
+PICKED = "a channel is picked by its place"  # why it stays
+
 
 def varying(axis: Tensor) -> frozenset[int]:
     return frozenset(dim for dim, size in enumerate(axis.shape) if size > 1)
@@ -53,7 +55,7 @@ def clean(couplings: Couplings, axes: Axes) -> Axes:
         if varying(axis):
             result.append(axis)
         elif axis.numel() == 1 and int(axis):
-            couplings.freeze(axis.numpy().ravel(), "a channel is picked by its place")
+            couplings.freeze(axis.numpy().ravel(), PICKED)
     return result
 
 
@@ -101,7 +103,7 @@ def _numbers_along(couplings: Couplings, axis: Tensor, dims: frozenset[int]) -> 
     rows = axis.permute(*order, *rest).reshape(count, -1).numpy()
     if rows.shape[1] == 1:
         return rows[:, 0]
-    return np.array([couplings.number_for(row) for row in rows])
+    return couplings.numbers_for(rows)
 
 
 def reduce(couplings: Couplings, axes: Axes, dims: set[int], keepdim: bool) -> Axes:
@@ -142,8 +144,7 @@ def note_split(couplings: Couplings, before: Axes, after: Axes) -> None:
     """Remembers axes that depend on more dimensions than they did: the ways in which their numbers form rows."""
     most = max((len(varying(axis)) for axis in before), default=0)
     for axis in after:
-        if len(varying(axis)) > most:
-            couplings.splits.append(axis)
+        couplings.note_rows(axis, len(varying(axis)) > most)
 
 
 def kept_mask(couplings: Couplings, axes: Axes) -> Tensor | None:

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from torch_sluice.compress.labels import align, all_numbers, clean, clean_shape, combine, cross, note_split, varying
 from torch_sluice.compress.rules_mixing import MIXING_RULES
-from torch_sluice.compress.rules_places import PLACES, follow_places
+from torch_sluice.compress.rules_places import PLACES, follow_order, follow_places
 from torch_sluice.compress.rules_products import PRODUCT_RULES
 
 _MOVES = (
@@ -72,8 +72,9 @@ def _move(tracer, func, args, kwargs):
         for place, part in enumerate(new if isinstance(new, (tuple, list)) else [new]):
             moved[place].append(part)
     if name in _SHUFFLES:  # its parts are a view of the operator's own
-        own = [axis for axis in axes if varying(axis) == {1}]
-        tracer.couplings.splits += [axis.reshape(args[1], -1) for axis in own if axis.numel() > args[1] > 1]
+        for axis in axes:
+            if varying(axis) == {1}:
+                tracer.couplings.note_rows(axis.reshape(args[1], -1), axis.numel() > args[1] > 1)
     if name in _PARTS and len({part.shape for part in outs}) == 1:
         _note_parts(tracer.couplings, axes, args, kwargs, len(outs))
     if name in PLACES:
@@ -117,9 +118,9 @@ def _pixel_shuffle(tracer, func, args, kwargs):
     for axis in tracer.axes(x):
         if varying(axis) == {x.dim() - 3}:
             rows = axis.reshape(-1, factor * factor)
-            couplings.splits.append(rows)
-            numbers = [couplings.number_for(row) for row in rows.numpy()]
-            axes.append(torch.tensor(numbers).reshape((1,) * (out.dim() - 3) + (-1, 1, 1)))
+            couplings.note_rows(rows, True)
+            numbers = torch.from_numpy(couplings.numbers_for(rows.numpy()))
+            axes.append(numbers.reshape((1,) * (out.dim() - 3) + (-1, 1, 1)))
         else:
             couplings.freeze(all_numbers([axis]), "it is a position, or one of several rows, where pixels are shuffled")
     tracer.finish(out, axes)
@@ -299,6 +300,10 @@ def _spatial(tracer, func, args, kwargs):
 def _ranked(tracer, func, args, kwargs):
     """The places of the largest: what is compared stays."""
     out = func(*args, **kwargs)
+    outs = tuple(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+    descends = True in args[2:] or kwargs.get("descending", False)
+    if "sort" in func._schema.name and not descends and follow_order(tracer, args[0], outs):
+        return out
     numbers = all_numbers(tracer.axes(args[0]))
     tracer.couplings.freeze(numbers, "its channels are ranked")
     return out

@@ -102,8 +102,8 @@ def _group_norm(tracer, func, args, kwargs):
     x, weight, bias, images, channels, size, groups = args[:7]
     couplings = tracer.couplings
     for axis in tracer.axes(x):
-        if varying(axis) == {1} and 1 < groups < channels:
-            couplings.splits.append(axis.reshape(groups, -1))
+        if varying(axis) == {1}:
+            couplings.note_rows(axis.reshape(groups, -1), 1 < groups < channels)
         elif not varying(axis) <= {0, 1}:
             couplings.freeze(all_numbers([axis]), "it is a position that is normalised with its channels")
     kept = _kept_places(tracer, x, {1})

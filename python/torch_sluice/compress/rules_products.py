@@ -135,7 +135,8 @@ def _convolution(tracer, func, args, kwargs):
 
 def _note_groups(couplings, axes: Axes) -> None:
     """The groups of a convolution hold their channels in rows."""
-    couplings.splits += [axis for axis in axes if len(varying(axis) & {1, 2, 3}) > 1]
+    for axis in axes:
+        couplings.note_rows(axis, len(varying(axis) & {1, 2, 3}) > 1)
 
 
 def _attend(tracer, q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor, ...], mask: Tensor | None) -> Axes:

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from torch_sluice.compress import container
 from torch_sluice.compress.calling import copy_model
-from torch_sluice.compress.changes import PARTS, find_weights, make_changes, put_weights
+from torch_sluice.compress.changes import (
+    PARTS,
+    find_weights,
+    make_changes,
+    put_transients,
+    put_weights,
+    transient_names,
+)
 from torch_sluice.compress.quantized import QuantizedWeight
 
 # What a structure that does not fit a model, or that was made up, may lead to. Each becomes a ValueError with a reason.
@@ -43,6 +50,8 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     for weight in weights:
         weight.places = [_plain_name(place) for place in weight.places]
     tensors, aliases, extra = _flatten(model)
+    buffers = {_plain_name(name): tensor for name, tensor in model.named_buffers(remove_duplicate=False)}
+    tensors.update({name: buffers[name] for name in transient_names(report.changes)})
     structure = {
         "changes": {**report.changes, "weights": [weight.as_plain() for weight in weights]},
         "report": report.as_dict(),
@@ -154,6 +163,7 @@ def load(path: str | os.PathLike, model: nn.Module | Callable[[], nn.Module]) ->
         weights = make_changes(fresh, structure["changes"], content.shapes)
         tensors = content.read_tensors()
         state: dict[str, Any] = dict(put_weights(fresh, weights, tensors))
+        put_transients(fresh, structure["changes"], tensors)
         state.update(tensors)
         state.update({name: state[source] for name, source in structure["aliases"].items()})
         fresh.load_state_dict({**state, **structure["extra"]})

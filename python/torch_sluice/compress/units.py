@@ -50,12 +50,14 @@ def form_units(closing: Closing, sets: list[list[int]]) -> list[frozenset[int]]:
     return [units[place] for place in sorted(units)]
 
 
-def alike(closing: Closing, own: np.ndarray, atoms) -> Iterator[tuple[list[frozenset[int]], list]]:
-    """Units of channels that are read differently, as x[:, ::2] and x[:, 1::2] are: one of each kind, so that units are
-    alike and a share of each kind leaves. By blocks of places where kinds repeat, and what comes behind the last stays;
-    else the first of each kind together, the second of each, and so on."""
+def alike(
+    closing: Closing, own: np.ndarray, atoms, slices: list[set[int]]
+) -> Iterator[tuple[list[frozenset[int]], list]]:
+    """Units of channels that are read differently, as x[:, ::2] and x[:, 1::2] are, or lie in other slices: some of each
+    kind, so that units are alike. By blocks of places where kinds repeat, and what comes behind the last stays; else the
+    first of each kind together, the second of each, and so on."""
     roots = list(dict.fromkeys(own.tolist()))
-    kinds = [_kind(closing, root, atoms) for root in roots]
+    kinds = [(_readers(closing, root, atoms), tuple(root in part for part in slices)) for root in roots]
     if len(set(kinds)) < 2:
         return
     for period in range(2, min(_LONGEST_PERIOD, len(roots) // 2) + 1):
@@ -70,8 +72,11 @@ def alike(closing: Closing, own: np.ndarray, atoms) -> Iterator[tuple[list[froze
     if count > 1:
         each = [np.array(members).reshape(count, -1) for members in of_kind.values()]
         yield form_units(closing, np.concatenate(each, 1).tolist()), []
+    if slices:  # of fixed places: what lies elsewhere may leave alone
+        widest = max(of_kind.values(), key=len)
+        yield form_units(closing, [[root] for root in widest]), []
 
 
-def _kind(closing: Closing, root: int, atoms) -> tuple:
+def _readers(closing: Closing, root: int, atoms) -> tuple:
     """How many indices of which sides leave with a channel."""
     return tuple(sorted(Counter(source for gone in closing.close([root]) for source, _ in atoms.get(gone, ())).items()))

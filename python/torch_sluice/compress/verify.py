@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_sluice.compress.arrangement import Arranger
 from torch_sluice.compress.attributes import ways_to_count
 from torch_sluice.compress.calling import call_model, describe_error, evaluating, float_outputs
-from torch_sluice.compress.arrangement import Arranger
 from torch_sluice.compress.graph import ChannelGroup, advice
 from torch_sluice.compress.outputs import is_masked
 from torch_sluice.compress.slicing import Lost, Order, cut_in_order, gather, order_for
@@ -73,8 +73,8 @@ def _first_that_holds(model, ways: list[ChannelGroup], inputs) -> tuple[ChannelG
 
 
 def _with_arranged(ways: list[ChannelGroup], inputs) -> list[ChannelGroup]:
-    """These, and the likeliest of those whose weights keep their order in another order: slices may take channels in the
-    middle of a layer."""
+    """These; and the likeliest of those that slices move, as x[:, 5:] and x[:, :5] in turn do, with weights that may lie
+    in another order."""
     plain = [way for way in ways if way.moves and way.arranger is None]
     return ways + [replace(way, arranger=Arranger(inputs[0])) for way in plain[:1]]
 
