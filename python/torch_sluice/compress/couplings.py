@@ -180,8 +180,8 @@ class Couplings:
                 self.gone = np.concatenate([self.gone, np.zeros(more, bool)])
 
     def note_rows(self, axis: Tensor, are_rows: bool) -> None:
-        """Remembers an axis by whose dimensions numbers form rows. ``are_rows``: whether they do here; where they may in
-        a wider model, they are noted for arrangement.py."""
+        """Remembers an axis by whose dimensions numbers form rows. ``are_rows``: whether they do; where they may in a
+        wider model, they are noted for arrangement.py."""
         if are_rows:
             self.splits.append(axis)
         if self.meetings is not None:

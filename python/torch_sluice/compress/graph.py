@@ -20,11 +20,10 @@ from torch_sluice.compress.couplings import Closing, Couplings, Move, Source
 from torch_sluice.compress.labels import PICKED
 from torch_sluice.compress.slicing import Member, SizeMember
 from torch_sluice.compress.tracer import trace
-from torch_sluice.compress.units import alike, partitions_of
+from torch_sluice.compress.units import MOST_WORK, alike, partitions_of
 
 _MOST_ADVICE = 2
 _MOST_WAYS = 6  # of forming units from the channels of one layer
-_MOST_WORK = 1_000_000  # numbers that are looked at for them, a second's
 
 
 @dataclass
@@ -43,7 +42,8 @@ class ChannelGroup:
     step: int = 1  # units leave by multiples of it
     counts: frozenset[int] = field(default_factory=frozenset, repr=False)  # of what its units make up
     moves: tuple[Move, ...] = field(default=(), repr=False)  # of its channels, by what the code says
-    arranger: Arranger | None = field(default=None, repr=False)  # finds the order of what a cut leaves
+    arranger: Arranger | None = field(default=None, repr=False)  # finds in which order what a cut leaves has to lie
+    arranged: bool = False  # whether it is needed
 
     def kept_choices(self, fractions: tuple[float, ...], round_to: int) -> list[int]:
         """Units to keep for these shares, rounded down so that channels are a multiple of ``round_to`` where the layer
@@ -82,8 +82,8 @@ def find_groups(
         return [], [f"channels stay, because they could not be followed: {type(error).__name__}: {reason}"]
     candidates, notes = _candidates(couplings)
     arranger = Arranger(example_inputs)
-    for group in (group for ways in candidates for group in ways if any(move.strict for move in group.moves)):
-        group.arranger = arranger
+    for group in itertools.chain.from_iterable(candidates):
+        group.arranger, group.arranged = arranger, any(move.strict for move in group.moves)
     if unknown:
         notes.append(f"channels that reach {', '.join(sorted(unknown))} stay: these operators are not followed")
     more = [inputs for inputs in batches if _runs(model, inputs)]  # a metric may call the model otherwise
@@ -163,7 +163,7 @@ def _candidates(couplings: Couplings) -> tuple[list[list[ChannelGroup]], list[st
             if group is not None:
                 group.moves = tuple(move for roots, move in moves if not roots.isdisjoint(set().union(*units)))
                 ways.append(group)
-            if closing.work - begin > _MOST_WORK or len(ways) == _MOST_WAYS:
+            if closing.work - begin > MOST_WORK or len(ways) == _MOST_WAYS:
                 break  # channels that hang together with all positions of an image
         if frozen is not None:
             notes.append(_why_frozen(name, frozen, own_moves))

@@ -202,7 +202,7 @@ def prune(model: nn.Module, removals: Iterable[tuple["ChannelGroup", list[int]]]
 
 def order_for(groups: Iterable["ChannelGroup"], model: nn.Module, lost: Lost, sizes: Sizes) -> Order:
     """In which order parameters have to lie once this is cut, where it is another than their present one."""
-    arranger = next((group.arranger for group in groups if group.arranger is not None), None)
+    arranger = next((group.arranger for group in groups if group.arranged), None)
     return {} if arranger is None else arranger.order(model, lost, sizes)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from torch_sluice.compress.couplings import Closing
 from torch_sluice.compress.labels import varying
 
+MOST_WORK = 1_000_000  # numbers that are looked at for the units of one layer, a second's
 _LONGEST_PERIOD = 16
 
 
@@ -53,11 +54,14 @@ def form_units(closing: Closing, sets: list[list[int]]) -> list[frozenset[int]]:
 def alike(
     closing: Closing, own: np.ndarray, atoms, slices: list[set[int]]
 ) -> Iterator[tuple[list[frozenset[int]], list]]:
-    """Units of channels that are read differently, as x[:, ::2] and x[:, 1::2] are, or lie in other slices: some of each
-    kind, so that units are alike. By blocks of places where kinds repeat, and what comes behind the last stays; else the
-    first of each kind together, the second of each, and so on."""
-    roots = list(dict.fromkeys(own.tolist()))
-    kinds = [(_readers(closing, root, atoms), tuple(root in part for part in slices)) for root in roots]
+    """Units of channels that are read differently, as x[:, ::2] and x[:, 1::2] are, or lie in other slices: some of
+    each kind, so that units are alike. By blocks of places where kinds repeat, and what comes behind the last stays;
+    else the first of each kind together, the second of each, and so on."""
+    roots, begin, kinds = list(dict.fromkeys(own.tolist())), closing.work, []
+    for root in roots:
+        kinds.append((_readers(closing, root, atoms), tuple(root in part for part in slices)))
+        if closing.work - begin > MOST_WORK:
+            return
     if len(set(kinds)) < 2:
         return
     for period in range(2, min(_LONGEST_PERIOD, len(roots) // 2) + 1):

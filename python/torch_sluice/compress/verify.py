@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_sluice.compress.arrangement import Arranger
 from torch_sluice.compress.attributes import ways_to_count
 from torch_sluice.compress.calling import call_model, describe_error, evaluating, float_outputs
 from torch_sluice.compress.graph import ChannelGroup, advice
@@ -57,7 +56,7 @@ def prove(
 def _first_that_holds(model, ways: list[ChannelGroup], inputs) -> tuple[ChannelGroup | None, str | None]:
     """The first way to form units that holds, with what counts them; or why the first does not."""
     reason = None
-    for way in _with_arranged(ways, inputs):
+    for way in _with_arranged(ways):
         for sizes in ways_to_count(model, way):
             for step in _STEPS:
                 if step > 1 and (way.width % step or way.width < 4 * step):
@@ -72,11 +71,11 @@ def _first_that_holds(model, ways: list[ChannelGroup], inputs) -> tuple[ChannelG
     return None, reason
 
 
-def _with_arranged(ways: list[ChannelGroup], inputs) -> list[ChannelGroup]:
-    """These; and the likeliest of those that slices move, as x[:, 5:] and x[:, :5] in turn do, with weights that may lie
-    in another order."""
-    plain = [way for way in ways if way.moves and way.arranger is None]
-    return ways + [replace(way, arranger=Arranger(inputs[0])) for way in plain[:1]]
+def _with_arranged(ways: list[ChannelGroup]) -> list[ChannelGroup]:
+    """These, and behind the first, where slices move it, as x[:, 5:] and then x[:, :5] do, the same with weights that
+    may lie in another order."""
+    again = [replace(way, arranged=True) for way in ways[:1] if way.moves and not way.arranged]
+    return ways[:1] + again + ways[1:]
 
 
 def _is_free(group: ChannelGroup, groups: list[ChannelGroup]) -> bool:
