@@ -243,7 +243,7 @@ def _make_group(name, units, rows, atoms, couplings: Couplings) -> ChannelGroup 
             counts.add(source.size)
         numbers = slice(source.first, source.first + source.size)
         made, read = couplings.survived[numbers].any(), couplings.contracted[numbers].any()
-        role = "in" if read and not made else "out"
+        role = "in" if read and not made and couplings.tensors[source.name].is_floating_point() else "out"
         attended = attended or bool(couplings.attended[numbers].any())
         if role == "out" and made:
             most = max(most, each)

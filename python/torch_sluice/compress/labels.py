@@ -56,6 +56,10 @@ def clean(couplings: Couplings, axes: Axes) -> Axes:
             result.append(axis)
         elif axis.numel() == 1 and int(axis):
             couplings.freeze(axis.numpy().ravel(), PICKED)
+            if couplings.meetings is not None:
+                result.append(axis)  # in a wider model it is one of several, and may come beside others again
+            if couplings.meetings is not None:
+                result.append(axis)  # in a wider model it is one of several, and may come beside others again
     return result
 
 

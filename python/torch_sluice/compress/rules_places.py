@@ -74,13 +74,13 @@ def _follow_indices(tracer, name: str, args, kwargs, out: Tensor, moved: Axes, a
         if varying(axis) == {dim}:
             count = min(len(values), axis.numel())
             couplings.join(axis.reshape(-1)[:count].numpy(), values[:count])
-    own = tracer.axes(index)
+    own, moved = tracer.axes(index), clean(couplings, moved)
     if name == "index":  # its dimensions stand in place of the one that it indexes
         before, after = (1,) * dim, (1,) * (out.dim() - dim - index.dim())
         own = [axis.reshape(before + tuple(axis.shape) + after) for axis in own]
     elif name == "index_select":
         own = [axis.reshape((1,) * dim + (-1,) + (1,) * (out.dim() - dim - 1)) for axis in own]
-    return combine(couplings, [clean(couplings, moved), own])
+    return combine(couplings, [moved, own]) if moved else moved
 
 
 def _picked_by(tracer, index: Tensor) -> tuple[str, np.ndarray] | None:

@@ -129,10 +129,12 @@ def reorder(model: nn.Module, before: Order, order: Order) -> Callable[[], None]
     names = all_names(model)
     for (name, dim), wanted in order.items():
         tensor = _get(model, name)
+        own = names.pop(id(tensor))
         place = {index: place for place, index in enumerate(before.get((name, dim)) or sorted(wanted))}
         places = torch.tensor([place[index] for index in wanted], dtype=torch.int64, device=tensor.device)
         moved = _like(tensor, tensor.detach().index_select(dim, places))
-        _put(model, names[id(tensor)], tensor, moved, undo)
+        _put(model, own, tensor, moved, undo)
+        names[id(moved)] = own
     return lambda: _undo_all(undo)
 
 

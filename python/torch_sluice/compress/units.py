@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 import numpy as np
 
@@ -55,30 +55,39 @@ def alike(
     closing: Closing, own: np.ndarray, atoms, slices: list[set[int]]
 ) -> Iterator[tuple[list[frozenset[int]], list]]:
     """Units of channels that are read differently, as x[:, ::2] and x[:, 1::2] are, or lie in other slices: some of
-    each kind, so that units are alike. By blocks of places where kinds repeat, and what comes behind the last stays;
-    else the first of each kind together, the second of each, and so on."""
-    roots, begin, kinds = list(dict.fromkeys(own.tolist())), closing.work, []
+    each kind, so that units are alike."""
+    roots, begin, readers = list(dict.fromkeys(own.tolist())), closing.work, []
     for root in roots:
-        kinds.append((_readers(closing, root, atoms), tuple(root in part for part in slices)))
+        readers.append(_readers(closing, root, atoms))
         if closing.work - begin > MOST_WORK:
             return
-    if len(set(kinds)) < 2:
+    for sets in _mixed(roots, readers):
+        yield form_units(closing, sets), []
+    if slices:
+        kinds = [(kind, *(root in part for part in slices)) for root, kind in zip(roots, readers, strict=True)]
+        for sets in _mixed(roots, kinds):
+            yield form_units(closing, sets), []
+        most = Counter(kinds).most_common(1)[0][0]  # what lies in no slice of fixed size may leave alone
+        yield form_units(closing, [[root] for root, kind in zip(roots, kinds, strict=True) if kind == most]), []
+
+
+def _mixed(roots: list[int], kinds: list[Hashable]) -> Iterator[list[list[int]]]:
+    """Sets of channels of all kinds. By blocks of places where kinds repeat, and what comes behind the last stays; and
+    the first of each kind together, the second of each, and so on."""
+    of_kind: dict[Hashable, list[int]] = {}
+    for kind, root in zip(kinds, roots, strict=True):
+        of_kind.setdefault(kind, []).append(root)
+    if len(of_kind) < 2:
         return
     for period in range(2, min(_LONGEST_PERIOD, len(roots) // 2) + 1):
         same = next((i for i in range(period, len(kinds)) if kinds[i] != kinds[i - period]), len(kinds))
         if same > len(kinds) - period:
-            yield form_units(closing, [roots[i : i + period] for i in range(0, same - period + 1, period)]), []
+            yield [roots[i : i + period] for i in range(0, same - period + 1, period)]
             break
-    of_kind: dict[tuple, list[int]] = {}
-    for kind, root in zip(kinds, roots, strict=True):
-        of_kind.setdefault(kind, []).append(root)
     count = math.gcd(*map(len, of_kind.values()))
     if count > 1:
         each = [np.array(members).reshape(count, -1) for members in of_kind.values()]
-        yield form_units(closing, np.concatenate(each, 1).tolist()), []
-    if slices:  # of fixed places: what lies elsewhere may leave alone
-        widest = max(of_kind.values(), key=len)
-        yield form_units(closing, [[root] for root in widest]), []
+        yield np.concatenate(each, 1).tolist()
 
 
 def _readers(closing: Closing, root: int, atoms) -> tuple:

@@ -23,6 +23,7 @@ from torch_sluice.compress.slicing import Lost, Order, cut_in_order, gather, ord
 from torch_sluice.compress.tracer import trace
 
 _STEPS = (1, 4, 8)  # units that leave at a time, where operators want sizes that are multiples
+_SHARES = (0.2, 0.4, 0.6, 0.8)  # of units that leave, for which their order is looked at
 _DOES_NOT_RUN = "the model does not run without some of it"
 _TOLERANCE = 5e-4  # of the largest output, for float32
 
@@ -50,7 +51,8 @@ def prove(
         if len(groups) > 1 and len(groups) > len(proved):
             groups, more = _all_together(model, groups, inputs)
             notes += more
-    return groups, notes
+        groups, more = _with_order(model, groups, inputs)
+    return groups, notes + more
 
 
 def _first_that_holds(model, ways: list[ChannelGroup], inputs) -> tuple[ChannelGroup | None, str | None]:
@@ -137,23 +139,49 @@ def _all_together(model, groups, inputs) -> tuple[list[ChannelGroup], list[str]]
     return good, notes
 
 
+def _with_order(model, groups, inputs) -> tuple[list[ChannelGroup], list[str]]:
+    """Groups whose channels slices take at fixed places hold for some draws without another order. Those that need one
+    for others are proved again with it."""
+    sliced = [group for group in groups if group.moves and not group.arranged]
+    moved: set[tuple[str, int]] = set()
+    for number, share in enumerate(_SHARES if sliced else ()):
+        cut = _random_cut(sliced, [max(1, int(group.width * share)) for group in sliced], number + len(_STEPS))
+        moved.update(sliced[0].arranger.order(model, *cut))
+    good, notes = [], []
+    for group in groups:
+        if any(group is one for one in sliced) and any((member.name, member.dim) in moved for member in group.members):
+            group = replace(group, arranged=True)
+            reason = _difference(model, [group], inputs)
+            if reason is not None:
+                notes.append(f"{group.name}: stays, because {reason}{advice(group.moves)}")
+                continue
+        good.append(group)
+    return good, notes
+
+
 def _difference(
     model: nn.Module, groups: list[ChannelGroup], inputs: list[Any], draws: int | None = None
 ) -> str | None:
     """What is wrong when random units of all of these groups are cut, or None; ``draws``: only the first so many."""
     for number, (example, removals) in enumerate(islice(_draws(groups, inputs), draws)):
-        lost, sizes = {}, []
-        for group, remove in zip(groups, removals, strict=True):
-            chosen = random.Random(number * 7919 + group.width)
-            remove = min(-(-remove // group.step), group.width // group.step - 1) * group.step
-            units = chosen.sample(range(group.width), remove)
-            gather(group.members, units, lost)
-            sizes += [(member, len(units)) for member in group.sizes]
+        lost, sizes = _random_cut(groups, removals, number)
         order = order_for(groups, model, lost, sizes)
         reason = difference_of_cut(model, lost, sizes, example, *([order] if order else []))
         if reason is not None:
             return reason
     return None
+
+
+def _random_cut(groups: list[ChannelGroup], removals: list[int], number: int) -> tuple[Lost, list]:
+    """What goes with so many units of each group, and what counts them; ``number``: of the draw."""
+    lost, sizes = {}, []
+    for group, remove in zip(groups, removals, strict=True):
+        chosen = random.Random(number * 7919 + group.width)
+        remove = min(-(-remove // group.step), group.width // group.step - 1) * group.step
+        units = chosen.sample(range(group.width), remove)
+        gather(group.members, units, lost)
+        sizes += [(member, len(units)) for member in group.sizes]
+    return lost, sizes
 
 
 def _draws(groups: list[ChannelGroup], inputs: list[Any]) -> Iterator[tuple[Any, list[int]]]:
