@@ -145,7 +145,9 @@ CASES = {
     "buffer of two dimensions": (
         dense(32, 8, order=shuffled(32).view(4, 8)), lambda m, h: h[:, m.order].sum(1), {"first": (4, 8)},
     ),
-    "buffer that leaves some out": (dense(32, 16, order=shuffled(32)[:16]), lambda m, h: h[:, m.order], {"first": (16, 2)}),
+    "buffer that leaves some out": (
+        dense(32, 16, order=shuffled(32)[:16]), lambda m, h: h[:, m.order], {"first": (16, 2)},
+    ),
     "buffer that repeats": (
         dense(16, 32, order=torch.cat([shuffled(16), shuffled(16).flip(0)])), lambda m, h: h[:, m.order],
         {"first": (16, 1)},
@@ -165,7 +167,7 @@ CASES = {
     "buffer over a weight": (
         dense(order=shuffled(32), weight=nn.Parameter(torch.randn(32, 32))),
         lambda m, h: F.linear(h, m.weight[:, m.order]),
-        {"first": (32, 1)},
+        {"first": (32, 1), "weight": (32, 1)},
     ),
     "order that the code computes": (
         dense(), lambda m, h: h[:, torch.arange(h.shape[1] - 1, -1, -1)], {"first": (32, 1)},
@@ -179,7 +181,7 @@ CASES = {
     "slices of fixed size": (
         dense(32, 16, other=nn.Linear(24, 16), narrow=nn.Linear(8, 16)),
         lambda m, h: m.narrow(h[:, :8]) + m.other(h[:, 8:]),
-        {"first": (24, 1), "narrow": (16, 1)},
+        {"first": (24, 1), "other": (16, 1)},
     ),
 }  # fmt: skip
 

@@ -25,7 +25,7 @@ def _kept_places(tracer, x: Tensor, dims) -> dict[int, Tensor]:
     for axis in tracer.axes(x):
         for dim in varying(axis) & set(dims):
             own = torch.from_numpy(~tracer.couplings.gone[axis.numpy()])
-            own = own.movedim(dim, 0).flatten(1).any(1)
+            own = own.movedim(dim, 0).reshape(own.shape[dim], -1).any(1)
             if not bool(own.all()):
                 kept[dim] = own & kept[dim] if dim in kept else own
     return {dim: own.nonzero().flatten() for dim, own in kept.items()}

@@ -38,7 +38,7 @@ def follow_places(tracer, name: str, args, kwargs, out: Tensor, moved: Axes) -> 
             return moved
         text = ":".join("" if part is None or part >= x.shape[min(along)] else str(part) for part in (start, end, step))
         advice = f"aten::slice takes {text.removesuffix(':1')} of its channels, however many they are; {_BUFFER}"
-        couplings.moves.append(Move(numbers, advice, step != 1, all_numbers(clean(couplings, moved))))
+        couplings.moves.append(Move(numbers, advice, False, all_numbers(clean(couplings, moved))))
     else:
         return _follow_indices(tracer, name, args, kwargs, out, moved, axes, min(along))
     return moved
@@ -65,11 +65,11 @@ def _follow_indices(tracer, name: str, args, kwargs, out: Tensor, moved: Axes, a
     picked = None if index is None else _picked_by(tracer, index)
     if picked is None:
         advice = f"aten::{name} takes its channels by indices that are no buffer of the model; {_BUFFER}"
-        couplings.moves.append(Move(numbers, advice, True, numbers[:0]))
+        couplings.moves.append(Move(numbers, advice, False, numbers[:0]))
         return moved
     buffer, values = picked
     advice = f"aten::{name} takes its channels by {buffer}, which ties them to others in rings or for several uses"
-    couplings.moves.append(Move(numbers, advice, True, numbers[:0]))
+    couplings.moves.append(Move(numbers, advice, False, numbers[:0]))
     for axis in axes:
         if varying(axis) == {dim}:
             count = min(len(values), axis.numel())

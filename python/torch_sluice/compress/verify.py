@@ -23,6 +23,7 @@ from torch_sluice.compress.slicing import Lost, Order, cut_in_order, gather, ord
 from torch_sluice.compress.tracer import trace
 
 _STEPS = (1, 4, 8)  # units that leave at a time, where operators want sizes that are multiples
+_FEW = 8  # units, of which each is tried alone
 _SHARES = (0.2, 0.4, 0.6, 0.8)  # of units that leave, for which their order is looked at
 _DOES_NOT_RUN = "the model does not run without some of it"
 _TOLERANCE = 5e-4  # of the largest output, for float32
@@ -141,21 +142,26 @@ def _all_together(model, groups, inputs) -> tuple[list[ChannelGroup], list[str]]
 
 def _with_order(model, groups, inputs) -> tuple[list[ChannelGroup], list[str]]:
     """Groups whose channels slices take at fixed places hold for some draws without another order. Those that need one
-    for others are proved again with it."""
+    for others are proved again with it; and units of channels of several kinds by more draws, since of some kinds an
+    order may put too few to where the code takes them."""
     sliced = [group for group in groups if group.moves and not group.arranged]
     moved: set[tuple[str, int]] = set()
     for number, share in enumerate(_SHARES if sliced else ()):
-        cut = _random_cut(sliced, [max(1, int(group.width * share)) for group in sliced], number + len(_STEPS))
-        moved.update(sliced[0].arranger.order(model, *cut))
+        units = _random_units(sliced, [max(1, int(group.width * share)) for group in sliced], number)
+        moved.update(sliced[0].arranger.order(model, *_cut_of(sliced, units)))
     good, notes = [], []
     for group in groups:
+        reason = None
         if any(group is one for one in sliced) and any((member.name, member.dim) in moved for member in group.members):
             group = replace(group, arranged=True)
             reason = _difference(model, [group], inputs)
-            if reason is not None:
-                notes.append(f"{group.name}: stays, because {reason}{advice(group.moves)}")
-                continue
-        good.append(group)
+        if group.arranged and group.channels > 1:
+            for units in _telling_units(group):
+                reason = reason or _difference_without(model, [group], [units], inputs[0])
+        if reason is None:
+            good.append(group)
+        else:
+            notes.append(f"{group.name}: stays, because {reason}{advice(group.moves)}")
     return good, notes
 
 
@@ -164,24 +170,43 @@ def _difference(
 ) -> str | None:
     """What is wrong when random units of all of these groups are cut, or None; ``draws``: only the first so many."""
     for number, (example, removals) in enumerate(islice(_draws(groups, inputs), draws)):
-        lost, sizes = _random_cut(groups, removals, number)
-        order = order_for(groups, model, lost, sizes)
-        reason = difference_of_cut(model, lost, sizes, example, *([order] if order else []))
+        reason = _difference_without(model, groups, _random_units(groups, removals, number), example)
         if reason is not None:
             return reason
     return None
 
 
-def _random_cut(groups: list[ChannelGroup], removals: list[int], number: int) -> tuple[Lost, list]:
-    """What goes with so many units of each group, and what counts them; ``number``: of the draw."""
+def _difference_without(model, groups: list[ChannelGroup], units: list[list[int]], example: Any) -> str | None:
+    """What is wrong when these units of each group are cut, or None."""
+    lost, sizes = _cut_of(groups, units)
+    order = order_for(groups, model, lost, sizes)
+    return difference_of_cut(model, lost, sizes, example, *([order] if order else []))
+
+
+def _cut_of(groups: list[ChannelGroup], units: list[list[int]]) -> tuple[Lost, list]:
+    """What goes with these units of each group, and what counts them."""
     lost, sizes = {}, []
+    for group, own in zip(groups, units, strict=True):
+        gather(group.members, own, lost)
+        sizes += [(member, len(own)) for member in group.sizes]
+    return lost, sizes
+
+
+def _random_units(groups: list[ChannelGroup], removals: list[int], number: int) -> list[list[int]]:
+    """So many units of each group; ``number``: of the draw."""
+    units = []
     for group, remove in zip(groups, removals, strict=True):
         chosen = random.Random(number * 7919 + group.width)
         remove = min(-(-remove // group.step), group.width // group.step - 1) * group.step
-        units = chosen.sample(range(group.width), remove)
-        gather(group.members, units, lost)
-        sizes += [(member, len(units)) for member in group.sizes]
-    return lost, sizes
+        units.append(chosen.sample(range(group.width), remove))
+    return units
+
+
+def _telling_units(group: ChannelGroup) -> list[list[int]]:
+    """Units of a group whose cuts tell whether all its units are alike: each of a few, or some of many."""
+    if group.width <= _FEW and group.step == 1:
+        return [[unit] for unit in range(group.width)]
+    return [_random_units([group], [int(group.width * share)], number)[0] for number, share in enumerate(_SHARES)]
 
 
 def _draws(groups: list[ChannelGroup], inputs: list[Any]) -> Iterator[tuple[Any, list[int]]]:
