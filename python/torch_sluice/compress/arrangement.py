@@ -19,7 +19,7 @@ from torch_sluice.compress.meetings import Key, Meetings
 from torch_sluice.compress.slicing import VALUES, Lost, Order, Sizes, cut
 from torch_sluice.compress.tracer import trace
 
-_MOST_TRIES = 256  # of units for one place that do not fit it, before others are left to the proof
+_MOST_WASTED = 20_000  # numbers that were matched in vain, before the rest is left to the proof
 _MOST_KNOWN = 64  # cuts whose order is remembered
 
 # number -> {how it meets another: an operator, a side of it, which of several: the other number}
@@ -77,6 +77,7 @@ class _Matching:
         self._of_narrow = _neighbours({key: own[key] for key in pairs})
         self.found: dict[int, int] = {}
         self._taken: dict[int, int] = {}
+        self._wasted = 0
 
     def order(self) -> Order:
         sides = {(source.name, source.dim): source for source in self._narrow.sources}
@@ -115,14 +116,10 @@ class _Matching:
         for new in places:
             if new in self.found:
                 continue
-            tries = 0
             for old in free:
-                if old in self._taken:
-                    continue
-                if self._match(new, old):
-                    break
-                tries += 1
-                if tries > _MOST_TRIES:
+                if self._wasted > _MOST_WASTED:
+                    return
+                if old not in self._taken and self._match(new, old):
                     break
 
     def _match(self, new: int, old: int) -> bool:
@@ -135,6 +132,7 @@ class _Matching:
                 continue
             of_new, of_old = self._of_narrow.get(new, {}), self._of_whole.get(old, {})
             if new in self.found or old in self._taken or of_new.keys() != of_old.keys():
+                self._wasted += 1 + len(made)
                 for new, old in made:
                     del self.found[new], self._taken[old]
                 return False
