@@ -146,7 +146,18 @@ def running_sum(self, x):
     return self.last(self.first(x).cumsum(-1)) + self.other(x).sum(1, keepdim=True)
 
 
-@pytest.mark.parametrize("forward", [added_to_a_part, parts_that_differ, running_sum])
+def test_channels_beside_a_part_that_is_written_to_leave():
+    def build():
+        return Model(added_to_a_part, first=nn.Linear(20, 32), other=nn.Linear(20, 8), last=nn.Linear(32, 5))
+
+    _, groups, notes = find(build, torch.randn(4, 20))
+    (member,) = (member for member in groups["first"].members if member.name == "first.weight")
+    assert sorted(index for unit in member.indices for index in unit) == list(range(8, 32))
+    assert "other" not in groups
+    assert any(note.startswith("other: stays, because ") for note in notes), notes
+
+
+@pytest.mark.parametrize("forward", [parts_that_differ, running_sum])
 def test_a_layer_that_stays_is_named(forward):
     def build():
         last = nn.Linear(16 if forward is parts_that_differ else 32, 5)

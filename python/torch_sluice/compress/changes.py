@@ -206,7 +206,7 @@ def _change_tensor(model: nn.Module, name: str, spec: dict[str, Any], shape: lis
 
 def transient_names(changes: dict[str, Any]) -> list[str]:
     """Of changed buffers, those that the state_dict has not."""
-    return [name for name, spec in changes["tensors"].items() if spec["kind"] == TRANSIENT]
+    return [name for name, spec in changes["tensors"].items() if spec.get("kind") == TRANSIENT]
 
 
 def put_transients(model: nn.Module, changes: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -51,7 +51,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
         weight.places = [_plain_name(place) for place in weight.places]
     tensors, aliases, extra = _flatten(model)
     buffers = {_plain_name(name): tensor for name, tensor in model.named_buffers(remove_duplicate=False)}
-    tensors.update({name: buffers[name] for name in transient_names(report.changes)})
+    tensors.update({name: buffers[name] for name in transient_names(report.changes) if name in buffers})
     structure = {
         "changes": {**report.changes, "weights": [weight.as_plain() for weight in weights]},
         "report": report.as_dict(),
