@@ -11,8 +11,7 @@ A row of ``--json``: ``model``, ``metric``, ``metric_before``, ``metric_after``,
 ``batch8_ms``, ``batch8_p95_ms``, ``cpu_seconds`` and ``joules`` of one call at batch 1 (null: not exposed), ``cosine``
 (of outputs to the original's), ``ratios`` (peer / Sluice, median over rounds), ``details`` (all of this for each peer),
 ``variants`` (all that was measured; of one name the fastest that keeps the metric stands for it), ``asked`` (the share
-that ``compress()`` was to keep on what it chose by: a little more than the goal, since what was chosen by some data
-does worse on other), ``goals`` (met or not).
+that ``compress()`` was to keep, which it promises of other data), ``goals`` (met or not).
 """
 
 import argparse
@@ -203,7 +202,9 @@ def measure_model(name: str, options, machine: dict) -> dict | None:
 def parse_options(arguments=None):
     parser = harness.make_parser(__doc__.splitlines()[0], repeats=12)
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS), help="which models")
-    parser.add_argument("--keep", type=float, default=0.98, help="share of the metric that compress() is to keep")
+    parser.add_argument(
+        "--keep", type=float, default=GOALS["kept"], help="share of the metric that compress() is to keep"
+    )
     parser.add_argument("--calls", type=int, default=5, help="calls that are timed in a round, after two that aren't")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="besides eager")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="don't time Sluice's model compiled")

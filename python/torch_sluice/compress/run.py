@@ -37,7 +37,8 @@ from torch_sluice.compress.report import CompressionReport, LayerDecision, count
 from torch_sluice.compress.stages import SLACK, describe_pruning, find_stages
 
 _PROVED, _ROWS_PROVED = 2, 2  # pieces of data on which groups are proved, beside the example, and samples of each
-_COMPARED = 0.25  # of a run over data, that it takes to see what a group costs
+_COMPARED = 0.25  # of a run over data, that it takes to see what a group costs, before that is known
+_SCORES = 3.0  # models that are measured while channels are chosen, or layers, on average
 _MOST_KEPT = 1 << 26  # bytes of quantised weights that are kept while channels are cut, and not found again
 _MOST_MOMENTS = 1 << 26  # bytes for which data is divided into more than two folds
 _QUICK = 0.7  # of the original's time, in which a quantised model has to run data to be measured in place of it
@@ -78,6 +79,7 @@ class Run:
         self.pruner: Pruner | None = None
         self.first: FirstPass | None = None
         self.beside: Layers | None = None  # with which pruned models are measured
+        self.score_seconds = 0.0  # that measuring one of them on all data takes
         self.of_original: tuple[Layers, list[LayerDecision]] | None = None  # once they were looked for
         self.evaluations = 0
         self.failures: Counter[str] = Counter()
@@ -87,7 +89,8 @@ class Run:
         self.measure = Measure(self.original, data, metric, self._look_first)
         self.notes = self.measure.notes + self.notes
         release_memory()
-        self._foresee_rest(self.measure.seconds, len(self.groups))
+        self.score_seconds = self.measure.seconds
+        self._foresee_rest(self.measure.seconds, len(self.groups) * self.measure.compared_share)
 
     def _look_first(self, measure: Measure, calls: Calls) -> None:
         """Finds channels, and runs the original over data, before the metric looks at what it returns."""
@@ -141,17 +144,18 @@ class Run:
             self.progress.foresee("finding channels", 4 * layers * self.call_seconds)
             if self.settings.compensate:
                 self.progress.foresee("measuring", 1.2 * seconds)
-        self._foresee_rest(seconds, layers / 2 if self.settings.prune else 0)
+        self._foresee_rest(seconds, layers / 2 * _COMPARED if self.settings.prune else 0)
 
-    def _foresee_rest(self, seconds: float, groups: float) -> None:
-        """The phases behind that."""
-        if groups:
+    def _foresee_rest(self, seconds: float, compared: float) -> None:
+        """The phases behind that. ``compared``: how often the data runs to see what groups cost, where all of it that
+        is looked at is needed."""
+        if compared:
             if self.settings.policy == "sensitivity":
-                self.progress.foresee("sensitivity of", groups * seconds * _COMPARED)
-            self.progress.foresee("pruning", 2 * seconds)
+                self.progress.foresee("sensitivity of", compared * seconds / 2)
+            self.progress.foresee("pruning", _SCORES * seconds)
         if self.settings.quantize:
             self.progress.foresee("timing", 2 * 3 * 6 * self.call_seconds)
-            self.progress.foresee("quantising", 1.5 * seconds)
+            self.progress.foresee("quantising", _SCORES * seconds)
         self.progress.foresee("measuring the result", seconds + min(2.0, 60 * self.call_seconds))
 
     @property
@@ -257,9 +261,11 @@ class Run:
         if score.reason is not None:
             self.failures[score.reason] += 1
         seconds, lost = time.monotonic() - looked, max(0.0, 1 - score.kept)
-        quick = seconds < _QUICK * self.measure.seconds * score.samples / self.measure.samples
+        whole = seconds * self.measure.samples / max(1, score.samples)
+        self.progress.foresee("quantising", _SCORES * whole)
+        quick = whole < _QUICK * self.measure.seconds
         if self.of_original is not None and quick and lost <= (1 - keep) / 2 and self.settings.finetune is None:
-            self.beside = replace(layers, packed=False)
+            self.beside, self.score_seconds = replace(layers, packed=False), whole
             return keep
         return min(1.0, keep + min(lost, (1 - keep) / 2))
 
