@@ -60,3 +60,12 @@ def test_a_phase_that_will_not_come_and_one_that_nobody_foresaw():
     assert 10 <= work.progress.remaining < 12
     work.phase("first", None, 10.0)
     assert work.progress.remaining == 0
+
+
+def test_a_short_phase_that_is_far_off_says_little_of_long_ones():
+    work = Work()
+    for phase, seconds in (("channels", 1), ("measuring", 40), ("pruning", 40)):
+        work.progress.foresee(phase, seconds)
+    work.phase("channels", None, 5.0)
+    work.progress.start("measuring")
+    assert work.progress.remaining == pytest.approx(80, rel=0.1)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from torch_sluice.compress.calling import call_model, evaluating, seeded
+from torch_sluice.compress.latency import time_call
 from torch_sluice.compress.moments import MomentRecorder, Moments, join
 from torch_sluice.compress.norm_scale import NormRecorder, NormScale
 from torch_sluice.compress.remember import Calls, remembering
@@ -36,6 +37,13 @@ class FirstPass:
     def tells_more_than_needed(self) -> bool:
         """Whether half of the data tells as much as most of it."""
         return len(self.folds) > 2 and join(list(self.folds.values())).rows_for_unknown() > _PLENTY
+
+
+def moment_seconds(model: nn.Module, readers: Sequence[str]) -> float:
+    """That taking moments will add to a run over data with rows enough, by the time of one product."""
+    rows, channels = torch.ones(256, 512), [model.get_submodule(path).weight.shape[1] for path in readers]
+    each = min(time_call(lambda: rows.T @ rows, 3)) / (256 * 512 * 512)
+    return each * _ENOUGH * sum(count**3 for count in channels)
 
 
 def run_first(

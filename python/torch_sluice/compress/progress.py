@@ -11,8 +11,8 @@ _PRIOR = 2.0  # steps that what was foreseen of a phase counts for, against thos
 class Progress:
     """Steps of phases on standard error; silent where it is switched off, for quick work, or without rich.
 
-    The rest of the time is what was foreseen for the phases to come, corrected by how those before kept to it, and the
-    rest of the phase that goes on, by its own steps.
+    The rest of the time is what was foreseen for the phases to come, corrected by how those before kept to it, as far
+    as they were of the same order, and the rest of the phase that goes on, by its own steps.
     """
 
     def __init__(self, enabled: bool, clock: Callable[[], float] = time.monotonic):
@@ -69,7 +69,9 @@ class Progress:
         """Seconds that are foreseen."""
         scale = 1.0
         if self._expected > 0:  # half of what phases took beyond what was foreseen will be so again
-            scale = 0.5 + 0.5 * min(4.0, max(0.25, self._spent / self._expected))
+            beyond = min(4.0, max(0.25, self._spent / self._expected)) - 1
+            whole = self._expected + self._budget + sum(self._foreseen.values())
+            scale = 1 + 0.5 * beyond * min(1.0, 2 * self._expected / whole)
         spent = self._clock() - self._phase_begin
         if self._total:
             over = max(0, self._done - 1)

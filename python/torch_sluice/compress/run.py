@@ -23,7 +23,7 @@ from torch_sluice.compress.candidates import Layers, Stage, Workshop
 from torch_sluice.compress.changes import describe_changes
 from torch_sluice.compress.compensation import reading_layers
 from torch_sluice.compress.estimate import Score, failed
-from torch_sluice.compress.first_pass import FirstPass, run_first
+from torch_sluice.compress.first_pass import FirstPass, moment_seconds, run_first
 from torch_sluice.compress.graph import ChannelGroup, find_groups
 from torch_sluice.compress.latency import compare_latency, measure_latency
 from torch_sluice.compress.measure import Measure
@@ -37,8 +37,8 @@ from torch_sluice.compress.report import CompressionReport, LayerDecision, count
 from torch_sluice.compress.stages import SLACK, describe_pruning, find_stages
 
 _PROVED, _ROWS_PROVED = 2, 2  # pieces of data on which groups are proved, beside the example, and samples of each
-_COMPARED = 0.25  # of a run over data, that it takes to see what a group costs, before that is known
-_SCORES = 3.0  # models that are measured while channels are chosen, or layers, on average
+_COMPARED = 0.1  # of a run over data, that it takes to see what a group costs, before that is known
+_SCORES = 2.0  # times that all data runs while channels are chosen, or layers, on average
 _MOST_KEPT = 1 << 26  # bytes of quantised weights that are kept while channels are cut, and not found again
 _MOST_MOMENTS = 1 << 26  # bytes for which data is divided into more than two folds
 _QUICK = 0.7  # of the original's time, in which a quantised model has to run data to be measured in place of it
@@ -143,7 +143,7 @@ class Run:
         if self.settings.prune:
             self.progress.foresee("finding channels", 4 * layers * self.call_seconds)
             if self.settings.compensate:
-                self.progress.foresee("measuring", 1.2 * seconds)
+                self.progress.foresee("measuring", 1.5 * seconds)
         self._foresee_rest(seconds, layers / 2 * _COMPARED if self.settings.prune else 0)
 
     def _foresee_rest(self, seconds: float, compared: float) -> None:
@@ -152,11 +152,11 @@ class Run:
         if compared:
             if self.settings.policy == "sensitivity":
                 self.progress.foresee("sensitivity of", compared * seconds / 2)
-            self.progress.foresee("pruning", _SCORES * seconds)
+            self.progress.foresee("pruning", 0.7 * seconds)  # as candidates are smaller, and not all data is needed
         if self.settings.quantize:
             self.progress.foresee("timing", 2 * 3 * 6 * self.call_seconds)
-            self.progress.foresee("quantising", _SCORES * seconds)
-        self.progress.foresee("measuring the result", seconds + min(2.0, 60 * self.call_seconds))
+            self.progress.foresee("quantising", 0.8 * seconds)
+        self.progress.foresee("measuring the result", 0.3 * seconds + min(2.0, 60 * self.call_seconds))
 
     @property
     def loss_seconds(self) -> float:
@@ -181,6 +181,7 @@ class Run:
             measure.merge_folds()
         if len(measure.folds) < 2:
             readers = []
+        self.progress.foresee("measuring", measure.predicted_seconds + moment_seconds(self.original, readers))
         self.progress.start("measuring", len(measure.pieces))
         try:
             self.first = run_first(self.original, measure.pieces, readers, norms, calls, self.progress.step)
@@ -263,6 +264,7 @@ class Run:
         seconds, lost = time.monotonic() - looked, max(0.0, 1 - score.kept)
         whole = seconds * self.measure.samples / max(1, score.samples)
         self.progress.foresee("quantising", _SCORES * whole)
+        self.progress.foresee("measuring the result", 0.6 * whole + min(2.0, 60 * self.call_seconds))
         quick = whole < _QUICK * self.measure.seconds
         if self.of_original is not None and quick and lost <= (1 - keep) / 2 and self.settings.finetune is None:
             self.beside, self.score_seconds = replace(layers, packed=False), whole

@@ -54,7 +54,7 @@ def find_stages(run: "Run", floor: float) -> tuple[list[Stage], list[Sensitivity
         curves = search.curves
         if settings.finetune is None:
             progress.foresee("sensitivity of", len(curves) * run.loss_seconds / 2)
-            progress.foresee("pruning", 3 * run.score_seconds + len(curves) * run.loss_seconds / 2)
+            progress.foresee("pruning", 2 * run.score_seconds + len(curves) * run.loss_seconds / 2)
             search.measure_first()
         else:  # training comes to all sizes
             choices = sum(len(g.kept_choices(FRACTIONS, settings.round_to)) for g in pruner.groups)
