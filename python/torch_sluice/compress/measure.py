@@ -59,6 +59,7 @@ class Measure:
         folds: numbers of the folds that data could be divided into; one: not at all.
         notes: sentences about the data and the metric.
         seconds: that measuring the original on all data took; predicted_seconds: before it has been done.
+        remembers: whether what the original returns is small enough to be kept, so that it need run but once.
     """
 
     def __init__(
@@ -91,12 +92,14 @@ class Measure:
         self.name = "metric" if self._comparison is None else self._comparison.name
         self._blocks = self._closeness = None
         self.predicted_seconds = 0.0  # of a run over all data
+        self._output_bytes = math.inf  # of all data
         ready = self._comparison is not None
         with evaluating(original):
             apart = self._look_at_rows(original, numbers, only_tell=not ready)
         self.pieces = cut_pieces(self._batches, numbers, apart, _PIECES[ready])
         self.samples = sum(piece.samples for piece in self.pieces)
-        calls = Calls(self.pieces, min(MOST_BYTES, max(_REMEMBERED, count_bytes(original) // 8)))
+        most = min(MOST_BYTES, max(_REMEMBERED, count_bytes(original) // 8))
+        calls, self.remembers = Calls(self.pieces, most), self._output_bytes <= most
         first(self, calls)
         earlier, begin = calls.seconds, time.monotonic()
         with evaluating(original), remembering(original, calls):
@@ -169,6 +172,7 @@ class Measure:
         self._look_for_chance(original, inputs, outputs)
         whole = sum(rows) / rows[largest] if rows[largest] else len(rows)
         self.predicted_seconds = whole * (time.monotonic() - begin)
+        self._output_bytes = whole * sum(out.nbytes for out in outputs)
         apart = bool(outputs) and has_independent_rows(original, inputs, outputs)
         return apart and all(_share_rows(inputs, target) for inputs, target in self._batches)
 

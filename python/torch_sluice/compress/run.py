@@ -87,8 +87,10 @@ class Run:
         progress.step()
         self.call_seconds = measure_latency(self.original, example_inputs, 7, 0.3).median
         self.measure = Measure(self.original, data, metric, self._look_first)
-        self.notes = self.measure.notes + self.notes
         release_memory()
+        if not self.measure.remembers:  # moments beside what a metric makes of large outputs would be too much
+            self._record(self.measure, Calls(most_bytes=0))
+        self.notes = self.measure.notes + self.notes
         self.score_seconds = self.measure.seconds
         self._foresee_rest(self.measure.seconds, len(self.groups) * self.measure.compared_share)
 
@@ -98,7 +100,7 @@ class Run:
         if self.settings.prune:
             self._find_channels(measure)
             release_memory()
-        if self.pruner is not None and self.settings.compensate:
+        if measure.remembers:
             self._record(measure, calls)
         self.progress.start("measuring the model")
         self.progress.step()
@@ -174,6 +176,8 @@ class Run:
 
     def _record(self, measure: Measure, calls: Calls) -> None:
         """What compensation is fitted to."""
+        if self.pruner is None or not self.settings.compensate:
+            return
         readers, norms = reading_layers(self.original, self.groups), norms_of(self.original, self.groups)
         if len(measure.folds) > 2 and count_moment_bytes(self.original, readers) * len(measure.folds) > max(
             _MOST_MOMENTS, count_bytes(self.original)
