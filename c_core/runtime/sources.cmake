@@ -1,6 +1,6 @@
 target_sources(sluice_objects PRIVATE runtime/cpu.c runtime/executor.c runtime/status.c)
 if(SLUICE_BUILD_CUDA)
-  target_sources(sluice_objects PRIVATE runtime/cuda.cu)
+  target_sources(sluice_objects PRIVATE runtime/cuda/built.cu)
 else()
-  target_sources(sluice_objects PRIVATE runtime/no_cuda.c)
+  target_sources(sluice_objects PRIVATE runtime/cuda/no_cuda.c)
 endif()

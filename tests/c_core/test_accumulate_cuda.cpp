@@ -10,7 +10,7 @@
 #define sl_accumulate_cuda accumulate_on_host
 #define sl_measure_gradient_cuda measure_gradient_on_host
 #define sl_read_accumulator_cuda read_accumulator_on_host
-#include "accumulate/cuda.cu"
+#include "accumulate/cuda/accumulate.cu"
 
 #include "support.h"
 

@@ -8,7 +8,7 @@
 #define sl_gated_attention_cuda gated_attention_on_host
 #define sl_gated_attention_backward_cuda_workspace_size backward_workspace_size_on_host
 #define sl_gated_attention_backward_cuda gated_attention_backward_on_host
-#include "attention/cuda.cu"
+#include "attention/cuda/gated_attention.cu"
 
 #include "support.h"
 

@@ -1,0 +1,114 @@
+/* Which pairs of queries and keys gated attention keeps, with which gate, and where their rows are in memory. */
+#ifndef SL_ATTENTION_CUDA_PAIR_CUH
+#define SL_ATTENTION_CUDA_PAIR_CUH
+
+#include <sluice/gated_attention.h>
+
+#include "runtime/cuda/common.cuh"
+
+namespace sluice_cuda {
+
+constexpr int LANE_CHANNELS = SL_ATTENTION_MAX_HEAD_DIM / WARP; /* channels that one lane may have to hold */
+
+/* The type of a, b, logit_tau and lse is the one that T is computed in. */
+template <typename T>
+using Compute = typename Number<T>::Compute;
+
+template <typename T>
+__device__ T *row_of(const sl_tensor4 &tensor, int64_t batch, int64_t head, int64_t token) {
+  return static_cast<T *>(tensor.data) + batch * tensor.batch_stride + head * tensor.head_stride +
+         token * tensor.token_stride;
+}
+
+template <typename N>
+__device__ N *cell_of(const sl_tensor3 &tensor, int64_t batch, int64_t head, int64_t token) {
+  return static_cast<N *>(tensor.data) + batch * tensor.batch_stride + head * tensor.head_stride +
+         token * tensor.token_stride;
+}
+
+/* Not fmin and fmax: NaN stays NaN. */
+template <typename N>
+__device__ N clamp_logit(N logit) {
+  const N limit = static_cast<N>(SL_GATE_LOGIT_LIMIT);
+  return logit > limit ? limit : logit < -limit ? -limit : logit;
+}
+
+template <typename N>
+__device__ bool logit_is_clamped(N logit) {
+  return logit > static_cast<N>(SL_GATE_LOGIT_LIMIT) || logit < -static_cast<N>(SL_GATE_LOGIT_LIMIT);
+}
+
+struct KeyRange {
+  int64_t begin, end;
+};
+
+/* The values cannot be checked without waiting for the device, so they are clamped. */
+__device__ inline KeyRange key_range_of(const sl_gated_attention_args &args, int64_t batch) {
+  if (!args.key_range) return {0, args.n_k};
+  int64_t begin = args.key_range[2 * batch], end = args.key_range[2 * batch + 1];
+  begin = begin < 0 ? 0 : begin > args.n_k ? args.n_k : begin;
+  end = end < begin ? begin : end > args.n_k ? args.n_k : end;
+  return {begin, end};
+}
+
+template <typename N>
+__device__ N threshold_of(const sl_gated_attention_args &args, int64_t batch, int64_t head) {
+  if (!args.logit_tau) return -static_cast<N>(INFINITY);
+  return static_cast<const N *>(args.logit_tau)[batch * args.heads_q + head];
+}
+
+template <typename N>
+struct Pair {
+  bool kept;
+  N gate;  /* g_ij */
+  N slope; /* dg_ij / dz_ij; 0 for near pairs */
+};
+
+/* a and b are clamped already. The caller has made sure that the key is in its range, of which begin is the first. */
+template <typename N>
+__device__ Pair<N> judge_pair(const sl_gated_attention_args &args, N a, N b, N threshold, int64_t position,
+                              int64_t begin, int64_t key) {
+  int64_t distance = position < key ? key - position : position - key;
+  if (args.causal && key > position) return {false, 0, 0};
+  if (distance < args.window || key - begin < args.sinks) return {true, 1, 0};
+  N z = a + b;
+  if (z < threshold && !(args.causal && distance == 0)) return {false, 0, 0};
+  N e = exp(-z); /* at most e^80: finite in float32, and so is its product with the gate */
+  N gate = 1 / (1 + e);
+  return {true, gate, gate * (e * gate)};
+}
+
+/* Brings a row's channels to shared memory; between barriers, as the lanes of the warp read all of it. */
+template <typename T>
+__device__ void stage_row(Compute<T> *staged, const T *row, int width, int lane) {
+  for (int channel = lane; channel < width; channel += WARP) staged[channel] = Number<T>::read(row[channel]);
+}
+
+template <typename T>
+__device__ Compute<T> dot_staged(const Compute<T> *staged, const T *row, int width) {
+  Compute<T> sum = 0;
+  for (int channel = 0; channel < width; ++channel) sum += staged[channel] * Number<T>::read(row[channel]);
+  return sum;
+}
+
+/* sums += weight * row, each lane for its own channels: lane, lane + 32, ... */
+template <typename T>
+__device__ void add_scaled_row(Compute<T> (&sums)[LANE_CHANNELS], Compute<T> weight, const T *row, int width,
+                               int lane) {
+  for (int part = 0; part < LANE_CHANNELS; ++part) {
+    int channel = part * WARP + lane;
+    if (channel < width) sums[part] += weight * Number<T>::read(row[channel]);
+  }
+}
+
+template <typename T>
+__device__ void write_row(T *row, const Compute<T> (&sums)[LANE_CHANNELS], Compute<T> factor, int width, int lane) {
+  for (int part = 0; part < LANE_CHANNELS; ++part) {
+    int channel = part * WARP + lane;
+    if (channel < width) row[channel] = Number<T>::write(sums[part] * factor);
+  }
+}
+
+}  // namespace sluice_cuda
+
+#endif
