@@ -55,7 +55,8 @@ class Case:
         return high
 
     def run_sluice(self, q, k, v, a, b):
-        out, _ = torch.ops.sluice.gated_attention(q, k, v, a, b, self.logit_tau, None, self.causal, 0, 0, self.scale)
+        places = (None, None, None)
+        out, _ = torch.ops.sluice.gated_attention(q, k, v, a, b, self.logit_tau, *places, self.causal, 0, 0, self.scale)
         return out
 
     def run_sdpa(self, q, k, v, a, b):

@@ -26,7 +26,7 @@ void check_tensor(const char *name, const Tensor &tensor, const std::vector<int6
   if (!same) {
     fail(std::string(name) + " is " + describe(tensor) + ", expected " + shape_names + " = " + shape_text(shape) +
          " of the same dtype as its peers (q, k, v alike; a, b and logit_tau float32, or float64 with float64 inputs; "
-         "key_range int64)");
+         "key_range, q_offset and text_begin int64)");
   }
   if (tensor.is_cpu() != like.is_cpu() || tensor.get_device_index() != like.get_device_index()) {
     fail(std::string(name) + " is " + describe(tensor) + ", expected the device of q, which is " + describe(like));
@@ -46,18 +46,22 @@ sl_tensor3 view3(const Tensor &tensor) {
   return {const_cast<void *>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
+const int64_t *integers_of(const OptionalTensor &tensor) {
+  return tensor ? static_cast<const int64_t *>(tensor->const_data_ptr()) : nullptr;
+}
+
 // Tensors that the args point into must outlive the call, hence the copies here.
 struct Inputs {
   Tensor q, k, v, a, b;
-  OptionalTensor logit_tau, key_range;
+  OptionalTensor logit_tau, key_range, q_offset, text_begin;
   sl_executor executor;
   sl_gated_attention_args args{};
   ScalarType dtype, gate_dtype;
 };
 
 Inputs check_inputs(const Tensor &q, const Tensor &k, const Tensor &v, const Tensor &a, const Tensor &b,
-                    const OptionalTensor &logit_tau, const OptionalTensor &key_range, bool causal, int64_t window,
-                    int64_t sinks, double scale) {
+                    const OptionalTensor &logit_tau, const OptionalTensor &key_range, const OptionalTensor &q_offset,
+                    const OptionalTensor &text_begin, bool causal, int64_t window, int64_t sinks, double scale) {
   if (q.dim() != 4) fail("q is " + describe(q) + ", expected [batch, heads_q, n_q, head_dim]");
   if (k.dim() != 4) fail("k is " + describe(k) + ", expected [batch, heads_kv, n_k, head_dim]");
   if (v.dim() != 4) fail("v is " + describe(v) + ", expected [batch, heads_kv, n_k, head_dim_v]");
@@ -72,6 +76,8 @@ Inputs check_inputs(const Tensor &q, const Tensor &k, const Tensor &v, const Ten
   check_tensor("b", b, {B, Hkv, Nk}, gate_dtype, "[batch, heads_kv, n_k]", q);
   if (logit_tau) check_tensor("logit_tau", *logit_tau, {B, Hq}, gate_dtype, "[batch, heads_q]", q);
   if (key_range) check_tensor("key_range", *key_range, {B, 2}, ScalarType::Long, "[batch, 2]", q);
+  if (q_offset) check_tensor("q_offset", *q_offset, {B}, ScalarType::Long, "[batch]", q);
+  if (text_begin) check_tensor("text_begin", *text_begin, {B}, ScalarType::Long, "[batch]", q);
 
   sl_gated_attention_args sizes{};
   sizes.dtype = c_dtype;
@@ -82,16 +88,17 @@ Inputs check_inputs(const Tensor &q, const Tensor &k, const Tensor &v, const Ten
   size_t workspace_bytes = 0;
   check_status(sl_gated_attention_workspace_size(&sizes, &workspace_bytes));
 
-  Inputs in{with_dense_rows(q), with_dense_rows(k), with_dense_rows(v), a,     b,
-            logit_tau,          key_range,          torch_executor(),   sizes, dtype,
-            gate_dtype};
-  if (in.logit_tau) in.logit_tau = torch::stable::contiguous(*in.logit_tau);
-  if (in.key_range) in.key_range = torch::stable::contiguous(*in.key_range);
+  Inputs in{with_dense_rows(q), with_dense_rows(k), with_dense_rows(v), a,     b,     logit_tau, key_range,
+            q_offset,           text_begin,         torch_executor(),   sizes, dtype, gate_dtype};
+  for (OptionalTensor *tensor : {&in.logit_tau, &in.key_range, &in.q_offset, &in.text_begin}) {
+    if (*tensor) *tensor = torch::stable::contiguous(**tensor);
+  }
   sl_gated_attention_args &args = in.args;
   args.q = view4(in.q), args.k = view4(in.k), args.v = view4(in.v);
   args.a = view3(in.a), args.b = view3(in.b);
   args.logit_tau = in.logit_tau ? in.logit_tau->const_data_ptr() : nullptr;
-  args.key_range = in.key_range ? static_cast<const int64_t *>(in.key_range->const_data_ptr()) : nullptr;
+  args.key_range = integers_of(in.key_range);
+  args.q_offset = integers_of(in.q_offset), args.text_begin = integers_of(in.text_begin);
   return in;
 }
 
@@ -116,9 +123,9 @@ sl_status run_backward(const sl_gated_attention_args &args, const Tensor &q) {
 }  // namespace
 
 std::tuple<Tensor, Tensor> gated_attention(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, OptionalTensor logit_tau,
-                                           OptionalTensor key_range, bool causal, int64_t window, int64_t sinks,
-                                           double scale) {
-  Inputs in = check_inputs(q, k, v, a, b, logit_tau, key_range, causal, window, sinks, scale);
+                                           OptionalTensor key_range, OptionalTensor q_offset, OptionalTensor text_begin,
+                                           bool causal, int64_t window, int64_t sinks, double scale) {
+  Inputs in = check_inputs(q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, causal, window, sinks, scale);
   sl_gated_attention_args &args = in.args;
   args.executor = &in.executor;
   size_t bytes = 0;
@@ -134,8 +141,9 @@ std::tuple<Tensor, Tensor> gated_attention(Tensor q, Tensor k, Tensor v, Tensor 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_attention_backward(
     Tensor dout, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, OptionalTensor logit_tau, OptionalTensor key_range,
-    Tensor out, Tensor lse, bool causal, int64_t window, int64_t sinks, double scale) {
-  Inputs in = check_inputs(q, k, v, a, b, logit_tau, key_range, causal, window, sinks, scale);
+    OptionalTensor q_offset, OptionalTensor text_begin, Tensor out, Tensor lse, bool causal, int64_t window,
+    int64_t sinks, double scale) {
+  Inputs in = check_inputs(q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, causal, window, sinks, scale);
   sl_gated_attention_args &args = in.args;
   args.executor = &in.executor;
   std::vector<int64_t> out_shape = {args.batch, args.heads_q, args.n_q, args.head_dim_v};

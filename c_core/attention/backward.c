@@ -171,6 +171,8 @@ static sl_status run_reference(const sl_attention_plan *plan, const sl_key_head 
   int64_t batch = head->batch, kv = head->head_kv, query_head = kv * plan->group;
   if (args.logit_tau) args.logit_tau = (const float *)args.logit_tau + batch * args.heads_q + query_head;
   if (args.key_range) args.key_range += 2 * batch;
+  if (args.q_offset) args.q_offset += batch;
+  if (args.text_begin) args.text_begin += batch;
   args.batch = args.heads_kv = 1;
   args.heads_q = plan->group;
   args.q = part4(args.q, args.dtype, batch, query_head);

@@ -111,8 +111,9 @@ static void add_self_pairs(sl_backward_worker *worker, const sl_attention_plan *
   sl_token_rows v = sl_attention_token_rows(args, &args->v, queries->batch, queries->head_kv, args->head_dim_v);
   sl_token_rows dout = sl_attention_token_rows(args, &args->dout, queries->batch, queries->head, args->head_dim_v);
   const float one = 1;
+  int64_t offset = sl_attention_q_offset(args, queries->batch);
   for (int64_t i = 0; i < queries->count; ++i) {
-    int32_t query = (int32_t)(queries->begin + i), key = (int32_t)(query + args->n_k - args->n_q);
+    int32_t query = (int32_t)(queries->begin + i), key = (int32_t)(query + offset);
     if (key < head->bounds.begin || key >= head->bounds.end || key < head->bounds.sinks) continue;
     float row[SL_ATTENTION_MAX_HEAD_DIM] = {0}, dout_row[SL_ATTENTION_MAX_HEAD_DIM] = {0}, score, e;
     kernel->add_rows(row, &one, &q, &query, 1);

@@ -64,7 +64,8 @@ static void add_values(const exact_row *row, double maximum, double sum, double 
 }
 
 void sl_attention_compute_row(const sl_gated_attention_args *args, int64_t batch, int64_t head, int64_t query) {
-  exact_row row = {.args = args, .batch = batch, .query = query, .position = query + args->n_k - args->n_q};
+  exact_row row = {
+      .args = args, .batch = batch, .query = query, .position = query + sl_attention_q_offset(args, batch)};
   row.bounds = sl_attention_key_bounds(args, batch);
   row.head_kv = head / (args->heads_q / args->heads_kv);
   row.q = sl_attention_token_rows(args, &args->q, batch, head, args->head_dim);

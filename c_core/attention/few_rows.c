@@ -73,7 +73,7 @@ static void run_row(void *context, int64_t worker, int64_t task) {
   row.rows.maximum = &maximum;
   row.rows.sum = &sum;
   row.rows.out = out;
-  row.position = query + args->n_k - args->n_q;
+  row.position = query + sl_attention_q_offset(args, batch);
   sl_token_rows q = sl_attention_token_rows(args, &args->q, batch, head, args->head_dim);
   sl_token_rows k = sl_attention_token_rows(args, &args->k, batch, row.rows.head_kv, args->head_dim);
   sl_token_rows v = sl_attention_token_rows(args, &args->v, batch, row.rows.head_kv, args->head_dim_v);

@@ -74,7 +74,7 @@ void sl_gradient_rows_load(sl_gradient_rows *rows, const sl_attention_plan *plan
   const sl_gated_attention_args *args = plan->args;
   const sl_attention_kernel *kernel = plan->kernel;
   sl_query_rows *query = &rows->query;
-  int64_t padded = sl_round_up(count, kernel->row_tile);
+  int64_t padded = sl_round_up(count, kernel->row_tile), offset = sl_attention_q_offset(args, queries->batch);
   query->batch = queries->batch;
   query->head = queries->head;
   query->head_kv = queries->head_kv;
@@ -84,7 +84,7 @@ void sl_gradient_rows_load(sl_gradient_rows *rows, const sl_attention_plan *plan
   for (int64_t r = 0; r < padded; ++r) {
     int64_t from = r < count ? order[r] : 0;
     query->token[r] = (int32_t)(queries->begin + from);
-    query->position[r] = (int32_t)(queries->begin + from + args->n_k - args->n_q);
+    query->position[r] = (int32_t)(queries->begin + from + offset);
     query->a[r] = queries->a[from];
     query->exp_minus_a[r] = queries->exp_minus_a[from];
     rows->lse_log2[r] = queries->lse_log2[from];

@@ -27,14 +27,15 @@ sl_key_ranges sl_attention_key_ranges(const sl_attention_plan *plan, int64_t bat
   sl_key_ranges ranges = {.sorted = sl_attention_drops_pairs(plan, batch, head_kv)};
   ranges.self_apart = ranges.sorted && args->causal && args->window == 0;
   ranges.bounds = sl_attention_key_bounds(args, batch);
+  int64_t offset = sl_attention_q_offset(args, batch);
   ranges.base = ranges.bounds.sinks;
   ranges.end = ranges.bounds.end;
   int64_t window = smaller(args->window, args->n_k + args->n_q), gap = larger(window, 1);
   bool bordered = ranges.sorted && (args->causal || window > 0);
-  ranges.grid = bordered ? place_grid(plan, ranges.base, args->n_k - args->n_q - gap + 1) : ranges.base;
+  ranges.grid = bordered ? place_grid(plan, ranges.base, offset - gap + 1) : ranges.base;
   if (ranges.base < ranges.end) ranges.chunks = (ranges.end - ranges.grid + plan->chunk - 1) / plan->chunk;
-  ranges.first = begin + args->n_k - args->n_q;
-  ranges.last = end - 1 + args->n_k - args->n_q;
+  ranges.first = begin + offset;
+  ranges.last = end - 1 + offset;
   ranges.after_whole = ranges.chunks;
   if (!ranges.sorted) return ranges;
   if (!bordered) {

@@ -4,6 +4,7 @@
 #include <math.h>
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* Keys that are sorted together, in tiles. Long chunks keep rounding to whole panels cheap and prefixes smooth; short
  * ones leave less to the border of a query chunk, where sorted order and position have to be looked at together. */
@@ -47,8 +48,11 @@ sl_key_bounds sl_attention_key_bounds(const sl_gated_attention_args *args, int64
     bounds.begin = args->key_range[2 * batch];
     bounds.end = args->key_range[2 * batch + 1];
   }
-  int64_t valid = bounds.end > bounds.begin ? bounds.end - bounds.begin : 0;
-  bounds.sinks = bounds.begin + smaller(args->sinks, valid);
+  int64_t text_begin = args->text_begin ? args->text_begin[batch] : bounds.begin;
+  if (args->causal) bounds.end = smaller(bounds.end, sl_attention_q_offset(args, batch) + args->n_q);
+  bounds.end = larger(bounds.end, bounds.begin);
+  bounds.sinks = text_begin + smaller(args->sinks, args->n_k - text_begin);
+  bounds.sinks = smaller(larger(bounds.sinks, bounds.begin), bounds.end);
   return bounds;
 }
 

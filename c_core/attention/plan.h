@@ -28,7 +28,12 @@ typedef struct sl_attention_plan {
 
 sl_attention_plan sl_attention_make_plan(const sl_gated_attention_args *args, const sl_attention_kernel *kernel);
 
-/* The valid keys of a batch entry: [begin, end) of key_range. */
+/* The place of query 0 of a batch entry among the keys. */
+static inline int64_t sl_attention_q_offset(const sl_gated_attention_args *args, int64_t batch) {
+  return args->q_offset ? args->q_offset[batch] : args->n_k - args->n_q;
+}
+
+/* The keys that any query of a batch entry may see: [begin, end) of key_range, under causal up to the last query. */
 typedef struct sl_key_bounds {
   int64_t begin, end;
   int64_t sinks; /* keys [begin, sinks) are sinks, [sinks, end) are not */

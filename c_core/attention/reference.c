@@ -65,15 +65,16 @@ static double gate_sum(const query_row *row, int64_t key) {
 
 static void choose_keys(query_row *row) {
   const sl_gated_attention_args *args = row->args;
-  int64_t position = row->query + args->n_k - args->n_q;
+  int64_t position = row->query + (args->q_offset ? args->q_offset[row->batch] : args->n_k - args->n_q);
   int64_t key_begin = args->key_range ? args->key_range[2 * row->batch] : 0;
   int64_t key_end = args->key_range ? args->key_range[2 * row->batch + 1] : args->n_k;
+  int64_t text_begin = args->text_begin ? args->text_begin[row->batch] : key_begin;
   double threshold =
       args->logit_tau ? load(row->gate_dtype, args->logit_tau, row->batch * args->heads_q + row->head) : -INFINITY;
   for (int64_t key = 0; key < args->n_k; ++key) {
     int valid = key >= key_begin && key < key_end && (!args->causal || key <= position);
     double z = gate_sum(row, key);
-    row->near[key] = llabs(position - key) < args->window || key - key_begin < args->sinks;
+    row->near[key] = llabs(position - key) < args->window || key - text_begin < args->sinks;
     row->gate[key] = row->near[key] ? 1 : 1 / (1 + exp(-z));
     row->kept[key] = (char)(valid && (row->near[key] || !(z < threshold) || (args->causal && key == position)));
   }

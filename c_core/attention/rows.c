@@ -75,6 +75,7 @@ static void attend_to_self(sl_query_rows *rows, const sl_attention_plan *plan, i
 void sl_query_rows_load(sl_query_rows *rows, const sl_attention_plan *plan, int64_t batch, int64_t head, int64_t begin,
                         int64_t end, bool sorted) {
   const sl_gated_attention_args *args = plan->args;
+  int64_t offset = sl_attention_q_offset(args, batch);
   float a[SL_ATTENTION_MAX_CHUNK];
   rows->batch = batch;
   rows->head = head;
@@ -88,7 +89,7 @@ void sl_query_rows_load(sl_query_rows *rows, const sl_attention_plan *plan, int6
     rows->a[r] = a[rows->token[r]];
     rows->exp_minus_a[r] = expf(-rows->a[r]);
     rows->token[r] += (int32_t)begin;
-    rows->position[r] = (int32_t)(rows->token[r] + args->n_k - args->n_q);
+    rows->position[r] = (int32_t)(rows->token[r] + offset);
     rows->maximum[r] = -INFINITY;
     rows->sum[r] = 0;
   }

@@ -12,7 +12,7 @@ typedef struct sl_query_rows {
                          when the row is loaded, and the regions leave it out */
   int64_t count;     /* rows; everything below has memory for whole groups of row_tile */
   int32_t *token;    /* query numbers */
-  int32_t *position; /* p_i = i + n_k - n_q */
+  int32_t *position; /* p_i, the place among the keys */
   float *a;          /* clamped */
   float *exp_minus_a;
   void *packed; /* [row_stride] elements a row */

@@ -69,6 +69,23 @@ static sl_status check_key_range(const sl_gated_attention_args *args) {
   return SL_OK;
 }
 
+static sl_status check_places(const sl_gated_attention_args *args) {
+  for (int64_t batch = 0; args->q_offset && batch < args->batch; ++batch) {
+    int64_t offset = args->q_offset[batch];
+    SL_REQUIRE(0 <= offset && offset <= args->n_k - args->n_q, SL_INVALID_ARGUMENT,
+               "q_offset[%lld] is %lld, expected 0 <= q_offset <= n_k - n_q = %lld, so that the queries lie among the "
+               "keys",
+               (long long)batch, (long long)offset, (long long)(args->n_k - args->n_q));
+  }
+  for (int64_t batch = 0; args->text_begin && batch < args->batch; ++batch) {
+    int64_t begin = args->text_begin[batch], key_begin = args->key_range ? args->key_range[2 * batch] : 0;
+    SL_REQUIRE(-largest_count <= begin && begin <= key_begin, SL_INVALID_ARGUMENT,
+               "text_begin[%lld] is %lld, expected -2^31 <= text_begin <= %lld, the first valid key", (long long)batch,
+               (long long)begin, (long long)key_begin);
+  }
+  return SL_OK;
+}
+
 sl_status sl_gated_attention_validate(const sl_gated_attention_args *args, sl_attention_tensors tensors) {
   SL_REQUIRE(args, SL_INVALID_ARGUMENT, "args is NULL");
   SL_CHECK(check_sizes(args));
@@ -82,6 +99,7 @@ sl_status sl_gated_attention_validate(const sl_gated_attention_args *args, sl_at
   SL_CHECK(check_pointer("b", args->b.data, keys));
   SL_CHECK(check_pointer("out", args->out.data, queries));
   SL_CHECK(check_key_range(args));
+  SL_CHECK(check_places(args));
   if (tensors == SL_FORWARD_TENSORS) return SL_OK;
   SL_CHECK(check_pointer("lse", args->lse.data, queries));
   SL_CHECK(check_pointer("dout", args->dout.data, queries));

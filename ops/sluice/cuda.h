@@ -25,7 +25,8 @@ extern "C" {
 SL_API bool sl_cuda_built(void);
 
 /* gated_attention.h on a CUDA device, for all four dtypes: float64 is computed in float64, the others in float32.
- * key_range is device memory, so its values are not checked: they are clamped to 0 <= begin <= end <= n_k.
+ * key_range, q_offset and text_begin are device memory, so their values are not checked: they are clamped to
+ * 0 <= begin <= end <= n_k, 0 <= q_offset <= n_k - n_q and -2^31 <= text_begin <= begin.
  * The forward needs no workspace. The backward needs what its workspace_size function says. */
 SL_API sl_status sl_gated_attention_cuda(const sl_gated_attention_args *args, void *stream);
 SL_API sl_status sl_gated_attention_backward_cuda_workspace_size(const sl_gated_attention_args *args, size_t *bytes);

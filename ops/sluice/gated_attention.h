@@ -5,14 +5,20 @@
  *
  *   s_ij = scale * <q_i, k_j>
  *   z_ij = clamp(a_i, -40, 40) + clamp(b_j, -40, 40)      in float32 (NaN stays NaN)
- *   p_i  = i + n_k - n_q                                  the position of query i among the keys (bottom-right aligned)
- *   near_ij = |p_i - j| < window  or  j < key_begin + sinks   such pairs are kept whatever the gate says, with g_ij = 1
+ *   p_i  = i + q_offset                                   the place of query i among the keys
+ *   near_ij = |p_i - j| < window  or  j < text_begin + sinks  such pairs are kept whatever the gate says, with g_ij = 1
  *   g_ij = near_ij ? 1 : sigmoid(z_ij)
  *   K_i  = { j valid : near_ij  or  not (z_ij < logit_tau)  or  (causal and j = p_i) }
- *          where valid means key_begin <= j < key_end (key_range; 0 and n_k without) and, if causal, j <= p_i: the
- *          sinks are the first valid keys, so that padding on the left changes nothing
+ *          where valid means key_begin <= j < key_end (key_range; 0 and n_k without) and, if causal, j <= p_i
  *   out_i = sum over j in K_i of softmax over K_i (s_i)_j * g_ij * v_j
  *   lse_i = log sum over j in K_i of exp(s_ij)            (of the softmax alone: the gate is not in it)
+ *
+ * PLACES  Positions are places in the text, one offset per batch entry; without them the keys end with the last query:
+ *   q_offset    the key at whose place query 0 sits; without, n_k - n_q. Under causal, keys behind the last query are
+ *               seen by nobody, so a cache may be longer than the text. 0 <= q_offset <= n_k - n_q.
+ *   text_begin  the key that is the first of the text, from which sinks count; without, key_begin, so that padding on
+ *               the left changes nothing. Below it where the first keys of the text are gone (a cache that slides).
+ *               -2^31 <= text_begin <= key_begin.
  *
  * With logit_tau = -inf (tau = 0), window = 0 and sinks = 0 this is the seed's formula to the letter.
  * A row with an empty K_i gives out_i = 0 and lse_i = -inf, and zero gradients.
@@ -26,13 +32,16 @@
  *
  * OPERATORS
  *   sluice::gated_attention(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? logit_tau, Tensor? key_range,
- *                           bool causal, int window, int sinks, float scale) -> (Tensor out, Tensor lse)
+ *                           Tensor? q_offset, Tensor? text_begin, bool causal, int window, int sinks, float scale)
+ *                           -> (Tensor out, Tensor lse)
  *   sluice::gated_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? logit_tau,
- *                           Tensor? key_range, Tensor out, Tensor lse, bool causal, int window, int sinks, float scale)
+ *                           Tensor? key_range, Tensor? q_offset, Tensor? text_begin, Tensor out, Tensor lse,
+ *                           bool causal, int window, int sinks, float scale)
  *                           -> (Tensor dq, Tensor dk, Tensor dv, Tensor da, Tensor db)
  *
  * SHAPES  q [B, Hq, Nq, D]  k [B, Hkv, Nk, D]  v [B, Hkv, Nk, Dv]  a [B, Hq, Nq]  b [B, Hkv, Nk]
  *         logit_tau [B, Hq] (absent: tau = 0)   key_range [B, 2] int64, begin and end (absent: all keys)
+ *         q_offset, text_begin [B] int64 (absent: see PLACES)
  *         out [B, Hq, Nq, Dv]  lse [B, Hq, Nq].  Hq is a multiple of Hkv; query head h reads key head h / (Hq / Hkv).
  *         1 <= D, Dv <= 256. B, Nq may be 0 (empty results); Nk may be 0 (all rows empty).
  * DTYPES  q, k, v, out, dout, dq, dk, dv: one of float32, bfloat16, float16, float64. a, b, logit_tau, lse, da, db:
@@ -51,11 +60,13 @@
 
 #define SL_GATED_ATTENTION_SCHEMA                                                         \
   "gated_attention(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? logit_tau, " \
-  "Tensor? key_range, bool causal, int window, int sinks, float scale) -> (Tensor out, Tensor lse)"
-#define SL_GATED_ATTENTION_BACKWARD_SCHEMA                                                   \
-  "gated_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, " \
-  "Tensor? logit_tau, Tensor? key_range, Tensor out, Tensor lse, bool causal, int window, "  \
-  "int sinks, float scale) -> (Tensor dq, Tensor dk, Tensor dv, Tensor da, Tensor db)"
+  "Tensor? key_range, Tensor? q_offset, Tensor? text_begin, bool causal, int window, "    \
+  "int sinks, float scale) -> (Tensor out, Tensor lse)"
+#define SL_GATED_ATTENTION_BACKWARD_SCHEMA                                                                        \
+  "gated_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, "                      \
+  "Tensor? logit_tau, Tensor? key_range, Tensor? q_offset, Tensor? text_begin, Tensor out, "                      \
+  "Tensor lse, bool causal, int window, int sinks, float scale) -> (Tensor dq, Tensor dk, Tensor dv, Tensor da, " \
+  "Tensor db)"
 
 /* |a| and |b| are clamped to this, so that exp(-a) * exp(-b) stays finite in float32. */
 #define SL_GATE_LOGIT_LIMIT 40.0f
@@ -82,8 +93,9 @@ typedef struct sl_gated_attention_args {
   int64_t batch, heads_q, heads_kv, n_q, n_k, head_dim, head_dim_v;
   sl_tensor4 q, k, v;
   sl_tensor3 a, b;
-  const void *logit_tau;    /* [batch, heads_q], contiguous; NULL: tau = 0 */
-  const int64_t *key_range; /* [batch, 2], contiguous, begin and end of the valid keys; NULL: all */
+  const void *logit_tau;                /* [batch, heads_q], contiguous; NULL: tau = 0 */
+  const int64_t *key_range;             /* [batch, 2], contiguous, begin and end of the valid keys; NULL: all */
+  const int64_t *q_offset, *text_begin; /* [batch], contiguous; NULL: see PLACES */
   bool causal;
   int64_t window, sinks; /* >= 0 */
   double scale;          /* finite */

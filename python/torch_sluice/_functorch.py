@@ -68,7 +68,7 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dlse):
         gradients = _Backward.apply(dout, *ctx.saved_tensors, ctx.causal, ctx.window, ctx.sinks, ctx.scale)
-        return (*gradients, None, None, None, None, None, None)
+        return *gradients, *(None,) * 8
 
     @staticmethod
     def jvp(ctx, *tangents):

@@ -29,7 +29,7 @@ def _check_shape(name, tensor, expected, meaning):
         )
 
 
-def _check_inputs(q, k, v, a, b, logit_tau, key_range):
+def _check_inputs(q, k, v, a, b, logit_tau, key_range, q_offset, text_begin):
     """The shape checks of the native operator, for tracing with fake tensors."""
     for name, tensor, meaning in (
         ("q", q, "[batch, heads_q, n_q, head_dim]"),
@@ -53,11 +53,14 @@ def _check_inputs(q, k, v, a, b, logit_tau, key_range):
         _check_shape("logit_tau", logit_tau, (batch, heads_q), "[batch, heads_q]")
     if key_range is not None:
         _check_shape("key_range", key_range, (batch, 2), "[batch, 2]")
+    for name, places in (("q_offset", q_offset), ("text_begin", text_begin)):
+        if places is not None:
+            _check_shape(name, places, (batch,), "[batch]")
 
 
 @register_fake("gated_attention")
-def _fake_forward(q, k, v, a, b, logit_tau, key_range, causal, window, sinks, scale):
-    _check_inputs(q, k, v, a, b, logit_tau, key_range)
+def _fake_forward(q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, causal, window, sinks, scale):
+    _check_inputs(q, k, v, a, b, logit_tau, key_range, q_offset, text_begin)
     batch, heads_q, n_q, _ = q.shape
     out = q.new_empty((batch, heads_q, n_q, v.shape[3]))
     lse = q.new_empty((batch, heads_q, n_q), dtype=_gate_dtype(q.dtype))
@@ -65,8 +68,10 @@ def _fake_forward(q, k, v, a, b, logit_tau, key_range, causal, window, sinks, sc
 
 
 @register_fake("gated_attention_backward")
-def _fake_backward(dout, q, k, v, a, b, logit_tau, key_range, out, lse, causal, window, sinks, scale):
-    _check_inputs(q, k, v, a, b, logit_tau, key_range)
+def _fake_backward(
+    dout, q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, out, lse, causal, window, sinks, scale
+):
+    _check_inputs(q, k, v, a, b, logit_tau, key_range, q_offset, text_begin)
     return tuple(tensor.new_empty(tensor.shape) for tensor in (q, k, v, a, b))
 
 

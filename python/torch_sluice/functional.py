@@ -8,6 +8,7 @@ from torch.autograd import forward_ad
 
 from torch_sluice import _functorch, _operators
 from torch_sluice._errors import as_value_error, check_tensors
+from torch_sluice.places import check_places
 from torch_sluice.selection import select_logit_tau
 
 _MODES = ("select",)
@@ -82,14 +83,16 @@ def gated_attention(
     sinks: int = 0,
     scale: float | None = None,
     key_range: Tensor | None = None,
+    q_offset: Tensor | None = None,
+    text_begin: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Attention in which a separable gate picks the pairs of query and key that are worth computing.
 
-    With ``z_ij = clamp(a_i, -40, 40) + clamp(b_j, -40, 40)`` and ``p_i = i + Nk - Nq``, the place of query i among the
-    keys::
+    With ``z_ij = clamp(a_i, -40, 40) + clamp(b_j, -40, 40)`` and ``p_i = i + q_offset``, the place of query i among
+    the keys::
 
-        near_ij = |p_i - j| < window  or  j < begin + sinks     kept whatever the gate says, with g_ij = 1
+        near_ij = |p_i - j| < window  or  j < text_begin + sinks  kept whatever the gate says, with g_ij = 1
         g_ij    = 1 where near, else sigmoid(z_ij)
         K_i     = {j : near_ij  or  g_ij >= tau  or  (causal and j = p_i)}, within the causal triangle
                   and key_range = [begin, end)
@@ -106,7 +109,7 @@ def gated_attention(
         v: [B, Hkv, Nk, Dv] values.
         a: [B, Hq, Nq] gate logits of the queries; converted to float32 (float64 with float64 q).
         b: [B, Hkv, Nk] gate logits of the keys; converted alike.
-        causal: query i sees keys j <= p_i only (bottom-right aligned: the last query sees every key).
+        causal: query i sees keys j <= p_i only. Without q_offset the last query sees every key.
         mode: only ``"select"`` exists: softmax over the kept pairs alone.
         tau: threshold on g in [0, 1): a number, [Hq] or [B, Hq]. 0 keeps every pair. The values of a tensor that lies
             on an accelerator or is traced by a compiler are not checked. Not differentiable.
@@ -114,9 +117,15 @@ def gated_attention(
             [B, Hq]; picks tau per (batch, head) from a sample of a and b, see
             :func:`torch_sluice.selection.select_logit_tau` for its accuracy. Excludes ``tau``.
         window: keys at a distance below this are near: ``w`` are the last w keys, itself included. 0: none.
-        sinks: the first ``sinks`` valid keys are near: those from the begin of key_range on, or from 0.
+        sinks: the first ``sinks`` keys of each text are near.
         scale: of the scores; default ``1 / sqrt(D)``.
         key_range: [B, 2] int64, begin and end of the valid keys of each batch element (padding); default all.
+        q_offset: [B] int64, the key at whose place query 0 of each batch element sits, 0 to Nk - Nq; default Nk - Nq.
+            With a cache that is longer than the text, the number of tokens before these queries. The values may change
+            from call to call without a compiler's having to compile anew.
+        text_begin: [B] int64, the key with which the text of each batch element begins, from which sinks count;
+            default the begin of key_range, or 0. It is at most that, and below it where the first keys of the text are
+            gone: minus their number, without padding.
         return_lse: also return ``lse_i = log sum_{j in K_i} exp(scale * q_i . k_j)``, [B, Hq, Nq] in the dtype of the
             gates, -inf for an empty row. Not differentiable.
 
@@ -137,6 +146,8 @@ def gated_attention(
     check_tensors(q=q, k=k, v=v, a=a, b=b)
     if q.dim() != 4:
         raise ValueError(f"q has shape {list(q.shape)}, expected [batch, heads_q, n_q, head_dim]")
+    if q_offset is not None or text_begin is not None:
+        check_places(q, q_offset=q_offset, text_begin=text_begin)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     a, b = _gates_of("a", a, dtype), _gates_of("b", b, dtype)
     if density is None:
@@ -144,9 +155,12 @@ def gated_attention(
     else:
         if isinstance(tau, Tensor) or tau != 0:
             raise ValueError(f"tau is {tau} and density is {density}, expected at most one of them")
-        logit_tau = select_logit_tau(a, b, density, causal=causal, window=window, sinks=sinks, key_range=key_range)
+        logit_tau = select_logit_tau(
+            a, b, density, causal=causal, window=window, sinks=sinks, key_range=key_range, q_offset=q_offset,
+            text_begin=text_begin,
+        )  # fmt: skip
     if scale is None:
         scale = 1 / math.sqrt(max(q.shape[3], 1))
-    arguments = (q, k, v, a, b, logit_tau, key_range, causal, window, sinks, scale)
+    arguments = (q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, causal, window, sinks, scale)
     out, lse = _operator(*arguments) if torch.compiler.is_compiling() else _run(arguments)
     return (out, lse) if return_lse else out

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from torch_sluice.places import end_of_sinks
+
 GATE_LOGIT_LIMIT = 40.0  # SL_GATE_LOGIT_LIMIT: the operator clamps a and b to this
 
 _CHUNKS = 8  # the sequence is cut into this many stretches, so that the sample knows about position ...
@@ -53,6 +55,8 @@ def select_logit_tau(
     window: int = 0,
     sinks: int = 0,
     key_range: Tensor | None = None,
+    q_offset: Tensor | None = None,
+    text_begin: Tensor | None = None,
 ) -> Tensor:
     """The threshold on a_i + b_j, per (batch, query head), that keeps the share ``density`` of the far pairs.
 
@@ -64,13 +68,13 @@ def select_logit_tau(
     everything and the share exact, rounded up to whole pairs; pairs that tie with the threshold are kept, so constant
     gates keep everything. Beyond, the kept share was within 0.03 of the goal, and within 0.01 in root mean square, over
     the cases of tests/ops/test_selection.py (independent, drifting, heavy-tailed and one-sided gates, causal or not).
-    Padding thins the sample out.
+    Padding, and keys of a cache behind the text, thin the sample out.
 
     Args:
         a: [B, Hq, Nq] gate logits of the queries.
         b: [B, Hkv, Nk] gate logits of the keys; Hq is a multiple of Hkv.
         density: share in [0, 1], or a tensor of shares that broadcasts to [B, Hq].
-        causal, window, sinks, key_range: as in :func:`torch_sluice.gated_attention`.
+        causal, window, sinks, key_range, q_offset, text_begin: as in :func:`torch_sluice.gated_attention`.
 
     Returns:
         [B, Hq] in the dtype of a, ``logit_tau`` of the operator; -inf where all far pairs (or none exist) are kept,
@@ -89,15 +93,16 @@ def select_logit_tau(
     b_values, keys = b_values.repeat_interleave(group, 1), keys.repeat_interleave(group, 1)
 
     z = a_values.unsqueeze(-1) + b_values.unsqueeze(-2)
-    queries, keys = queries.unsqueeze(-1) + (n_k - n_q), keys.unsqueeze(-2)
+    first = n_k - n_q if q_offset is None else q_offset.view(-1, 1, 1, 1)
+    queries, keys = queries.unsqueeze(-1) + first, keys.unsqueeze(-2)
     far = (queries - keys).abs() >= window
     if causal:
         far &= keys < queries  # the pair of a token with itself is always kept
-    if key_range is None:
-        far &= keys >= sinks
-    else:
-        begin, end = key_range.view(-1, 1, 1, 2).unbind(-1)
-        far &= (keys - begin.unsqueeze(-1) >= sinks) & (keys < end.unsqueeze(-1))
+    sinks_end = end_of_sinks(sinks, key_range, text_begin)
+    far &= keys >= (sinks_end if isinstance(sinks_end, int) else sinks_end.view(-1, 1, 1, 1))
+    if key_range is not None:
+        begin, end = key_range.view(-1, 1, 1, 1, 2).unbind(-1)
+        far &= (keys >= begin) & (keys < end)
 
     ordered = z.masked_fill(~far, -math.inf).flatten(-2).sort(dim=-1, descending=True).values
     count = far.flatten(-2).sum(-1)

@@ -211,6 +211,8 @@ struct AttentionShape {
   double scale = 0.5;
   std::optional<double> logit_tau;  // every head gets this threshold; none: tau = 0
   std::vector<int64_t> key_range;   // [batch, 2]; empty: all keys
+  std::vector<int64_t> q_offset;    // [batch]; empty: the queries are the last tokens
+  std::vector<int64_t> text_begin;  // [batch]; empty: the text begins with the first valid key
   Layout layout = Layout::kDense;
 
   std::string text() const {
@@ -220,7 +222,23 @@ struct AttentionShape {
         << " sinks=" << sinks << " layout=" << static_cast<int>(layout) << " logit_tau=";
     if (logit_tau) out << *logit_tau;
     for (int64_t bound : key_range) out << " range " << bound;
+    for (int64_t offset : q_offset) out << " offset " << offset;
+    for (int64_t begin : text_begin) out << " text from " << begin;
     return out.str();
+  }
+
+  // Now and then: queries anywhere among the keys, and texts whose first tokens are not among them. Takes a copy of the
+  // generator, so that what is drawn afterwards does not depend on it.
+  void place_at_random(Random random) {
+    if (n_q <= n_k && random.chance(0.4)) {
+      for (int64_t i = 0; i < batch; ++i) q_offset.push_back(random.integer(0, n_k - n_q));
+    }
+    if (random.chance(0.3)) {
+      for (int64_t i = 0; i < batch; ++i) {
+        int64_t begin = key_range.empty() ? 0 : key_range[static_cast<size_t>(2 * i)];
+        text_begin.push_back(begin - random.pick<int64_t>({0, 1, random.integer(0, 80), int64_t{1} << 30}));
+      }
+    }
   }
 };
 
@@ -278,6 +296,8 @@ class AttentionProblem {
     args.q = q.view4(), args.k = k.view4(), args.v = v.view4(), args.a = a.view3(), args.b = b.view3();
     args.logit_tau = shape_.logit_tau ? logit_tau.data() : nullptr;
     args.key_range = shape_.key_range.empty() ? nullptr : shape_.key_range.data();
+    args.q_offset = shape_.q_offset.empty() ? nullptr : shape_.q_offset.data();
+    args.text_begin = shape_.text_begin.empty() ? nullptr : shape_.text_begin.data();
     args.causal = shape_.causal, args.window = shape_.window, args.sinks = shape_.sinks, args.scale = shape_.scale;
     args.out = out.view4(), args.lse = lse.view3();
     args.dout = dout.view4(), args.dq = dq.view4(), args.dk = dk.view4(), args.dv = dv.view4();

@@ -90,6 +90,7 @@ AttentionShape random_shape(Random &random, sl_dtype dtype) {
       shape.key_range.push_back(random.integer(begin, shape.n_k));
     }
   }
+  shape.place_at_random(random);
   shape.layout = random.pick<Layout>({Layout::kDense, Layout::kTokenMajor, Layout::kPadded});
   return shape;
 }

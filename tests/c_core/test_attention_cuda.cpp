@@ -83,6 +83,7 @@ AttentionShape random_shape(Random &random) {
     shape.key_range.push_back(begin), shape.key_range.push_back(random.integer(begin, shape.n_k));
   }
   if (static_cast<int64_t>(shape.key_range.size()) != 2 * shape.batch) shape.key_range.clear();
+  shape.place_at_random(random);
   shape.layout = random.pick<Layout>({Layout::kDense, Layout::kTokenMajor, Layout::kPadded});
   return shape;
 }
@@ -153,13 +154,14 @@ TEST(AttentionCudaOnHost, ResultDoesNotDependOnTheOrderOfThreads) {
   for (size_t i = 0; i < first.size(); ++i) EXPECT_EQ(first[i].tensor->values(), second[i].tensor->values());
 }
 
-TEST(AttentionCudaOnHost, KeyRangeIsClampedInsteadOfRead) {
+TEST(AttentionCudaOnHost, PlacesAreClampedInsteadOfRead) {
   AttentionShape shape;
-  shape.batch = 3, shape.n_k = 20;
-  shape.key_range = {0, 20, 4, 20, 20, 20};
+  shape.batch = 3, shape.n_k = 20, shape.causal = true, shape.logit_tau = 2, shape.sinks = 3;
+  shape.key_range = {0, 20, 4, 20, 20, 20}, shape.q_offset = {0, 16, 5}, shape.text_begin = {0, 4, -100};
   AttentionProblem want(shape, 2);
   ASSERT_EQ(run_kernels(want), SL_OK);
   shape.key_range = {INT64_MIN, INT64_MAX, 4, 21, 30, 7};
+  shape.q_offset = {INT64_MIN, INT64_MAX, 5}, shape.text_begin = {INT64_MAX, 5, INT64_MIN};
   AttentionProblem got(shape, 2);
   ASSERT_EQ(run_kernels(got), SL_OK);
   auto wanted = results_of(want), found = results_of(got);

@@ -145,6 +145,23 @@ TEST(AttentionErrors, MissingArguments) {
   EXPECT_STREQ(sl_last_error(), "bytes is NULL");
 }
 
+TEST(AttentionErrors, Places) {
+  auto expect = [](const Change &change, const std::string &text) {
+    for (Call call : kForward) expect_failure(call, change, SL_INVALID_ARGUMENT, text);
+    for (Call call : kBackward) expect_failure(call, change, SL_INVALID_ARGUMENT, text);
+  };
+  const int64_t least = std::numeric_limits<int64_t>::min(), most = std::numeric_limits<int64_t>::max();
+  for (int64_t value : {int64_t{-1}, int64_t{1}, least, most}) {
+    expect([&](auto &args) { args.q_offset = &value; },
+           "q_offset[0] is " + std::to_string(value) +
+               ", expected 0 <= q_offset <= n_k - n_q = 0, so that the queries lie among the keys");
+  }
+  for (int64_t value : {int64_t{1}, least, most}) {
+    expect([&](auto &args) { args.text_begin = &value; },
+           "text_begin[0] is " + std::to_string(value) + ", expected -2^31 <= text_begin <= 0, the first valid key");
+  }
+}
+
 TEST(AttentionErrors, KeyRange) {
   for (auto [begin, end] : std::vector<std::pair<int64_t, int64_t>>{{-1, 2}, {3, 2}, {0, 5}, {6, 7}}) {
     const int64_t range[] = {begin, end};

@@ -92,6 +92,7 @@ AttentionShape random_shape(Random &random) {
       shape.key_range.insert(shape.key_range.end(), {begin, random.integer(begin, shape.n_k)});
     }
   }
+  shape.place_at_random(random);
   shape.layout = random.pick<Layout>({Layout::kDense, Layout::kTokenMajor, Layout::kPadded});
   return shape;
 }

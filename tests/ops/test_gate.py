@@ -142,7 +142,7 @@ def test_a_gate_is_recorded_only_while_it_is_taught_and_listened_to():
     attend(gate, x, q, k, v, causal=True, window=2)
     assert len(gate.record) == 1
     assert gate.record[0].a.requires_grad
-    assert gate.record[0].window == 2
+    assert gate.record[0].near["window"] == 2
 
 
 def test_unknown_phase_is_named():

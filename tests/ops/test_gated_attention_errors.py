@@ -61,6 +61,20 @@ BAD = {
     "shape of key_range": (dict(key_range=torch.zeros(2, 3).long()), r"key_range is .*\[2, 3\].*expected .*= \[2, 2\]"),
     "dtype of key_range": (dict(key_range=torch.zeros(2, 2).int()), r"key_range is int32"),
     "order of key_range": (dict(key_range=torch.tensor([[0, 7], [5, 3]])), r"key_range\[1\] is \[5, 3\), expected"),
+    "more than [batch] of q_offset": (dict(q_offset=torch.zeros(2, 1).long()), r"q_offset is .*\[2, 1\].*= \[2\]"),
+    "dtype of q_offset": (dict(q_offset=torch.zeros(2).int()), r"q_offset is torch.int32 .*expected int64"),
+    "a number as q_offset": (dict(q_offset=2), r"q_offset is 2, expected an int64 tensor \[batch\]"),
+    "device of q_offset": (
+        dict(q_offset=torch.zeros(2, device="meta").long()),
+        r"q_offset is .* on meta, .*device of q",
+    ),
+    "negative q_offset": (dict(q_offset=torch.tensor([0, -1])), r"q_offset\[1\] is -1, expected 0 <= q_offset <="),
+    "q_offset beyond the keys": (dict(q_offset=torch.tensor([1, 9])), r"q_offset\[1\] is 9, .*<= n_k - n_q = 2"),
+    "shape of text_begin": (dict(text_begin=torch.zeros(3).long()), r"text_begin is .*\[3\].*= \[2\]"),
+    "text_begin behind the first key": (
+        dict(text_begin=torch.tensor([0, 1])),
+        r"text_begin\[1\] is 1, .*first valid key",
+    ),
     "end of key_range": (dict(key_range=torch.tensor([[0, 7], [0, 8]])), r"key_range\[1\] is \[0, 8\), .*n_k = 7"),
 }
 

@@ -15,7 +15,9 @@ def operator_arguments(dtype, with_optional, device):
     inputs = random_inputs(n_q=6, n_k=9, dtype=dtype, device=device)
     logit_tau = torch.full((2, 4), 0.2, dtype=inputs[3].dtype, device=device) if with_optional else None
     key_range = torch.tensor([[0, 9], [2, 7]], device=device) if with_optional else None
-    return *inputs, logit_tau, key_range, True, 2, 1, 0.25
+    q_offset = torch.tensor([0, 2], device=device) if with_optional else None
+    text_begin = torch.tensor([-1, 2], device=device) if with_optional else None
+    return *inputs, logit_tau, key_range, q_offset, text_begin, True, 2, 1, 0.25
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -33,7 +35,7 @@ def test_opcheck_forward(dtype, with_optional, device):
 def test_opcheck_backward(dtype, with_optional, device):
     arguments = operator_arguments(dtype, with_optional, device)
     out, lse = FORWARD(*arguments)
-    torch.library.opcheck(BACKWARD, (torch.randn_like(out), *arguments[:7], out, lse, *arguments[7:]))
+    torch.library.opcheck(BACKWARD, (torch.randn_like(out), *arguments[:9], out, lse, *arguments[9:]))
 
 
 def gradients(function, inputs):

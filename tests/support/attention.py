@@ -5,7 +5,10 @@ import math
 import torch
 
 
-def formula(q, k, v, a, b, *, causal=False, tau=0.0, window=0, sinks=0, scale=None, key_range=None, choice_dtype=None):
+def formula(
+    q, k, v, a, b, *, causal=False, tau=0.0, window=0, sinks=0, scale=None, key_range=None, q_offset=None,
+    text_begin=None, choice_dtype=None,
+):  # fmt: skip
     """out and lse, in the precision of q.
 
     tau: a number or a tensor [Hq] or [B, Hq]. choice_dtype: that in which a_i + b_j is compared with the threshold,
@@ -22,9 +25,11 @@ def formula(q, k, v, a, b, *, causal=False, tau=0.0, window=0, sinks=0, scale=No
     n_k = k.shape[2]
     tau = torch.as_tensor(tau, dtype=torch.float64, device=q.device)
     logit_tau = torch.logit(tau).to(choice.dtype).expand(batch, heads)[..., None, None]
-    i = torch.arange(n_q, device=q.device)[:, None] + (n_k - n_q)
+    offset = n_k - n_q if q_offset is None else q_offset[:, None, None, None]
+    i = torch.arange(n_q, device=q.device)[:, None] + offset
     j = torch.arange(n_k, device=q.device)[None, :]
-    first = 0 if key_range is None else key_range[:, 0, None, None, None]
+    first = key_range[:, 0] if key_range is not None and text_begin is None else text_begin
+    first = 0 if first is None else first[:, None, None, None]
     near = ((i - j).abs() < window) | (j - first < sinks)
     kept = near | ~(choice < logit_tau)
     if causal:

@@ -10,7 +10,8 @@ ops = torch.ops.sluice
 
 def attention_inputs():
     q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
-    return [q, k, v, torch.randn(1, 2, 5), torch.randn(1, 2, 5), torch.zeros(1, 2), torch.tensor([[0, 5]])]
+    places = torch.tensor([[0, 5]]), torch.tensor([0]), torch.tensor([0])
+    return [q, k, v, torch.randn(1, 2, 5), torch.randn(1, 2, 5), torch.zeros(1, 2), *places]
 
 
 def packed_weight(outputs, inputs):

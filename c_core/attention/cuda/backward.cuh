@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(BLOCK_WARPS *WARP)
   const N scale = static_cast<N>(args.scale);
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   const int width = static_cast<int>(args.head_dim), width_v = static_cast<int>(args.head_dim_v);
-  const int64_t group = args.heads_q / args.heads_kv, past = args.n_k - args.n_q;
+  const int64_t group = args.heads_q / args.heads_kv;
   N *k = staged[warp][0], *v = staged[warp][1];
 
   for (int64_t index = int64_t{blockIdx.x} * BLOCK_WARPS + warp; index < keys;
@@ -80,6 +80,7 @@ __global__ void __launch_bounds__(BLOCK_WARPS *WARP)
     int64_t key = index % args.n_k, head_kv = index / args.n_k % args.heads_kv,
             batch = index / args.n_k / args.heads_kv;
     KeyRange range = key_range_of(args, batch);
+    int64_t past = q_offset_of(args, batch), sinks_end = end_of_sinks(args, batch, range.begin);
     bool in_range = range.begin <= key && key < range.end;
     __syncwarp();
     stage_row(k, row_of<const T>(args.k, batch, head_kv, key), width, lane);
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(BLOCK_WARPS *WARP)
         Pair<N> pair = {false, 0, 0};
         if (query < args.n_q) {
           N a = clamp_logit(*cell_of<N>(args.a, batch, head, query));
-          pair = judge_pair(args, a, clamp_logit(b), threshold, query + past, range.begin, key);
+          pair = judge_pair(args, a, clamp_logit(b), threshold, query + past, sinks_end, key);
         }
         unsigned kept = __ballot_sync(ALL_LANES, pair.kept);
         N ds = 0, weight = 0;

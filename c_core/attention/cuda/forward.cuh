@@ -12,7 +12,7 @@ constexpr int BLOCK_WARPS = 4;
 /* Where a query row is, and what the judging of its pairs needs. */
 template <typename T>
 struct QueryRow {
-  int64_t batch, head, head_kv, query, position, key_begin, key_end;
+  int64_t batch, head, head_kv, query, position, key_begin, key_end, sinks_end;
   Compute<T> a, threshold; /* a is clamped */
 };
 
@@ -23,9 +23,10 @@ __device__ QueryRow<T> find_query_row(const sl_gated_attention_args &args, int64
   row.head = index / args.n_q % args.heads_q;
   row.batch = index / args.n_q / args.heads_q;
   row.head_kv = row.head / (args.heads_q / args.heads_kv);
-  row.position = row.query + args.n_k - args.n_q;
+  row.position = row.query + q_offset_of(args, row.batch);
   KeyRange range = key_range_of(args, row.batch);
   row.key_begin = range.begin;
+  row.sinks_end = end_of_sinks(args, row.batch, range.begin);
   row.key_end = args.causal && row.position + 1 < range.end ? row.position + 1 : range.end;
   row.a = clamp_logit(*cell_of<Compute<T>>(args.a, row.batch, row.head, row.query));
   row.threshold = threshold_of<Compute<T>>(args, row.batch, row.head);
@@ -36,7 +37,7 @@ template <typename T>
 __device__ Pair<Compute<T>> judge_key(const sl_gated_attention_args &args, const QueryRow<T> &row, int64_t key) {
   if (key >= row.key_end) return {false, 0, 0};
   Compute<T> b = clamp_logit(*cell_of<Compute<T>>(args.b, row.batch, row.head_kv, key));
-  return judge_pair(args, row.a, b, row.threshold, row.position, row.key_begin, key);
+  return judge_pair(args, row.a, b, row.threshold, row.position, row.sinks_end, key);
 }
 
 template <typename T>

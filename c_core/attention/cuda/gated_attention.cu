@@ -13,11 +13,11 @@ namespace {
 
 constexpr unsigned BLOCK_THREADS = BLOCK_WARPS * WARP;
 
-/* The values of key_range are on the device: everything else is checked here. */
+/* The values of key_range and of the offsets are on the device: everything else is checked here. */
 sl_status validate(const sl_gated_attention_args *args, sl_attention_tensors tensors) {
   if (!args) return sl_gated_attention_validate(args, tensors);
   sl_gated_attention_args visible = *args;
-  visible.key_range = nullptr;
+  visible.key_range = visible.q_offset = visible.text_begin = nullptr;
   return sl_gated_attention_validate(&visible, tensors);
 }
 

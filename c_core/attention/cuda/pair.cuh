@@ -51,6 +51,22 @@ __device__ inline KeyRange key_range_of(const sl_gated_attention_args &args, int
   return {begin, end};
 }
 
+/* The place of query 0 among the keys, clamped. */
+__device__ inline int64_t q_offset_of(const sl_gated_attention_args &args, int64_t batch) {
+  int64_t last = args.n_k - args.n_q; /* below 0 with more queries than keys, for which no offset is right */
+  if (!args.q_offset || last <= 0) return last;
+  int64_t offset = args.q_offset[batch];
+  return offset < 0 ? 0 : offset > last ? last : offset;
+}
+
+/* The key up to which keys are sinks, for a range that begins at key_begin. */
+__device__ inline int64_t end_of_sinks(const sl_gated_attention_args &args, int64_t batch, int64_t key_begin) {
+  const int64_t least = -(int64_t{1} << 31);
+  int64_t begin = args.text_begin ? args.text_begin[batch] : key_begin;
+  begin = begin < least ? least : begin > key_begin ? key_begin : begin;
+  return begin + (args.sinks < args.n_k - begin ? args.sinks : args.n_k - begin);
+}
+
 template <typename N>
 __device__ N threshold_of(const sl_gated_attention_args &args, int64_t batch, int64_t head) {
   if (!args.logit_tau) return -static_cast<N>(INFINITY);
@@ -64,13 +80,13 @@ struct Pair {
   N slope; /* dg_ij / dz_ij; 0 for near pairs */
 };
 
-/* a and b are clamped already. The caller has made sure that the key is in its range, of which begin is the first. */
+/* a and b are clamped already, and the key is in its range. Keys below sinks_end are sinks. */
 template <typename N>
 __device__ Pair<N> judge_pair(const sl_gated_attention_args &args, N a, N b, N threshold, int64_t position,
-                              int64_t begin, int64_t key) {
+                              int64_t sinks_end, int64_t key) {
   int64_t distance = position < key ? key - position : position - key;
   if (args.causal && key > position) return {false, 0, 0};
-  if (distance < args.window || key - begin < args.sinks) return {true, 1, 0};
+  if (distance < args.window || key < sinks_end) return {true, 1, 0};
   N z = a + b;
   if (z < threshold && !(args.causal && distance == 0)) return {false, 0, 0};
   N e = exp(-z); /* at most e^80: finite in float32, and so is its product with the gate */

@@ -176,9 +176,8 @@ class _Controller:
         """Mean gate of all attention calls since the last forward; adds what they kept to the sums."""
         means = []
         for gate in self.gates:
-            for a, b, tau, *options in gate.record or ():
-                options = dict(zip(("causal", "window", "sinks", "key_range"), options, strict=True))
-                mean, *counts = sample_gate(a, b, tau=tau, **options)
+            for a, b, tau, near in gate.record or ():
+                mean, *counts = sample_gate(a, b, tau=tau, **near)
                 means.append(mean)
                 self._add(torch.stack(counts).double())
             if gate.record:

@@ -17,13 +17,16 @@ import math
 import torch
 
 from torch_sluice.attention.sampling import sample_rows
+from torch_sluice.places import end_of_sinks, query_places
 from torch_sluice.selection import GATE_LOGIT_LIMIT
 
 _MAX_EXPONENT = 80.0
 _CHUNK_ELEMENTS = 1 << 20  # of a [batch, heads, rows, keys] temporary
 
 
-def add_counterfactual_gradient(out, lse, q, k, v, a, b, *, tau, rows, causal, window, sinks, scale, key_range=None):
+def add_counterfactual_gradient(
+    out, lse, q, k, v, a, b, *, tau, rows, causal, window, sinks, scale, key_range=None, q_offset=None, text_begin=None
+):
     """``out`` unchanged; its backward adds the gradient described above to ``a`` and ``b``.
 
     Args:
@@ -34,24 +37,27 @@ def add_counterfactual_gradient(out, lse, q, k, v, a, b, *, tau, rows, causal, w
     """
     chosen = sample_rows(a.shape[-1], rows, a.device)
     options = (tau, causal, window, sinks, scale)
-    return _Counterfactual.apply(out, lse, q.detach(), k.detach(), v.detach(), a, b, key_range, chosen, options)
+    near = (key_range, q_offset, text_begin, chosen)
+    return _Counterfactual.apply(out, lse, q.detach(), k.detach(), v.detach(), a, b, *near, options)
 
 
 class _Counterfactual(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, out, lse, q, k, v, a, b, key_range, chosen, options):
-        ctx.save_for_backward(out, lse, q, k, v, a, b, key_range, chosen)
+    def forward(ctx, out, lse, q, k, v, a, b, key_range, q_offset, text_begin, chosen, options):
+        ctx.save_for_backward(out, lse, q, k, v, a, b, key_range, q_offset, text_begin, chosen)
         ctx.options = options
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx, dout):
         da, db = _gate_gradients(dout, *ctx.saved_tensors, *ctx.options)
-        return dout, None, None, None, None, da, db, None, None, None
+        return dout, None, None, None, None, da, db, *(None,) * 5
 
 
 @torch.no_grad()
-def _gate_gradients(dout, out, lse, q, k, v, a, b, key_range, chosen, tau, causal, window, sinks, scale):
+def _gate_gradients(
+    dout, out, lse, q, k, v, a, b, key_range, q_offset, text_begin, chosen, tau, causal, window, sinks, scale
+):
     batch, heads, n_q, _ = q.shape
     n_k = k.shape[2]
     da, db = torch.zeros_like(a), torch.zeros_like(b)
@@ -59,11 +65,13 @@ def _gate_gradients(dout, out, lse, q, k, v, a, b, key_range, chosen, tau, causa
         return da, db
     dtype = a.dtype
     k_t, v_t = k.to(dtype).transpose(2, 3), v.to(dtype).transpose(2, 3)
+    places = query_places(n_q, n_k, q_offset, a.device)
+    sinks_end = end_of_sinks(sinks, key_range, text_begin)
     chunk = max(1, _CHUNK_ELEMENTS // (batch * heads * n_k))
     for rows in chosen.split(chunk):
         dz = _row_gradients(
             *(x.index_select(2, rows).to(dtype) for x in (dout, out, lse, q)),
-            k_t, v_t, a.index_select(2, rows), b, key_range, rows + (n_k - n_q), tau, causal, window, sinks, scale,
+            k_t, v_t, a.index_select(2, rows), b, key_range, places[:, rows], tau, causal, window, sinks_end, scale,
         )  # fmt: skip
         da.index_add_(2, rows, dz.sum(-1).reshape(batch, heads, -1))
         db += dz.sum(2)
@@ -73,7 +81,7 @@ def _gate_gradients(dout, out, lse, q, k, v, a, b, key_range, chosen, tau, causa
     return da, db
 
 
-def _row_gradients(dout, out, lse, q, k_t, v_t, a, b, key_range, positions, tau, causal, window, sinks, scale):
+def _row_gradients(dout, out, lse, q, k_t, v_t, a, b, key_range, places, tau, causal, window, sinks_end, scale):
     """dz of a few rows: [B, Hkv, G * rows, Nk], the G query heads of a key head side by side."""
     batch, heads, count, _ = q.shape
     heads_kv, n_k = b.shape[1:]
@@ -85,19 +93,17 @@ def _row_gradients(dout, out, lse, q, k_t, v_t, a, b, key_range, positions, tau,
     ).unsqueeze(2)
 
     keys = torch.arange(n_k, device=q.device)
-    distance = positions.unsqueeze(1) - keys
+    distance = places.unsqueeze(-1) - keys
     valid = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
     fixed = distance.abs() < window
     # The pair of a query with itself is always kept under a causal mask: nothing to learn about it.
     fixed = fixed | (distance == 0) if causal else fixed
-    repeat = (1, grouped[2] // count, 1)
-    valid, fixed = (x.unsqueeze(0).expand(repeat[1], -1, -1).reshape(grouped[2], n_k) for x in (valid, fixed))
-    if key_range is None:
-        fixed = fixed | (keys < sinks)
-    else:
-        begin, end = (bound.unsqueeze(-1) for bound in key_range.view(-1, 1, 1, 2).unbind(-1))
+    fixed = fixed | (keys < (sinks_end if isinstance(sinks_end, int) else sinks_end.unsqueeze(-1)))
+    if key_range is not None:
+        begin, end = key_range.view(-1, 1, 1, 2).unbind(-1)
         valid = valid & (keys >= begin) & (keys < end)
-        fixed = fixed | (keys - begin < sinks)
+    # [B or 1, 1, G * rows, Nk]: the same for every head.
+    valid, fixed = (x.repeat(1, grouped[2] // count, 1).unsqueeze(1) for x in (valid, fixed))
     threshold = math.log(tau) - math.log1p(-tau) if tau > 0 else -math.inf
     kept = (fixed | ~(logits < threshold)) & valid
 

@@ -5,6 +5,7 @@ import math
 import torch
 
 from torch_sluice.attention.sampling import sample_rows
+from torch_sluice.places import end_of_sinks, query_places
 from torch_sluice.selection import GATE_LOGIT_LIMIT
 
 _SMALLEST = 4  # log2 of the smallest block of keys that kept_pairs sorts
@@ -19,32 +20,30 @@ def _clamp(logits):
     return logits.clamp(-GATE_LOGIT_LIMIT, GATE_LOGIT_LIMIT)
 
 
-def _valid_range(n_q, n_k, causal, key_range, device):
-    """begin and end [B or 1, Nq] of the keys that each query may see."""
-    positions = torch.arange(n_q, device=device) + (n_k - n_q)
-    begin = torch.zeros(1, n_q, dtype=torch.long, device=device)
-    end = (positions + 1).clamp(0, n_k).unsqueeze(0) if causal else torch.full_like(begin, n_k)
+def _valid_range(places, n_k, causal, key_range):
+    """begin and end [B or 1, Nq] of the keys that each query may see. places: [B or 1, Nq], those of the queries."""
+    begin = torch.zeros_like(places)
+    end = (places + 1).clamp(0, n_k) if causal else torch.full_like(begin, n_k)
     if key_range is not None:
         begin = torch.maximum(begin, key_range[:, :1].clamp(0, n_k))
         end = torch.minimum(end, key_range[:, 1:].clamp(0, n_k))
     return begin, torch.maximum(begin, end)
 
 
-def _far_ranges(n_q, n_k, causal, window, sinks, key_range, device):
+def _far_ranges(places, n_k, causal, window, sinks_end, key_range):
     """The keys that a query may see and that the gate decides on, as at most two ranges of [B or 1, Nq] each.
 
     Under a causal mask the pair of a query with itself is kept whatever the gate says, so it is not among them.
     """
-    begin, end = _valid_range(n_q, n_k, causal, key_range, device)
-    positions = torch.arange(n_q, device=device) + (n_k - n_q)
-    begin_far = (begin + min(sinks, n_k)).clamp(max=n_k)
+    begin, end = _valid_range(places, n_k, causal, key_range)
+    begin_far = torch.maximum(begin, torch.as_tensor(sinks_end, device=places.device)).clamp(max=n_k)
     if causal:
-        before = torch.minimum(end, positions - (max(window, 1) - 1))
+        before = torch.minimum(end, places - (max(window, 1) - 1))
         return [(begin_far, torch.maximum(begin_far, before))]
     if window == 0:
         return [(begin_far, torch.maximum(begin_far, end))]
-    before = torch.minimum(end, positions - (window - 1))
-    after = torch.maximum(begin_far, (positions + window).clamp(max=n_k))
+    before = torch.minimum(end, places - (window - 1))
+    after = torch.maximum(begin_far, (places + window).clamp(max=n_k))
     return [(begin_far, torch.maximum(begin_far, before)), (after, torch.maximum(after, end))]
 
 
@@ -74,7 +73,9 @@ def _count_below(limits, bounds, ranks):
 
 
 @torch.no_grad()
-def kept_pairs(a, b, *, tau=0.5, logit_tau=None, causal=False, window=0, sinks=0, key_range=None):
+def kept_pairs(
+    a, b, *, tau=0.5, logit_tau=None, causal=False, window=0, sinks=0, key_range=None, q_offset=None, text_begin=None
+):
     """Counts, exactly, the pairs that ``gated_attention`` keeps, in O(n log^2 n) time and O(n) memory.
 
     Args:
@@ -82,7 +83,7 @@ def kept_pairs(a, b, *, tau=0.5, logit_tau=None, causal=False, window=0, sinks=0
         b: [B, Hkv, Nk] gate logits of the keys; Hq is a multiple of Hkv.
         tau: a number in [0, 1).
         logit_tau: [B, Hq], thresholds on a + b in place of tau, as the operator has them.
-        causal, window, sinks, key_range: as in ``torch_sluice.gated_attention``.
+        causal, window, sinks, key_range, q_offset, text_begin: as in ``torch_sluice.gated_attention``.
 
     Returns:
         (kept, possible): int64 [B, Hq] and [B]: kept pairs per head, and pairs that the causal mask and the key range
@@ -90,7 +91,8 @@ def kept_pairs(a, b, *, tau=0.5, logit_tau=None, causal=False, window=0, sinks=0
     """
     batch, heads, n_q = a.shape
     n_k = b.shape[-1]
-    begin, end = _valid_range(n_q, n_k, causal, key_range, a.device)
+    places, sinks_end = query_places(n_q, n_k, q_offset, a.device), end_of_sinks(sinks, key_range, text_begin)
+    begin, end = _valid_range(places, n_k, causal, key_range)
     possible = (end - begin).expand(batch, -1).sum(-1)
     kept = possible.unsqueeze(1).expand(batch, heads).clone()
     if not (batch and n_q and n_k):
@@ -103,10 +105,10 @@ def kept_pairs(a, b, *, tau=0.5, logit_tau=None, causal=False, window=0, sinks=0
     bounds = torch.nan_to_num(limit - _clamp(a), nan=-math.inf, neginf=-math.inf)
     bounds = torch.searchsorted(ordered, bounds.contiguous())
     keys = torch.arange(n_k, device=b.device)
-    first = 0 if key_range is None else key_range[:, :1]
-    decided = (keys - first >= sinks).view(-1, 1, n_k)
+    first = sinks_end if key_range is None else torch.maximum(key_range[:, :1], torch.as_tensor(sinks_end))
+    decided = (keys >= first).view(-1, 1, n_k)
     ranks = torch.where(decided, ranks, -1)  # below every bound
-    for number, (first, last) in enumerate(_far_ranges(n_q, n_k, causal, window, sinks, key_range, a.device)):
+    for number, (first, last) in enumerate(_far_ranges(places, n_k, causal, window, sinks_end, key_range)):
         far_kept = _count_below(last, bounds, ranks)
         if number:  # the first range begins at the first key that the gate decides on
             far_kept = far_kept - _count_below(first, bounds, ranks)
@@ -114,7 +116,7 @@ def kept_pairs(a, b, *, tau=0.5, logit_tau=None, causal=False, window=0, sinks=0
     return kept, possible
 
 
-def sample_gate(a, b, *, tau=0.5, causal=False, window=0, sinks=0, key_range=None):
+def sample_gate(a, b, *, tau=0.5, causal=False, window=0, sinks=0, key_range=None, q_offset=None, text_begin=None):
     """Mean gate and number of kept pairs, from a sample of the query rows.
 
     Exact while B * Hq * Nq * Nk is at most 2^19; beyond, over a stratified random sample of query rows that has about
@@ -134,12 +136,13 @@ def sample_gate(a, b, *, tau=0.5, causal=False, window=0, sinks=0, key_range=Non
         return a.sum() + b.sum(), *a.new_zeros(3)
     rows = sample_rows(n_q, min(1.0, max(1, _ROW_ELEMENTS // (batch * heads * n_k)) / n_q), a.device)
     keys = torch.arange(n_k, device=a.device)
+    places, sinks_end = query_places(n_q, n_k, q_offset, a.device), end_of_sinks(sinks, key_range, text_begin)
     far = torch.zeros(1, len(rows), n_k, dtype=torch.bool, device=a.device)
     far_total = 0
-    for first, last in _far_ranges(n_q, n_k, causal, window, sinks, key_range, a.device):
+    for first, last in _far_ranges(places, n_k, causal, window, sinks_end, key_range):
         far = far | ((keys >= first[:, rows].unsqueeze(-1)) & (keys < last[:, rows].unsqueeze(-1)))
         far_total = far_total + (last - first).expand(batch, -1).sum() * heads
-    begin, end = _valid_range(n_q, n_k, causal, key_range, a.device)
+    begin, end = _valid_range(places, n_k, causal, key_range)
     possible = (end - begin).expand(batch, -1).sum() * heads
 
     z = _clamp(a.index_select(2, rows)).reshape(batch, heads_kv, heads // heads_kv, -1, 1) + _clamp(b).reshape(

@@ -1,7 +1,7 @@
 """Attention through a gate: the one call that an attention layer makes, whatever phase its gate is in."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,13 +19,13 @@ class GateRecord(NamedTuple):
     a: torch.Tensor
     b: torch.Tensor
     tau: float
-    causal: bool
-    window: int
-    sinks: int
-    key_range: torch.Tensor | None
+    near: dict[str, Any]  # causal, window, sinks, key_range, q_offset, text_begin
 
 
-def attend(gate, x, q, k, v, *, causal=False, window=0, sinks=0, scale=None, key_range=None, key_x=None, logits=None):
+def attend(
+    gate, x, q, k, v, *, causal=False, window=0, sinks=0, scale=None, key_range=None, q_offset=None, text_begin=None,
+    key_x=None, logits=None,
+):  # fmt: skip
     """Attention of q over k and v, restricted to the pairs that ``gate`` keeps.
 
     This is ``torch_sluice.gated_attention(q, k, v, a, b, mode="select", tau=gate.tau, ...)`` with (a, b) = gate(x),
@@ -42,8 +42,8 @@ def attend(gate, x, q, k, v, *, causal=False, window=0, sinks=0, scale=None, key
         gate: a ``Gate`` with Hq query heads and Hkv key heads.
         x: [B, Nq, dim], the input of the attention layer.
         q: [B, Hq, Nq, D]  k: [B, Hkv, Nk, D]  v: [B, Hkv, Nk, Dv], float32, bfloat16 or float16 (float64: slowly).
-        causal, window, sinks, scale, key_range: as in ``torch_sluice.gated_attention``. Pairs within the window and
-            the sinks are kept and not gated.
+        causal, window, sinks, scale, key_range, q_offset, text_begin: as in ``torch_sluice.gated_attention``. Pairs
+            within the window and the sinks are kept and not gated.
         key_x: [B, Nk, dim], what the keys were made of, if not x (cross attention).
         logits: (a [B, Hq, Nq], b [B, Hkv, Nk]) to use instead of gate(x), for callers that keep b of past keys beside
             their key-value cache; x is then not looked at and may be None.
@@ -59,17 +59,19 @@ def attend(gate, x, q, k, v, *, causal=False, window=0, sinks=0, scale=None, key
     phase = gate.phase if teaching else "hard"
     if phase not in PHASES:
         raise ValueError(f"gate.phase is {phase!r}, expected one of {PHASES}")
+    near = dict(
+        causal=causal, window=window, sinks=sinks, key_range=key_range, q_offset=q_offset, text_begin=text_begin
+    )
     if gate.record is not None and teaching:
-        gate.record.append(GateRecord(a, b, gate.tau, causal, window, sinks, key_range))
+        gate.record.append(GateRecord(a, b, gate.tau, near))
     if listeners and not torch.compiler.is_compiling():
         for listener in tuple(listeners):
-            listener(gate, GateRecord(a, b, gate.tau, causal, window, sinks, key_range))
+            listener(gate, GateRecord(a, b, gate.tau, near))
     if phase == "noise" and gate.noise > 0:
         a = a + gate.noise * torch.randn_like(a)
         b = b + gate.noise * torch.randn_like(b)
-    options = dict(causal=causal, window=window, sinks=sinks, scale=scale, key_range=key_range)
     if phase == "hard" or gate.rows <= 0:
-        return gated_attention(q, k, v, a, b, tau=gate.tau, **options)
-    options["scale"] = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
-    out, lse = gated_attention(q, k, v, a, b, tau=gate.tau, return_lse=True, **options)
-    return add_counterfactual_gradient(out, lse, q, k, v, a, b, tau=gate.tau, rows=gate.rows, **options)
+        return gated_attention(q, k, v, a, b, tau=gate.tau, scale=scale, **near)
+    scale = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
+    out, lse = gated_attention(q, k, v, a, b, tau=gate.tau, scale=scale, return_lse=True, **near)
+    return add_counterfactual_gradient(out, lse, q, k, v, a, b, tau=gate.tau, rows=gate.rows, scale=scale, **near)

@@ -18,31 +18,37 @@ class PairCache:
     def __init__(self):
         self._known = {}
 
-    def count(self, q, k, a, b, logit_tau, key_range, causal, window, sinks, *, forward: bool) -> tuple[int, int]:
-        """(kept pairs, pairs that the causal mask and the key range allow)."""
+    def count(self, q, k, a, b, *choice, causal, window, sinks, forward: bool) -> tuple[int, int]:
+        """(kept pairs, pairs that the causal mask and the key range allow). choice: logit_tau, key_range, q_offset and
+        text_begin of the operator."""
         if a.device.type == "meta" or isinstance(a, torch._subclasses.FakeTensor):
             # Values are not known: count as if every pair were kept.
             n_q, n_k = q.shape[2], k.shape[2]
             pairs = q.shape[0] * q.shape[1] * (causal_pairs(n_q, n_k) if causal else n_q * n_k)
             return pairs, pairs
-        key = (a.data_ptr(), b.data_ptr(), a.shape, b.shape, causal, window, sinks)
+        places = tuple(None if x is None else x.data_ptr() for x in choice)
+        key = (a.data_ptr(), b.data_ptr(), a.shape, b.shape, causal, window, sinks, places)
         if forward or key not in self._known:
-            self._known[key] = count_kept_pairs(a, b, logit_tau, key_range, causal=causal, window=window, sinks=sinks)
+            self._known[key] = count_kept_pairs(a, b, *choice, causal=causal, window=window, sinks=sinks)
         return self._known[key]
 
 
-def _gated_attention(q, k, v, a, b, logit_tau, key_range, causal, window, sinks, scale, *, pairs) -> tuple[int, int]:
+def _gated_attention(
+    q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, causal, window, sinks, scale, *, pairs
+) -> tuple[int, int]:
     """QK^T and PV: 2 D + 2 Dv operations a pair."""
     each = 2 * (q.shape[3] + v.shape[3])
-    return _times(each, pairs.count(q, k, a, b, logit_tau, key_range, causal, window, sinks, forward=True))
+    near = dict(causal=causal, window=window, sinks=sinks)
+    return _times(each, pairs.count(q, k, a, b, logit_tau, key_range, q_offset, text_begin, **near, forward=True))
 
 
 def _gated_attention_backward(
-    dout, q, k, v, a, b, logit_tau, key_range, out, lse, causal, window, sinks, scale, *, pairs
+    dout, q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, out, lse, causal, window, sinks, scale, *, pairs
 ) -> tuple[int, int]:
     """QK^T again, dQ, dK: 6 D; dP and dV: 4 Dv operations a pair."""
     each = 6 * q.shape[3] + 4 * v.shape[3]
-    return _times(each, pairs.count(q, k, a, b, logit_tau, key_range, causal, window, sinks, forward=False))
+    near = dict(causal=causal, window=window, sinks=sinks)
+    return _times(each, pairs.count(q, k, a, b, logit_tau, key_range, q_offset, text_begin, **near, forward=False))
 
 
 def _times(each: int, pairs: tuple[int, int]) -> tuple[int, int]:

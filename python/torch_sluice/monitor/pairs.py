@@ -4,6 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_sluice.attention.density import kept_pairs
+from torch_sluice.places import end_of_sinks, query_places
 from torch_sluice.selection import GATE_LOGIT_LIMIT
 
 _FORWARD = torch.ops.sluice.gated_attention.default
@@ -12,7 +13,9 @@ _BY_SORTING = 1 << 19  # pairs of a head from which on sorting is quicker than l
 
 
 @torch.no_grad()
-def count_kept_pairs(a, b, logit_tau=None, key_range=None, *, causal=False, window=0, sinks=0) -> tuple[int, int]:
+def count_kept_pairs(
+    a, b, logit_tau=None, key_range=None, q_offset=None, text_begin=None, *, causal=False, window=0, sinks=0
+) -> tuple[int, int]:
     """How many (query, key) pairs the operator computes and how many there are, over batch and query heads.
 
     Exact: the rule K_i of ops/sluice/gated_attention.h, row by row; long sequences are counted by sorting, where a pair
@@ -23,6 +26,7 @@ def count_kept_pairs(a, b, logit_tau=None, key_range=None, *, causal=False, wind
         b: [B, Hkv, Nk] gate logits of the keys.
         logit_tau: [B, Hq] or None (every pair is kept).
         key_range: [B, 2] int64 or None.
+        q_offset, text_begin: [B] int64 or None.
         causal, window, sinks: as in :func:`torch_sluice.gated_attention`.
 
     Returns:
@@ -30,20 +34,23 @@ def count_kept_pairs(a, b, logit_tau=None, key_range=None, *, causal=False, wind
     """
     n_q, n_k = a.shape[-1], b.shape[-1]
     if logit_tau is not None and n_q * n_k > _BY_SORTING:
-        near = dict(causal=causal, window=window, sinks=sinks, key_range=key_range)
+        near = dict(causal=causal, window=window, sinks=sinks)
+        near |= dict(key_range=key_range, q_offset=q_offset, text_begin=text_begin)
         kept, possible = kept_pairs(a, b, logit_tau=logit_tau, **near)
         return int(kept.sum()), int(possible.sum()) * a.shape[1]
     keys = torch.arange(n_k, device=a.device)
     b = b.clamp(-GATE_LOGIT_LIMIT, GATE_LOGIT_LIMIT).repeat_interleave(a.shape[1] // max(b.shape[1], 1), 1)
     valid_keys = torch.ones(a.shape[0], 1, 1, n_k, dtype=torch.bool, device=a.device)
-    sink_keys = keys < sinks
+    sinks_end = end_of_sinks(sinks, key_range, text_begin)
+    sink_keys = keys < (sinks_end if isinstance(sinks_end, int) else sinks_end.view(-1, 1, 1, 1))
     if key_range is not None:
-        begin, end = (bound.unsqueeze(-1) for bound in key_range.view(-1, 1, 1, 2).unbind(-1))
-        valid_keys, sink_keys = (keys >= begin) & (keys < end), keys - begin < sinks
+        begin, end = key_range.view(-1, 1, 1, 1, 2).unbind(-1)
+        valid_keys = (keys >= begin) & (keys < end)
+    places = query_places(n_q, n_k, q_offset, a.device)[:, None, :, None]
     kept = total = 0
     for start in range(0, n_q, _ROWS):
         rows = a[..., start : start + _ROWS].clamp(-GATE_LOGIT_LIMIT, GATE_LOGIT_LIMIT)
-        position = torch.arange(start, start + rows.shape[-1], device=a.device).unsqueeze(-1) + (n_k - n_q)
+        position = places[:, :, start : start + _ROWS]
         valid = valid_keys & (keys <= position) if causal else valid_keys.expand(-1, 1, rows.shape[-1], -1)
         total += int(valid.sum()) * a.shape[1]
         if logit_tau is None:
@@ -80,8 +87,8 @@ class KeptPairCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is _FORWARD:
-            a, b, logit_tau, key_range, causal, window, sinks = args[3:10]
-            kept, total = count_kept_pairs(a, b, logit_tau, key_range, causal=causal, window=window, sinks=sinks)
+            *tensors, causal, window, sinks = args[3:12]
+            kept, total = count_kept_pairs(*tensors, causal=causal, window=window, sinks=sinks)
             self.kept += kept
             self.total += total
         return func(*args, **(kwargs or {}))

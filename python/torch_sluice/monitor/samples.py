@@ -113,10 +113,8 @@ def _density_of(calls) -> float:
     # Random rows, but not at the cost of the model's random numbers: those must come as without a monitor.
     with torch.random.fork_rng(devices=[]):
         for call in calls:
-            _, call_kept, _, call_possible = sample_gate(
-                call.a.cpu(), call.b.cpu(), tau=call.tau, causal=call.causal, window=call.window, sinks=call.sinks,
-                key_range=None if call.key_range is None else call.key_range.cpu(),
-            )  # fmt: skip
+            near = {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in call.near.items()}
+            _, call_kept, _, call_possible = sample_gate(call.a.cpu(), call.b.cpu(), tau=call.tau, **near)
             kept += float(call_kept)
             possible += float(call_possible)
     return kept / possible if possible else 1.0
