@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 from support.gated_llama import draw, make
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from torch_sluice import gate_parameters, gated_attention, swap_attention
+from torch_sluice import gate_parameters, gated_attention, restore, swap_attention
 from torch_sluice.attention import kept_pairs
 from torch_sluice.selection import select_logit_tau
 
@@ -93,9 +93,61 @@ def test_a_cache_that_slides_takes_its_sinks_along(tokens, padding, options):
     assert torch.equal(found, model.generate(ids, **shared, **options, use_cache=False))
 
 
+def compiled(model):
+    """The model, of which every forward is compiled, those of the prompt too; and the list of its graphs."""
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    model.forward = torch.compile(model.forward, backend=count)
+    return model, graphs
+
+
+def batch(padding, tokens=9):
+    texts = [draw(tokens=tokens), draw(tokens=tokens - padding, seed=1)]
+    ids = torch.cat([torch.nn.functional.pad(text, (tokens - text.shape[1], 0)) for text in texts])
+    return dict(input_ids=ids, attention_mask=(ids > 0).long())
+
+
 @torch.no_grad()
-def test_a_compiled_model_with_a_static_cache_refuses():
-    model = make()
-    model.forward = torch.compile(model.forward, backend="aot_eager")
-    with pytest.raises(RuntimeError, match=r"gated layer with a static cache works without torch\.compile"):
-        model.generate(draw(), max_new_tokens=3, do_sample=False, pad_token_id=0, cache_implementation="static")
+@pytest.mark.filterwarnings("ignore:this attention mask is not the causal")
+@pytest.mark.parametrize(
+    ("make", "tokens", "padding", "beams"), [(make, 9, 4, 1), (make, 9, 4, 2), (sliding, 6, 4, 1), (sliding, 9, 2, 2)]
+)
+def test_a_compiled_model_with_a_static_cache_answers_as_it_does_without(make, tokens, padding, beams):
+    """A cache longer than the text, and one that slides on, or is full from the first."""
+    torch.compiler.reset()
+    shared = dict(max_new_tokens=6, num_beams=beams, do_sample=False, pad_token_id=0, eos_token_id=None)
+    expected = make().generate(**batch(padding, tokens), **shared, use_cache=False)
+    model, graphs = compiled(make())
+    assert torch.equal(model.generate(**batch(padding, tokens), **shared, cache_implementation="static"), expected)
+    assert graphs
+
+
+@torch.no_grad()
+def test_decoding_compiles_once():
+    torch.compiler.reset()
+    model, graphs = compiled(make())
+    options = dict(do_sample=False, pad_token_id=0, eos_token_id=None, cache_implementation="static")
+    model.generate(**batch(4), max_new_tokens=3, **options)
+    before = len(graphs)
+    model.generate(**batch(4), max_new_tokens=3, **options)
+    model.generate(**batch(2), max_new_tokens=3, **options)
+    assert len(graphs) == before
+
+
+@torch.no_grad()
+def test_a_compiled_window_is_that_of_the_layer():
+    """Without gates; and what is no window of the layer's is refused."""
+    torch.compiler.reset()
+    model, ids = restore(sliding()), batch(4, tokens=20)
+    expected = model(**ids).logits
+    swapped, graphs = compiled(swap_attention(model))
+    torch.testing.assert_close(swapped(**ids).logits[ids["attention_mask"] > 0], expected[ids["attention_mask"] > 0])
+    assert graphs
+    hole = ids["attention_mask"].clone()
+    hole[:, 12] = 0
+    with pytest.raises(RuntimeError, match="attention mask: expected the causal or full mask or the layer's sliding"):
+        swapped(ids["input_ids"], attention_mask=hole)

@@ -384,7 +384,7 @@ def test_compile(name, target_density):
         for mine, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(mine, other)
     if target_density and name == "llama":
-        with pytest.raises(RuntimeError, match="expected the causal or full mask with padding"):
+        with pytest.raises(RuntimeError, match="expected the causal or full mask or the layer.s sliding"):
             compiled(IDS, attention_mask=HOLE)
 
 
@@ -435,13 +435,16 @@ def test_mask_reading():
     keys = torch.arange(6)
     causal = (keys <= keys[:, None]).expand(2, 1, 6, 6)
     padding = (keys >= torch.tensor([2, 0])[:, None])[:, None, None]
-    assert read_mask(causal, 2, 6, 6, True)[:3] == (True, None, 6)
+    assert read_mask(causal, 2, 6, 6, True)[:3] == (True, None, None)
     assert read_mask(causal & padding, 2, 6, 6, True).key_range.tolist() == [[2, 6], [0, 6]]
     assert read_mask(padding, 2, 6, 6, False).key_range.tolist() == [[2, 6], [0, 6]]
     assert not read_mask(padding, 2, 6, 6, True).causal  # the mask says so, whatever the layer is
-    assert read_mask(causal[:, :, -1:], 2, 1, 6, True)[:3] == (True, None, 6)
-    assert read_mask(causal[:, :, :3], 2, 3, 6, True)[:3] == (True, None, 3)  # a cache longer than the sequence
-    assert read_mask(causal[:, :, 2:3], 2, 1, 6, True)[:3] == (True, None, 3)
+    assert read_mask(causal[:, :, -1:], 2, 1, 6, True)[:3] == (True, None, None)
+    for rows, first in ((slice(0, 3), 0), (slice(2, 3), 2), (slice(1, 5), 1)):  # a cache longer than the text
+        pattern = read_mask((causal & padding)[:, :, rows], 2, rows.stop - rows.start, 6, True)
+        assert pattern.q_offset.tolist() == [first, first]
+        assert pattern.key_range[1].tolist() == [0, rows.stop]
+    assert read_mask(causal[:, :, :3], 2, 3, 6, True).q_offset.tolist() == [0, 0]
     assert read_mask(causal.tril(-1), 2, 6, 6, True) is None
     mask = causal & padding
     assert read_mask(mask, 2, 6, 6, True) is not None

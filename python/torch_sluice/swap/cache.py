@@ -64,26 +64,29 @@ class GatedCache:
         )
         self.layer = self._cache.layers[layer_idx] if len(getattr(self._cache, "layers", ())) > layer_idx else None
         # Others drop nothing, and on an accelerator asking for a length would wait for it.
-        if getattr(self.layer, "is_sliding", False) and not torch.compiler.is_compiling():
-            self.dropped = max(0, int(self.layer.get_seq_length()) - keys.shape[-2])
+        if getattr(self.layer, "is_sliding", False):
+            self.dropped = max(0, self.layer.get_seq_length() - keys.shape[-2])
         values, channels = values.split((value_states.shape[-1], channels.shape[-1]), dim=-1)
         self.b = _unpack(channels, self.b.dtype, heads)
         return keys, values
 
-    def begin_of_text(self, seen: Tensor | None) -> Tensor | int:
-        """Where the text of each batch element begins, counted in the keys that the cache holds: below 0 if its first
-        are gone. ``seen`` [B] is the first of these keys that is no padding; None: 0.
+    def text_begin(self, batch: int, key_range: Tensor | None) -> Tensor | None:
+        """[batch], where each text begins among the keys that the cache gave, below 0 if its first are gone; None: with
+        the first valid key, the begin of key_range [B, 2].
 
         How much padding there was is known while some of it is held, and kept with the cache's layer from then on.
         """
-        if self.layer is None:
-            return -self.dropped
-        padding = 0 if seen is None else seen + self.dropped
-        if self.dropped:
-            known = getattr(self.layer, "sluice_padding", 0)
-            padding = known if seen is None else torch.where(seen > 0, padding, known)
-        self.layer.sluice_padding = padding
-        return padding - self.dropped
+        begin = None if key_range is None else key_range[:, 0]
+        if not self.dropped:
+            if getattr(self.layer, "is_sliding", False):
+                self.layer.sluice_padding = begin
+            return None
+        padding = getattr(self.layer, "sluice_padding", None)
+        padding = torch.zeros(batch, dtype=torch.long, device=self.b.device) if padding is None else padding
+        if begin is not None:
+            padding = torch.where(begin > 0, begin + self.dropped, padding)
+            self.layer.sluice_padding = padding
+        return (padding - self.dropped).expand(batch)
 
     def __getattr__(self, name):
         return getattr(self._cache if hasattr(self._cache, name) else self._whole, name)

@@ -6,13 +6,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from torch_sluice.attention import attend
 from torch_sluice.functional import gated_attention
 from torch_sluice.swap.cache import GatedCache
 from torch_sluice.swap.dense import dense_gated_attention
-from torch_sluice.swap.masks import as_bool_mask, count_visible_keys, read_mask
+from torch_sluice.swap.masks import as_bool_mask, first_places, read_mask
 
 # Two logits of 20 make a gate of sigmoid(40), which is exactly 1 in float32.
 _OPEN_LOGIT = 20.0
@@ -65,39 +64,41 @@ def attend_open(
     causal: bool,
     scale: float | None,
     sinks: Tensor | None = None,
+    sliding_window: int | None = None,
 ) -> Tensor | None:
     """Plain attention by the operator, or None if it has no way to: the caller then does what it did before.
 
     A sliding window is a gate that is shut, of which only the near pairs are kept. ``sinks`` [Hq] are scores of a key
     without a value, one per head, that takes its share of every softmax, and all of it where no key is seen. They and
-    q, k get no gradient through that share.
+    q, k get no gradient through that share. ``sliding_window`` is what the layer says, for a compiler that cannot look
+    at the mask.
     """
     if not operator_takes(q, k, v):
         return None
     options = dict(causal=causal, scale=scale, key_range=None)
-    heads, kv_heads, n_k, uniform, values = q.shape[1], k.shape[1], k.shape[2], None, v
+    uniform = None
     gates = open_logits
     if mask is not None:
         if mask.dim() != 4 or mask.shape[0] not in (1, q.shape[0]):
             return None
-        pattern = read_mask(mask, q.shape[0], q.shape[2], n_k, causal)
+        pattern = read_mask(mask, q.shape[0], q.shape[2], k.shape[2], causal, sliding_window)
         if pattern is None:
             return None
         uniform = pattern.uniform
         if uniform is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             return None  # such rows pass a gradient on to q and k, through weights that are none of the operator's
-        options |= dict(causal=pattern.causal, key_range=pattern.key_range)
-        if pattern.n_k < n_k:
-            k, v = k[:, :, : pattern.n_k], v[:, :, : pattern.n_k]
+        options |= dict(causal=pattern.causal, key_range=pattern.key_range, q_offset=pattern.q_offset)
         if pattern.window:
             gates = _shut_logits
             options |= dict(window=pattern.window, tau=0.5)
-    out = gated_attention(q, k, v, gates(heads, q), gates(kv_heads, k), return_lse=sinks is not None, **options)
+    out = gated_attention(
+        q, k, v, gates(q.shape[1], q), gates(k.shape[1], k), return_lse=sinks is not None, **options
+    )  # fmt: skip
     if sinks is not None:
         out, lse = out
         out = out * torch.sigmoid(lse - sinks.to(lse.dtype).view(1, -1, 1)).unsqueeze(-1).to(out.dtype)
     elif uniform is not None:
-        out = _with_means(out, values, uniform)
+        out = _with_means(out, v, uniform)
     return out
 
 
@@ -120,6 +121,7 @@ def attend_gated(
     scale: float | None = None,
     dropout: float = 0.0,
     cache: GatedCache | None = None,
+    sliding_window: int | None = None,
 ) -> tuple[Tensor, Callable[[], Tensor]]:
     """Attention of a layer with a gate; logits (a [B, Hq, Nq], b [B, heads of the gate, Nk]).
 
@@ -130,42 +132,26 @@ def attend_gated(
     if b.shape[1] != k.shape[1]:
         b = b.repeat_interleave(k.shape[1] // b.shape[1], 1)
     near = dict(window=options.window, sinks=options.sinks, scale=scale)
-    key_range = None
+    pattern = None
     if mask is not None:
         if mask.dim() != 4:
             raise ValueError(
                 f"the attention mask of a gated layer has shape {list(mask.shape)}, expected [batch or 1, heads or 1, "
                 "queries or 1, keys]"
             )
-        pattern = read_mask(mask, q.shape[0], q.shape[2], k.shape[2], causal)
-        if pattern is None or pattern.window:
-            if cache is not None and pattern is not None and options.sinks:
-                begin = cache.begin_of_text(None if pattern.key_range is None else pattern.key_range[:, 0])
-                near["begin_of_text"] = torch.as_tensor(begin).expand(q.shape[0])
-            return _attend_densely(gate, a, b, q, k, v, mask, causal, near)
-        causal, key_range, n_k = pattern[:3]
-        if torch.compiler.is_compiling() and causal and q.shape[2] != n_k:
-            torch._assert_async(
-                (key_range[:, 1] == n_k).all(),
-                "attention mask: expected one that sees up to the last key; a gated layer with a static cache works "
-                "without torch.compile",
-            )
-        all_values = v
-        k, v, b = k[:, :, :n_k], v[:, :, :n_k], b[:, :, :n_k]
-    if cache is not None and options.sinks:
-        begin = cache.begin_of_text(None if key_range is None else key_range[:, 0])
-        if cache.dropped:
-            left = (torch.as_tensor(begin) + options.sinks).clamp(min=0) - torch.as_tensor(begin).clamp(min=0)
-            if (left != left.flatten()[0]).any():
-                near["begin_of_text"] = begin
-                return _attend_densely(gate, a, b, q, k, v, mask[..., : k.shape[2]], causal, near)
-            near["sinks"] = int(left.flatten()[0])
-    near |= dict(causal=causal, key_range=key_range)
+        pattern = read_mask(mask, q.shape[0], q.shape[2], k.shape[2], causal, sliding_window)
+        if pattern is not None:
+            causal = pattern.causal
+            near |= dict(key_range=pattern.key_range, q_offset=pattern.q_offset)
+    if cache is not None and options.sinks and not (mask is not None and pattern is None):
+        near["text_begin"] = cache.text_begin(q.shape[0], near.get("key_range"))
+    if mask is not None and (pattern is None or pattern.window):
+        return _attend_densely(gate, a, b, q, k, v, mask, causal, near)
+    near["causal"] = causal
     out = attend(gate, None, q, k, v, logits=(a, b), **near)
-    if mask is not None and pattern.uniform is not None:
-        out = _with_means(out, all_values, pattern.uniform)
-    unseen = logits[1].shape[-1] - b.shape[-1]
-    return out, lambda: pad(dense_gated_attention(q, k, v, a, b, tau=gate.tau, **near)[1], (0, unseen))
+    if pattern is not None and pattern.uniform is not None:
+        out = _with_means(out, v, pattern.uniform)
+    return out, lambda: dense_gated_attention(q, k, v, a, b, tau=gate.tau, **near)[1]
 
 
 def _check_gated(a: Tensor, b: Tensor, q: Tensor, k: Tensor, dropout: float) -> None:
@@ -194,10 +180,10 @@ def _attend_densely(gate, a, b, q, k, v, mask, causal, near) -> tuple[Tensor, Ca
         "computed densely, which is exact, slow, and teaches the gate nothing about the pairs it drops",
         stacklevel=3,
     )
-    allowed, all_keys = as_bool_mask(mask), k.shape[2]
-    if causal and allowed is not None and not torch.compiler.is_compiling():
-        # The last query is at the last key: what a cache holds behind it is not there yet.
-        n_k = max(count_visible_keys(allowed, k.shape[2]), q.shape[2])
-        k, v, b, mask = k[:, :, :n_k], v[:, :, :n_k], b[:, :, :n_k], mask[..., :n_k]
+    n_q, n_k = q.shape[2], k.shape[2]
+    if causal and n_q < n_k and "q_offset" not in near:
+        allowed = as_bool_mask(mask)
+        if allowed is not None:
+            near = near | dict(q_offset=first_places(allowed, n_q, n_k).expand(q.shape[0]))
     out, weights = dense_gated_attention(q, k, v, a, b, mask=mask, keep_self=causal, tau=gate.tau, **near)
-    return out, lambda: pad(weights, (0, all_keys - weights.shape[-1]))
+    return out, lambda: weights

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from torch_sluice.functional import _logit
+from torch_sluice.places import query_places
 from torch_sluice.selection import GATE_LOGIT_LIMIT
 
 
@@ -22,7 +23,8 @@ def dense_gated_attention(
     sinks: int = 0,
     scale: float | None = None,
     key_range: Tensor | None = None,
-    begin_of_text: Tensor | None = None,
+    q_offset: Tensor | None = None,
+    text_begin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``torch_sluice.gated_attention`` with a mask and with the weights, at the cost and memory of n_q * n_k pairs.
 
@@ -30,8 +32,7 @@ def dense_gated_attention(
         mask: broadcasts to [B, Hq, Nq, Nk]; bool, True where a pair may be looked at, or a float bias on the scores.
         keep_self: a query keeps the key at its own place whatever the gate says, as ``causal`` implies; for causal
             layers whose mask says the rest.
-        begin_of_text: [B], the key from which sinks count, below 0 if the first are not among these keys; None: what
-            the mask or key_range says.
+        text_begin: [B], the key from which sinks count; None: what the mask or key_range says.
         The others: as in :func:`torch_sluice.gated_attention`.
 
     Returns:
@@ -46,8 +47,8 @@ def dense_gated_attention(
     z = a.to(dtype).clamp(-limit, limit).unsqueeze(-1) + b.to(dtype).clamp(-limit, limit).unsqueeze(-2)
 
     keys = torch.arange(n_k, device=q.device)
-    distance = torch.arange(n_k - n_q, n_k, device=q.device).unsqueeze(-1) - keys
-    first = begin_of_text
+    distance = query_places(n_q, n_k, q_offset, q.device)[:, None, :, None] - keys
+    first = text_begin
     first = _first_keys(mask, key_range, n_q, n_k) if first is None else first.view(-1, 1, 1, 1)
     near = (distance.abs() < window) | (keys - first < sinks)
     kept = near | ~(z < _logit(tau))

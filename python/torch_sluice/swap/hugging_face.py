@@ -53,7 +53,8 @@ def sluice_attention(module, query, key, value, attention_mask=None, dropout=0.0
         if attention_mask is None and is_causal:
             k, v = _cut_to_queries(q, k, v)
         if not learns and not (attention_mask is None and is_causal and q.shape[2] > k.shape[2]):
-            out = attend_open(q, k, v, mask=attention_mask, causal=is_causal, scale=scaling, sinks=sinks)
+            given = dict(mask=attention_mask, causal=is_causal, scale=scaling)
+            out = attend_open(q, k, v, sinks=sinks, sliding_window=options.get("sliding_window"), **given)
 
     def compute_the_old_way():
         return original.function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
@@ -119,7 +120,7 @@ def _attend_gated(module, logits, original, qkv, mask, bias, given, options):
         mask = create_position_bias_mask(bias, mask, causal and q.shape[2] > 1, q, k)
     cache = b if isinstance(b, GatedCache) else None
     b = (b if cache is None else cache.b)[:, :, : k.shape[2]]
-    given = dict(mask=mask, cache=cache, **given)
+    given = dict(mask=mask, cache=cache, sliding_window=options.get("sliding_window"), **given)
     out, weights = attend_gated(module.sluice_gate, (a, b), module.sluice_options, q, k, v, **given)
     out = out.transpose(1, 2).contiguous()
     if not original.is_eager:
