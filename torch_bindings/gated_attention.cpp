@@ -25,7 +25,7 @@ void check_tensor(const char *name, const Tensor &tensor, const std::vector<int6
   same = same && tensor.scalar_type() == dtype;
   if (!same) {
     fail(std::string(name) + " is " + describe(tensor) + ", expected " + shape_names + " = " + shape_text(shape) +
-         " of the same dtype as its peers (q, k, v alike; a, b and logit_tau float32, or float64 with float64 inputs; "
+         " of the same dtype as its peers (q, k, v alike; a, b, logit_tau, lse and dlse float32, or float64 with float64 inputs; "
          "key_range, q_offset and text_begin int64)");
   }
   if (tensor.is_cpu() != like.is_cpu() || tensor.get_device_index() != like.get_device_index()) {
@@ -140,16 +140,19 @@ std::tuple<Tensor, Tensor> gated_attention(Tensor q, Tensor k, Tensor v, Tensor 
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_attention_backward(
-    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, OptionalTensor logit_tau, OptionalTensor key_range,
-    OptionalTensor q_offset, OptionalTensor text_begin, Tensor out, Tensor lse, bool causal, int64_t window,
-    int64_t sinks, double scale) {
+    Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, OptionalTensor logit_tau,
+    OptionalTensor key_range, OptionalTensor q_offset, OptionalTensor text_begin, Tensor out, Tensor lse, bool causal,
+    int64_t window, int64_t sinks, double scale) {
   Inputs in = check_inputs(q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, causal, window, sinks, scale);
   sl_gated_attention_args &args = in.args;
   args.executor = &in.executor;
   std::vector<int64_t> out_shape = {args.batch, args.heads_q, args.n_q, args.head_dim_v};
   check_tensor("dout", dout, out_shape, in.dtype, "[batch, heads_q, n_q, head_dim_v]", q);
   check_tensor("out", out, out_shape, in.dtype, "[batch, heads_q, n_q, head_dim_v]", q);
-  check_tensor("lse", lse, {args.batch, args.heads_q, args.n_q}, in.gate_dtype, "[batch, heads_q, n_q]", q);
+  for (const auto &[name, tensor] : {std::pair<const char *, OptionalTensor>{"lse", lse}, {"dlse", dlse}}) {
+    if (!tensor) continue;
+    check_tensor(name, *tensor, {args.batch, args.heads_q, args.n_q}, in.gate_dtype, "[batch, heads_q, n_q]", q);
+  }
   Tensor dout_rows = with_dense_rows(dout), out_rows = with_dense_rows(out);
   size_t bytes = 0;
   check_status(measure_backward_workspace(args, q, &bytes));
@@ -160,6 +163,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_attention_backward(
   Tensor db = empty({args.batch, args.heads_kv, args.n_k}, in.gate_dtype, q);
   Tensor workspace = empty({static_cast<int64_t>(bytes)}, ScalarType::Byte, q);
   args.dout = view4(dout_rows), args.out = view4(out_rows), args.lse = view3(lse);
+  if (dlse) args.dlse = view3(*dlse);
   args.dq = view4(dq), args.dk = view4(dk), args.dv = view4(dv), args.da = view3(da), args.db = view3(db);
   args.workspace = workspace.mutable_data_ptr(), args.workspace_size = bytes;
   check_status(run_backward(args, q));

@@ -13,8 +13,8 @@ std::tuple<Tensor, Tensor> gated_attention(Tensor q, Tensor k, Tensor v, Tensor 
                                            bool causal, int64_t window, int64_t sinks, double scale);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_attention_backward(
-    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, std::optional<Tensor> logit_tau,
-    std::optional<Tensor> key_range, std::optional<Tensor> q_offset, std::optional<Tensor> text_begin, Tensor out,
-    Tensor lse, bool causal, int64_t window, int64_t sinks, double scale);
+    Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b,
+    std::optional<Tensor> logit_tau, std::optional<Tensor> key_range, std::optional<Tensor> q_offset,
+    std::optional<Tensor> text_begin, Tensor out, Tensor lse, bool causal, int64_t window, int64_t sinks, double scale);
 
 }  // namespace sluice

@@ -64,6 +64,7 @@ void sl_gradient_queries_load(sl_gradient_queries *queries, const sl_attention_p
     queries->exp_minus_a[i] = expf(-queries->a[i]);
     queries->lse_log2[i] = log2_e * lse[i * args->lse.token_stride];
     queries->mean[i] = dot_out_and_dout(plan, &out, &dout, (int32_t)(begin + i));
+    if (args->dlse.data) queries->mean[i] -= *sl_attention_at3(&args->dlse, batch, head, begin + i);
     queries->da[i] = 0;
   }
   memset(queries->dq, 0, (size_t)(queries->count * plan->row_stride) * sizeof(float));

@@ -13,7 +13,7 @@ typedef struct sl_gradient_queries {
   bool self_apart;        /* see sl_query_rows */
   float *a, *exp_minus_a; /* a is clamped */
   float *lse_log2;        /* lse * log2(e) */
-  float *mean;            /* D_i = <dout_i, out_i> */
+  float *mean;            /* D_i = <dout_i, out_i> - dlse_i */
   float *da;              /* sums, */
   float *dq;              /* and rows of them, row_stride apart, before the factor scale */
 } sl_gradient_queries;

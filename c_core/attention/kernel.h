@@ -70,7 +70,7 @@ typedef struct sl_softmax_gradient_tile {
   float scale_log2e;
   const float *exp_minus_a, *exp_minus_b; /* as above; exp_minus_a NULL: no gate, da and db stay */
   const float *lse_log2;                  /* [rows] lse * log2(e); -inf: the row keeps nothing, all its results are 0 */
-  const float *mean;                      /* [rows] D_r = <dout_r, out_r> */
+  const float *mean;                      /* [rows] D_r = <dout_r, out_r> - dlse_r */
   float *da, *db; /* [rows] and [keys of this block], owned up to a whole panel: dz_rj is added to both */
 } sl_softmax_gradient_tile;
 

@@ -182,6 +182,9 @@ static void add_row_gradients(const query_row *row, double *dq, key_gradients su
   for (int64_t d = 0; d < Dv; ++d) {
     mean += load(args->dtype, args->dout.data, dout_offset + d) * load(args->dtype, args->out.data, out_offset + d);
   }
+  if (args->dlse.data) {
+    mean -= load(row->gate_dtype, args->dlse.data, offset3(&args->dlse, row->batch, row->head, row->query));
+  }
   for (int64_t d = 0; d < D; ++d) dq[d] = 0;
   for (int64_t key = 0; key < args->n_k; ++key) {
     if (!row->kept[key]) continue;

@@ -23,7 +23,7 @@
  * With logit_tau = -inf (tau = 0), window = 0 and sinks = 0 this is the seed's formula to the letter.
  * A row with an empty K_i gives out_i = 0 and lse_i = -inf, and zero gradients.
  *
- * GRADIENT, with P = softmax, D_i = <dout_i, out_i>, e_ij = <dout_i, v_j>:
+ * GRADIENT, with P = softmax, D_i = <dout_i, out_i> - dlse_i, e_ij = <dout_i, v_j>:
  *   dv_j = sum_i P_ij g_ij dout_i                 ds_ij = P_ij (g_ij e_ij - D_i)
  *   dq_i = scale sum_j ds_ij k_j                  dk_j  = scale sum_i ds_ij q_i
  *   dz_ij = P_ij e_ij g_ij (1 - g_ij)  for pairs that are not near, else 0
@@ -34,18 +34,18 @@
  *   sluice::gated_attention(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? logit_tau, Tensor? key_range,
  *                           Tensor? q_offset, Tensor? text_begin, bool causal, int window, int sinks, float scale)
  *                           -> (Tensor out, Tensor lse)
- *   sluice::gated_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? logit_tau,
- *                           Tensor? key_range, Tensor? q_offset, Tensor? text_begin, Tensor out, Tensor lse,
- *                           bool causal, int window, int sinks, float scale)
+ *   sluice::gated_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b,
+ *                           Tensor? logit_tau, Tensor? key_range, Tensor? q_offset, Tensor? text_begin, Tensor out,
+ *                           Tensor lse, bool causal, int window, int sinks, float scale)
  *                           -> (Tensor dq, Tensor dk, Tensor dv, Tensor da, Tensor db)
  *
  * SHAPES  q [B, Hq, Nq, D]  k [B, Hkv, Nk, D]  v [B, Hkv, Nk, Dv]  a [B, Hq, Nq]  b [B, Hkv, Nk]
  *         logit_tau [B, Hq] (absent: tau = 0)   key_range [B, 2] int64, begin and end (absent: all keys)
  *         q_offset, text_begin [B] int64 (absent: see PLACES)
- *         out [B, Hq, Nq, Dv]  lse [B, Hq, Nq].  Hq is a multiple of Hkv; query head h reads key head h / (Hq / Hkv).
+ *         out [B, Hq, Nq, Dv]  lse, dlse [B, Hq, Nq] (dlse absent: 0).  Hq is a multiple of Hkv; query head h reads key head h / (Hq / Hkv).
  *         1 <= D, Dv <= 256. B, Nq may be 0 (empty results); Nk may be 0 (all rows empty).
- * DTYPES  q, k, v, out, dout, dq, dk, dv: one of float32, bfloat16, float16, float64. a, b, logit_tau, lse, da, db:
- *         float32, with float64 inputs float64. Half-precision inputs are multiplied exactly and summed in float32.
+ * DTYPES  q, k, v, out, dout, dq, dk, dv: one of float32, bfloat16, float16, float64. a, b, logit_tau, lse, dlse,
+ *         da, db: float32, with float64 inputs float64. Half-precision inputs are multiplied exactly and summed in float32.
  * STRIDES any; only the last dimension of q, k, v, out and dout and their gradients must be contiguous (stride 1).
  * ERRORS  SL_INVALID_ARGUMENT, SL_OUT_OF_RANGE, SL_OUT_OF_MEMORY (workspace_size too small), SL_UNSUPPORTED (dtype).
  * DETERMINISM  the same inputs give the same bits, whatever the number of threads.
@@ -62,11 +62,10 @@
   "gated_attention(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? logit_tau, " \
   "Tensor? key_range, Tensor? q_offset, Tensor? text_begin, bool causal, int window, "    \
   "int sinks, float scale) -> (Tensor out, Tensor lse)"
-#define SL_GATED_ATTENTION_BACKWARD_SCHEMA                                                                        \
-  "gated_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, "                      \
-  "Tensor? logit_tau, Tensor? key_range, Tensor? q_offset, Tensor? text_begin, Tensor out, "                      \
-  "Tensor lse, bool causal, int window, int sinks, float scale) -> (Tensor dq, Tensor dk, Tensor dv, Tensor da, " \
-  "Tensor db)"
+#define SL_GATED_ATTENTION_BACKWARD_SCHEMA                                                                  \
+  "gated_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, "  \
+  "Tensor? logit_tau, Tensor? key_range, Tensor? q_offset, Tensor? text_begin, Tensor out, Tensor lse, "    \
+  "bool causal, int window, int sinks, float scale) -> (Tensor dq, Tensor dk, Tensor dv, Tensor da, Tensor db)"
 
 /* |a| and |b| are clamped to this, so that exp(-a) * exp(-b) stays finite in float32. */
 #define SL_GATE_LOGIT_LIMIT 40.0f
@@ -104,6 +103,7 @@ typedef struct sl_gated_attention_args {
 
   /* Backward only. */
   sl_tensor4 dout;       /* read */
+  sl_tensor3 dlse;       /* read; data NULL: 0 */
   sl_tensor4 dq, dk, dv; /* written */
   sl_tensor3 da, db;     /* written */
 

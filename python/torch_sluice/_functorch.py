@@ -62,12 +62,15 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         *tensors, ctx.causal, ctx.window, ctx.sinks, ctx.scale = inputs
-        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *output)
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        gradients = _Backward.apply(dout, *ctx.saved_tensors, ctx.causal, ctx.window, ctx.sinks, ctx.scale)
+        saved = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(saved[-2])
+        gradients = _Backward.apply(dout, dlse, *saved, ctx.causal, ctx.window, ctx.sinks, ctx.scale)
         return *gradients, *(None,) * 8
 
     @staticmethod

@@ -69,7 +69,7 @@ def _fake_forward(q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, cau
 
 @register_fake("gated_attention_backward")
 def _fake_backward(
-    dout, q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, out, lse, causal, window, sinks, scale
+    dout, dlse, q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, out, lse, causal, window, sinks, scale
 ):
     _check_inputs(q, k, v, a, b, logit_tau, key_range, q_offset, text_begin)
     return tuple(tensor.new_empty(tensor.shape) for tensor in (q, k, v, a, b))

@@ -127,7 +127,9 @@ def gated_attention(
             default the begin of key_range, or 0. It is at most that, and below it where the first keys of the text are
             gone: minus their number, without padding.
         return_lse: also return ``lse_i = log sum_{j in K_i} exp(scale * q_i . k_j)``, [B, Hq, Nq] in the dtype of the
-            gates, -inf for an empty row. Not differentiable.
+            gates, -inf for an empty row; of a gradient to it each kept pair takes its share of the softmax, the gates
+            none. With it parts of the keys can be put together, or a logit added that no value belongs to:
+            ``out * sigmoid(lse - s_aux)`` is attention with the sink logits ``s_aux`` [Hq, 1] of gpt-oss.
 
     Returns:
         out [B, Hq, Nq, Dv] in the dtype of q; with ``return_lse`` the tuple (out, lse).

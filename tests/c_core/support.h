@@ -213,6 +213,7 @@ struct AttentionShape {
   std::vector<int64_t> key_range;   // [batch, 2]; empty: all keys
   std::vector<int64_t> q_offset;    // [batch]; empty: the queries are the last tokens
   std::vector<int64_t> text_begin;  // [batch]; empty: the text begins with the first valid key
+  bool lse_gradient = false;        // whether there is a gradient to lse
   Layout layout = Layout::kDense;
 
   std::string text() const {
@@ -224,11 +225,12 @@ struct AttentionShape {
     for (int64_t bound : key_range) out << " range " << bound;
     for (int64_t offset : q_offset) out << " offset " << offset;
     for (int64_t begin : text_begin) out << " text from " << begin;
+    if (lse_gradient) out << " dlse";
     return out.str();
   }
 
-  // Now and then: queries anywhere among the keys, and texts whose first tokens are not among them. Takes a copy of the
-  // generator, so that what is drawn afterwards does not depend on it.
+  // Now and then: queries anywhere among the keys, texts whose first tokens are not among them, a gradient to lse. Takes
+  // a copy of the generator, so that what is drawn afterwards does not depend on it.
   void place_at_random(Random random) {
     if (n_q <= n_k && random.chance(0.4)) {
       for (int64_t i = 0; i < batch; ++i) q_offset.push_back(random.integer(0, n_k - n_q));
@@ -239,6 +241,7 @@ struct AttentionShape {
         text_begin.push_back(begin - random.pick<int64_t>({0, 1, random.integer(0, 80), int64_t{1} << 30}));
       }
     }
+    lse_gradient = random.chance(0.5);
   }
 };
 
@@ -261,7 +264,7 @@ class AttentionProblem {
     };
     q = inputs(Hq, shape.n_q, D), k = inputs(Hkv, shape.n_k, D), v = inputs(Hkv, shape.n_k, Dv);
     a = gates(Hq, shape.n_q), b = gates(Hkv, shape.n_k);
-    dout = inputs(Hq, shape.n_q, Dv);
+    dout = inputs(Hq, shape.n_q, Dv), dlse = gates(Hq, shape.n_q);
     if (shape.logit_tau) {
       logit_tau = Tensor(gate, {B, Hq, 1, 1});
       logit_tau.fill([&] { return *shape.logit_tau; });
@@ -300,6 +303,7 @@ class AttentionProblem {
     args.text_begin = shape_.text_begin.empty() ? nullptr : shape_.text_begin.data();
     args.causal = shape_.causal, args.window = shape_.window, args.sinks = shape_.sinks, args.scale = shape_.scale;
     args.out = out.view4(), args.lse = lse.view3();
+    if (shape_.lse_gradient) args.dlse = dlse.view3();
     args.dout = dout.view4(), args.dq = dq.view4(), args.dk = dk.view4(), args.dv = dv.view4();
     args.da = da.view3(), args.db = db.view3();
     args.executor = executor;
@@ -320,15 +324,15 @@ class AttentionProblem {
     if (!workspace_intact_) names += " workspace";
     const std::pair<const char *, const Tensor *> all[] = {
         {"q", &q},     {"k", &k},     {"v", &v},       {"a", &a},   {"b", &b},   {"logit_tau", &logit_tau},
-        {"out", &out}, {"lse", &lse}, {"dout", &dout}, {"dq", &dq}, {"dk", &dk}, {"dv", &dv},
-        {"da", &da},   {"db", &db}};
+        {"out", &out}, {"lse", &lse}, {"dout", &dout}, {"dlse", &dlse}, {"dq", &dq},
+        {"dk", &dk},   {"dv", &dv},   {"da", &da},     {"db", &db}};
     for (auto &[name, tensor] : all) {
       if (!tensor->intact()) names += std::string(" ") + name;
     }
     return names;
   }
 
-  Tensor q, k, v, a, b, logit_tau, out, lse, dout, dq, dk, dv, da, db;
+  Tensor q, k, v, a, b, logit_tau, out, lse, dout, dlse, dq, dk, dv, da, db;
 
  private:
   sl_status run(const sl_executor *executor, sl_status (*measure)(const sl_gated_attention_args *, size_t *),

@@ -34,6 +34,7 @@ __global__ void __launch_bounds__(BLOCK_WARPS *WARP)
     N mean = 0; /* D_i */
     for (int channel = lane; channel < width_v; channel += WARP) mean += dout[channel] * Number<T>::read(out[channel]);
     mean = sum_over_warp(mean);
+    if (args.dlse.data) mean -= *cell_of<N>(args.dlse, row.batch, row.head, row.query);
     if (lane == 0) row_means[index] = mean;
     N lse = *cell_of<N>(args.lse, row.batch, row.head, row.query);
 
