@@ -22,9 +22,20 @@ class GateRecord(NamedTuple):
     near: dict[str, Any]  # causal, window, sinks, key_range, q_offset, text_begin
 
 
+def add_sink_logits(out: torch.Tensor, lse: torch.Tensor, sink_logits: torch.Tensor) -> tuple:
+    """(out, lse) of a softmax over the kept scores and one more for each head, which has no value.
+
+    Args:
+        out: [B, Hq, Nq, Dv] and lse [B, Hq, Nq], of the kept scores alone.
+        sink_logits: [Hq].
+    """
+    sinks = sink_logits.to(lse.dtype).view(1, -1, 1)
+    return out * torch.sigmoid(lse - sinks).unsqueeze(-1).to(out.dtype), torch.logaddexp(lse, sinks.expand_as(lse))
+
+
 def attend(
     gate, x, q, k, v, *, causal=False, window=0, sinks=0, scale=None, key_range=None, q_offset=None, text_begin=None,
-    key_x=None, logits=None,
+    key_x=None, logits=None, sink_logits=None,
 ):  # fmt: skip
     """Attention of q over k and v, restricted to the pairs that ``gate`` keeps.
 
@@ -47,6 +58,8 @@ def attend(
         key_x: [B, Nk, dim], what the keys were made of, if not x (cross attention).
         logits: (a [B, Hq, Nq], b [B, Hkv, Nk]) to use instead of gate(x), for callers that keep b of past keys beside
             their key-value cache; x is then not looked at and may be None.
+        sink_logits: [Hq], a score of each head that takes its share of every softmax and has no value (the learned
+            sinks of gpt-oss; not to be taken for ``sinks``, which are keys).
 
     Returns:
         [B, Hq, Nq, Dv] in the dtype of q.
@@ -70,8 +83,13 @@ def attend(
     if phase == "noise" and gate.noise > 0:
         a = a + gate.noise * torch.randn_like(a)
         b = b + gate.noise * torch.randn_like(b)
-    if phase == "hard" or gate.rows <= 0:
+    if sink_logits is None and (phase == "hard" or gate.rows <= 0):
         return gated_attention(q, k, v, a, b, tau=gate.tau, scale=scale, **near)
     scale = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
     out, lse = gated_attention(q, k, v, a, b, tau=gate.tau, scale=scale, return_lse=True, **near)
+    if sink_logits is not None:
+        out, lse = add_sink_logits(out, lse, sink_logits)
+    if phase == "hard" or gate.rows <= 0:
+        return out
+    lse = lse.detach()
     return add_counterfactual_gradient(out, lse, q, k, v, a, b, tau=gate.tau, rows=gate.rows, scale=scale, **near)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torch_sluice.attention import attend
+from torch_sluice.attention.forward import add_sink_logits, attend
 from torch_sluice.functional import gated_attention
 from torch_sluice.swap.cache import GatedCache
 from torch_sluice.swap.dense import dense_gated_attention
@@ -69,8 +69,8 @@ def attend_open(
     """Plain attention by the operator, or None if it has no way to: the caller then does what it did before.
 
     A sliding window is a gate that is shut, of which only the near pairs are kept. ``sinks`` [Hq] are scores of a key
-    without a value, one per head, that takes its share of every softmax, and all of it where no key is seen. They and
-    q, k get no gradient through that share. ``sliding_window`` is what the layer says, for a compiler that cannot look
+    without a value, one per head, that takes its share of every softmax, and all of it where no key is seen.
+    ``sliding_window`` is what the layer says, for a compiler that cannot look
     at the mask.
     """
     if not operator_takes(q, k, v):
@@ -95,8 +95,7 @@ def attend_open(
         q, k, v, gates(q.shape[1], q), gates(k.shape[1], k), return_lse=sinks is not None, **options
     )  # fmt: skip
     if sinks is not None:
-        out, lse = out
-        out = out * torch.sigmoid(lse - sinks.to(lse.dtype).view(1, -1, 1)).unsqueeze(-1).to(out.dtype)
+        out, _ = add_sink_logits(*out, sinks)
     elif uniform is not None:
         out = _with_means(out, v, uniform)
     return out
@@ -122,8 +121,9 @@ def attend_gated(
     dropout: float = 0.0,
     cache: GatedCache | None = None,
     sliding_window: int | None = None,
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Callable[[], Tensor]]:
-    """Attention of a layer with a gate; logits (a [B, Hq, Nq], b [B, heads of the gate, Nk]).
+    """Attention of a layer with a gate; logits (a [B, Hq, Nq], b [B, heads of the gate, Nk]), sink_logits [Hq].
 
     Returns (out [B, Hq, Nq, Dv], what computes the weights softmax * gate [B, Hq, Nq, Nk]).
     """
@@ -131,7 +131,7 @@ def attend_gated(
     _check_gated(a, b, q, k, dropout)
     if b.shape[1] != k.shape[1]:
         b = b.repeat_interleave(k.shape[1] // b.shape[1], 1)
-    near = dict(window=options.window, sinks=options.sinks, scale=scale)
+    near = dict(window=options.window, sinks=options.sinks, scale=scale, sink_logits=sink_logits)
     pattern = None
     if mask is not None:
         if mask.dim() != 4:

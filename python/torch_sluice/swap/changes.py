@@ -99,8 +99,6 @@ def _fill(model, swap, options, modules, example, gate_arguments):
         original = original_of(module)
         parent = model.get_submodule(name.rpartition(".")[0]) if name else None
         cross = hugging_face.is_cross_attention(name, module, parent)
-        if not isinstance(original, str) and original.sinks and learn and not cross:
-            original = "its attention sinks take a share of every softmax"
         if isinstance(original, str):
             refused.append((name, module, original))
             continue

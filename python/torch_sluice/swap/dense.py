@@ -25,6 +25,7 @@ def dense_gated_attention(
     key_range: Tensor | None = None,
     q_offset: Tensor | None = None,
     text_begin: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``torch_sluice.gated_attention`` with a mask and with the weights, at the cost and memory of n_q * n_k pairs.
 
@@ -33,6 +34,7 @@ def dense_gated_attention(
         keep_self: a query keeps the key at its own place whatever the gate says, as ``causal`` implies; for causal
             layers whose mask says the rest.
         text_begin: [B], the key from which sinks count; None: what the mask or key_range says.
+        sink_logits: [Hq], scores that take their share of every softmax and have no value.
         The others: as in :func:`torch_sluice.gated_attention`.
 
     Returns:
@@ -67,7 +69,10 @@ def dense_gated_attention(
 
     # A row that keeps nothing is given finite scores first, so that its gradients are 0 and not NaN.
     empty = ~kept.any(-1, keepdim=True)
-    softmax = scores.masked_fill(~kept & ~empty, -torch.inf).softmax(-1).masked_fill(~kept, 0)
+    scores = scores.masked_fill(~kept & ~empty, -torch.inf)
+    if sink_logits is not None:
+        scores = torch.cat((scores, sink_logits.to(dtype).view(-1, 1, 1).expand(*scores.shape[:3], 1)), -1)
+    softmax = scores.softmax(-1)[..., :n_k].masked_fill(~kept, 0)
     weights = softmax * torch.where(near, 1.0, z.sigmoid())
     return (weights @ v.to(dtype)).to(v.dtype), weights
 

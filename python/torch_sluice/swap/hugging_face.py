@@ -49,10 +49,9 @@ def sluice_attention(module, query, key, value, attention_mask=None, dropout=0.0
     if not dropout and not original.wants_more(options) and _adds_nothing(bias):
         q, k, v = query, key, value
         sinks = module.sinks if original.sinks else None
-        learns = sinks is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, sinks))
         if attention_mask is None and is_causal:
             k, v = _cut_to_queries(q, k, v)
-        if not learns and not (attention_mask is None and is_causal and q.shape[2] > k.shape[2]):
+        if not (attention_mask is None and is_causal and q.shape[2] > k.shape[2]):
             given = dict(mask=attention_mask, causal=is_causal, scale=scaling)
             out = attend_open(q, k, v, sinks=sinks, sliding_window=options.get("sliding_window"), **given)
 
@@ -121,6 +120,7 @@ def _attend_gated(module, logits, original, qkv, mask, bias, given, options):
     cache = b if isinstance(b, GatedCache) else None
     b = (b if cache is None else cache.b)[:, :, : k.shape[2]]
     given = dict(mask=mask, cache=cache, sliding_window=options.get("sliding_window"), **given)
+    given["sink_logits"] = module.sinks if original.sinks else None
     out, weights = attend_gated(module.sluice_gate, (a, b), module.sluice_options, q, k, v, **given)
     out = out.transpose(1, 2).contiguous()
     if not original.is_eager:
