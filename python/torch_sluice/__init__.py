@@ -10,6 +10,7 @@ torch_sluice_backend.register()
 from torch_sluice.accumulate import accumulate  # noqa: E402
 from torch_sluice.compress import compress  # noqa: E402
 from torch_sluice.functional import gated_attention  # noqa: E402
+from torch_sluice.modes import dropped_bound  # noqa: E402
 from torch_sluice.modules import GatedAttention  # noqa: E402
 from torch_sluice.monitor import Monitor  # noqa: E402
 from torch_sluice.swap import gate_parameters, load_gates, restore, save_gates, swap_attention  # noqa: E402
@@ -20,6 +21,7 @@ __all__ = [
     "Monitor",
     "accumulate",
     "compress",
+    "dropped_bound",
     "gate_parameters",
     "gated_attention",
     "library_path",

@@ -8,10 +8,10 @@ from torch.autograd import forward_ad
 
 from torch_sluice import _functorch, _operators
 from torch_sluice._errors import as_value_error, check_tensors
+from torch_sluice.modes import MODES, run_mode
 from torch_sluice.places import check_places
 from torch_sluice.selection import select_logit_tau
 
-_MODES = ("select",)
 _operator = _operators._FORWARD
 
 
@@ -68,6 +68,10 @@ def _run(arguments: tuple) -> tuple[Tensor, Tensor]:
         raise as_value_error(error) from None
 
 
+def _run_compiled(arguments: tuple) -> tuple[Tensor, Tensor]:
+    return _operator(*arguments)
+
+
 def gated_attention(
     q: Tensor,
     k: Tensor,
@@ -110,7 +114,10 @@ def gated_attention(
         a: [B, Hq, Nq] gate logits of the queries; converted to float32 (float64 with float64 q).
         b: [B, Hkv, Nk] gate logits of the keys; converted alike.
         causal: query i sees keys j <= p_i only. Without q_offset the last query sees every key.
-        mode: only ``"select"`` exists: softmax over the kept pairs alone.
+        mode: what the kept pairs are shares of. ``"select"``: softmax over the kept pairs alone, as above. ``"post"``:
+            softmax over all pairs (valid, and causal), of which then only the kept ones are summed: the formula with its
+            full denominator, within ``dropped_bound(v, tau)`` of the sum over all. Scores are computed of all pairs.
+            ``"log"``: softmax of ``s_ij + log g_ij`` over the kept pairs, weights that add up to 1; computed in float32.
         tau: threshold on g in [0, 1): a number, [Hq] or [B, Hq]. 0 keeps every pair. The values of a tensor that lies
             on an accelerator or is traced by a compiler are not checked. Not differentiable.
         density: share in [0, 1] of the *far* pairs (those not near) to keep, a number or a tensor that broadcasts to
@@ -128,7 +135,7 @@ def gated_attention(
             gone: minus their number, without padding.
         return_lse: also return ``lse_i = log sum_{j in K_i} exp(scale * q_i . k_j)``, [B, Hq, Nq] in the dtype of the
             gates, -inf for an empty row; of a gradient to it each kept pair takes its share of the softmax, the gates
-            none. With it parts of the keys can be put together, or a logit added that no value belongs to:
+            none. Of ``"post"`` it is that of all pairs, of ``"log"`` that of the gated scores. With it parts of the keys can be put together, or a logit added that no value belongs to:
             ``out * sigmoid(lse - s_aux)`` is attention with the sink logits ``s_aux`` [Hq, 1] of gpt-oss.
 
     Returns:
@@ -143,8 +150,8 @@ def gated_attention(
         ValueError: an argument of a wrong shape, dtype, device or value; the message names it.
         IndexError: sizes beyond what the operator can index.
     """
-    if mode not in _MODES:
-        raise ValueError(f"mode is {mode!r}, expected 'select', the only mode that exists")
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}, expected one of {', '.join(map(repr, MODES))}")
     check_tensors(q=q, k=k, v=v, a=a, b=b)
     if q.dim() != 4:
         raise ValueError(f"q has shape {list(q.shape)}, expected [batch, heads_q, n_q, head_dim]")
@@ -164,5 +171,6 @@ def gated_attention(
     if scale is None:
         scale = 1 / math.sqrt(max(q.shape[3], 1))
     arguments = (q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, causal, window, sinks, scale)
-    out, lse = _operator(*arguments) if torch.compiler.is_compiling() else _run(arguments)
+    run = _run_compiled if torch.compiler.is_compiling() else _run
+    out, lse = run(arguments) if mode == "select" else run_mode(mode, run, arguments)
     return (out, lse) if return_lse else out

@@ -41,7 +41,7 @@ BAD = {
     ),
     "no key heads": (dict(k=k[:, :0], v=v[:, :0], b=b[:, :0]), r"heads_kv is 0, expected at least 1"),
     "no channels": (dict(q=q[..., :0], k=k[..., :0]), r"head_dim is 0, expected at least 1"),
-    "mode": (dict(mode="post"), r"mode is 'post', expected 'select', the only mode that exists"),
+    "mode": (dict(mode="after"), r"mode is 'after', expected one of 'select', 'post', 'log'"),
     "tau of 1": (dict(tau=1.0), r"tau is 1\.0, expected a number in \[0, 1\)"),
     "negative tau": (dict(tau=-0.1), r"tau is -0\.1, expected"),
     "NaN tau": (dict(tau=math.nan), r"tau is nan, expected"),

@@ -1,0 +1,67 @@
+"""The modes of gated attention beside "select", as what the operator gives of other values, put together with its lse.
+
+- "post": the softmax is over all pairs, and only then pairs are dropped. The operator's out counts in shares of the kept
+  ones; exp(lse - lse of all) makes shares of all of them. A second pass takes the lse of all, with values of one channel.
+- "log": the gate is part of the score, s + log g. The kept pairs' weights exp(s) g are divided by their own sum, which
+  the operator gives as one more channel of v, of ones.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+MODES = ("select", "post", "log")
+MAX_HEAD_DIM = 256
+Operator = Callable[[tuple], tuple[Tensor, Tensor]]
+
+
+def run_mode(mode: str, run: Operator, arguments: tuple) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a mode, by the operator ``run`` and its arguments (``ops/sluice/gated_attention.h``)."""
+    if mode == "post":
+        return _run_post(run, *arguments)
+    if mode == "log":
+        return _run_log(run, *arguments)
+    return run(arguments)
+
+
+def _run_post(run: Operator, q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, causal, window, sinks, scale):
+    places = (key_range, q_offset, text_begin, causal)
+    out, lse = run((q, k, v, a, b, logit_tau, *places, window, sinks, scale))
+    if logit_tau is None:  # nothing is dropped
+        return out, lse
+    nothing = v.new_zeros(1, 1, 1, 1).expand(*v.shape[:3], 1)
+    _, lse_of_all = run((q, k, nothing, a.detach(), b.detach(), None, *places, 0, 0, scale))
+    share = (lse - lse_of_all).masked_fill(lse == -torch.inf, -torch.inf).exp()
+    return out * share.unsqueeze(-1).to(out.dtype), lse_of_all
+
+
+def _run_log(run: Operator, q, k, v, a, b, *options):
+    dtype, width = q.dtype, v.shape[3]
+    if dtype in (torch.bfloat16, torch.float16):  # the sum, which all of a row is divided by, would be rounded
+        q, k, v = q.float(), k.float(), v.float()
+    ones = v.new_ones(1, 1, 1, 1).expand(*v.shape[:3], 1)
+    if width < MAX_HEAD_DIM:
+        out, lse = run((q, k, torch.cat((v, ones), -1), a, b, *options))
+        out, total = out[..., :width], out[..., width:]
+    else:
+        out, lse = run((q, k, v, a, b, *options))
+        total, _ = run((q, k, ones, a, b, *options))
+    total = total.masked_fill((lse == -torch.inf).unsqueeze(-1), 1)
+    return (out / total).to(dtype), lse + total.squeeze(-1).log().to(lse.dtype)
+
+
+def dropped_bound(v: Tensor, tau: float | Tensor) -> Tensor:
+    """[B, Hkv] The most by which a row of ``mode="post"`` is off what it would be if no pair were dropped, by its norm.
+
+    What is dropped has g < tau, its shares of the softmax add up to 1 at most, so that tau * max_j |v_j| bounds the norm
+    of their sum. ``tau`` is a number, [Hkv] or [B, Hkv]: of several query heads of a key head the largest.
+
+    Args:
+        v: [B, Hkv, Nk, Dv].
+    """
+    if v.dim() != 4:
+        raise ValueError(f"v has shape {list(v.shape)}, expected [batch, heads_kv, n_k, head_dim_v]")
+    norms = v.detach().float().norm(dim=-1)
+    largest = norms.amax(-1) if norms.shape[-1] else norms.new_zeros(norms.shape[:2])
+    return largest * tau
