@@ -11,7 +11,8 @@ from torch_sluice.attention.forward import add_sink_logits, attend
 from torch_sluice.functional import gated_attention
 from torch_sluice.swap.cache import GatedCache
 from torch_sluice.swap.dense import dense_gated_attention
-from torch_sluice.swap.masks import as_bool_mask, first_places, read_mask
+from torch_sluice.swap.masks import as_bool_mask, first_places, read_documents, read_mask
+from torch_sluice.varlen import find_runs, join_runs, split_runs
 
 # Two logits of 20 make a gate of sigmoid(40), which is exactly 1 in float32.
 _OPEN_LOGIT = 20.0
@@ -146,6 +147,9 @@ def attend_gated(
     if cache is not None and options.sinks and not (mask is not None and pattern is None):
         near["text_begin"] = cache.text_begin(q.shape[0], near.get("key_range"))
     if mask is not None and (pattern is None or pattern.window):
+        documents = read_documents(mask, q.shape[0], q.shape[2], k.shape[2]) if pattern is None and causal else None
+        if documents is not None:
+            return _attend_documents(gate, a, b, q, k, v, mask, documents, near)
         return _attend_densely(gate, a, b, q, k, v, mask, causal, near)
     near["causal"] = causal
     out = attend(gate, None, q, k, v, logits=(a, b), **near)
@@ -171,6 +175,19 @@ def _check_gated(a: Tensor, b: Tensor, q: Tensor, k: Tensor, dropout: float) -> 
             f"the layer has {q.shape[1]} query and {k.shape[1]} key heads, and its gate {a.shape[1]} and {b.shape[1]}, "
             "expected the same, or key heads that are a multiple: pass example= to swap_attention"
         )
+
+
+def _attend_documents(gate, a, b, q, k, v, mask, lengths, near) -> tuple[Tensor, Callable[[], Tensor]]:
+    """Texts that are packed into rows: each is attended to alone, neighbours of the same length together."""
+    runs = find_runs([(length, length) for length in lengths])
+    columns = [split_runs(x.transpose(1, 2).flatten(0, 1), runs, False) for x in (q, k, v, a, b)]
+    near = {name: near[name] for name in ("window", "sinks", "scale", "sink_logits")}
+    outs = [
+        attend(gate, None, *inputs, logits=logits, causal=True, **near)
+        for *inputs, logits in ((q, k, v, (a, b)) for q, k, v, a, b in zip(*columns, strict=True))
+    ]
+    out = join_runs(outs).unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
+    return out, lambda: dense_gated_attention(q, k, v, a, b, mask=mask, keep_self=True, tau=gate.tau, **near)[1]
 
 
 def _attend_densely(gate, a, b, q, k, v, mask, causal, near) -> tuple[Tensor, Callable[[], Tensor]]:

@@ -157,6 +157,35 @@ def read_mask(
     return None if pattern is None else _expand(pattern, batch)
 
 
+def read_documents(mask: Tensor, batch: int, n_q: int, n_k: int) -> tuple[int, ...] | None:
+    """The lengths of the texts that are packed into the rows of a causal mask [B or 1, 1, N, N], of all rows one behind
+    the other; None if it is another mask. It is kept with the mask, as its pattern is."""
+    if torch.compiler.is_compiling() or n_q != n_k or mask.shape[1] != 1 or mask.shape[2:] != (n_q, n_k):
+        return None
+    if mask.is_inference():
+        lengths = _read_documents(mask)
+    else:
+        memo = getattr(mask, "_sluice_documents", None)
+        if memo is None or memo[0] != mask._version:
+            memo = mask._sluice_documents = (mask._version, _read_documents(mask))
+        lengths = memo[1]
+    return lengths if lengths is None or mask.shape[0] == batch else lengths * batch
+
+
+def _read_documents(mask: Tensor) -> tuple[int, ...] | None:
+    allowed = as_bool_mask(mask)
+    if allowed is None or not mask.numel():
+        return None
+    keys = torch.arange(mask.shape[-1], device=mask.device)
+    first = allowed[:, 0].to(torch.uint8).argmax(-1)  # [B, N], the first key of each query's text
+    expected = (keys <= keys[:, None]) & (keys >= first.unsqueeze(-1))
+    if not torch.equal(allowed[:, 0], expected) or not bool((first.gather(1, first) == first).all()):
+        return None
+    begins = (first == keys).flatten().nonzero().flatten()  # a text begins with a token that sees itself first
+    ends = torch.cat((begins[1:], begins.new_tensor([first.numel()])))
+    return tuple((ends - begins).tolist())
+
+
 def _expand(pattern: MaskPattern, batch: int) -> MaskPattern:
     key_range, q_offset = pattern.key_range, pattern.q_offset
     return pattern._replace(
