@@ -13,8 +13,8 @@ from torch_sluice.functional import gated_attention  # noqa: E402
 from torch_sluice.modes import dropped_bound  # noqa: E402
 from torch_sluice.modules import GatedAttention  # noqa: E402
 from torch_sluice.monitor import Monitor  # noqa: E402
-from torch_sluice.varlen import gated_attention_varlen  # noqa: E402
 from torch_sluice.swap import gate_parameters, load_gates, restore, save_gates, swap_attention  # noqa: E402
+from torch_sluice.varlen import gated_attention_varlen  # noqa: E402
 
 __version__ = _library.version()
 __all__ = [
