@@ -235,6 +235,25 @@ def test_gates_without_a_target_or_with_two_are_refused():
         DensityController(two[0])
 
 
+def test_gates_that_were_frozen_since_are_said_once():
+    """As an adapter's library freezes all that it has not made itself."""
+    model = make_toy()
+    controller = DensityController(model, target_density=0.5, steps=10)
+    x = torch.randn(2, 16, 8)
+    controller.loss(loss_of(model, x))
+    model.requires_grad_(False)
+    adapter = torch.zeros(8, requires_grad=True)
+    with pytest.warns(UserWarning, match="no gate learns: none of their parameters .*gate_parameters") as caught:
+        for _ in range(3):
+            controller.loss(loss_of(model, x + adapter))
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for parameter in torch_sluice.gate_parameters(model):
+            parameter.requires_grad_(True)
+        controller.loss(loss_of(model, x + adapter))
+
+
 def test_loss_without_a_forward_is_refused():
     controller = DensityController(make_toy(), 0.5, 10)
     with pytest.raises(RuntimeError, match="no gate was used since the last loss"):

@@ -97,7 +97,7 @@ class _Controller:
         self.gates = _learning_gates(model)
         self.steps, self.straight_through, self.rows, self.noise, self.hard = steps, straight_through, rows, noise, hard
         self.count, self.strength, self.density, self._floor = 0, 0.0, 1.0, 0.0
-        self._sums = None
+        self._sums, self._frozen_said = None, False
         for gate in self.gates:
             gate.record = []
         # A forward whose loss never came, or one recomputed by checkpointing, must not count.
@@ -113,6 +113,7 @@ class _Controller:
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             raise ValueError(f"loss is {loss!r}, expected a tensor of one element")
         mean = self._listen(loss.detach().double())
+        self._look_for_learners()
         return loss + (self.strength * mean).to(loss.dtype).to(loss.device)
 
     def step(self):
@@ -165,6 +166,18 @@ class _Controller:
             phase, rows = "hard", 0.0
         for gate in self.gates:
             gate.phase, gate.rows, gate.noise = phase, rows, self.noise
+
+    def _look_for_learners(self):
+        """Says once that all gates were frozen since, as by a library that freezes what it has not made itself."""
+        if self._frozen_said or any(p.requires_grad for gate in self.gates for p in gate.parameters()):
+            return
+        self._frozen_said = True
+        warnings.warn(
+            "no gate learns: none of their parameters requires a gradient any more. Who trains an adapter (peft) freezes "
+            "all else: call requires_grad_(True) on each of torch_sluice.gate_parameters(model) behind that, and save "
+            "them by torch_sluice.save_gates",
+            stacklevel=3,
+        )
 
     def _forget(self, module):
         if module.training and torch.is_grad_enabled():
