@@ -123,15 +123,23 @@ def check_call(seed):
         truth = formula_with_gradients(inputs, dout, exact=True, **options)
         peer = formula_with_gradients(inputs, dout, **options)
         q, k, v, a, _ = inputs
-        floor = 0.0
-        if out.numel() and k.numel():  # gradients of q and k are differences that may cancel
+        cancels = exponent = gate = 0.0
+        if out.numel() and k.numel():
+            # Gradients of q and k are differences that may cancel.
             terms = dout.abs().amax() * max(v.abs().amax(), out.abs().amax()) * v.shape[3]
             scale = abs(options.get("scale", q.shape[3] ** -0.5))
-            floor = float(torch.finfo(q.dtype).eps * terms * scale * max(q.abs().amax(), k.abs().amax()))
+            cancels = float(torch.finfo(q.dtype).eps * terms * scale * max(q.abs().amax(), k.abs().amax()))
+            # g (1 - g) of a gate that is all but 1 is rounded as a number near 1 is.
+            gate = float(terms) * torch.finfo(torch.float32).eps
+            # P is exp(s - lse), whose relative error is the absolute one of the larger of the two.
+            exponent = float(lse.masked_fill(lse.isinf(), 0).abs().amax()) * torch.finfo(torch.float32).eps
         for name, ours, right, theirs, like in zip(NAMES, found, truth, peer, (q, a, *inputs), strict=True):
             assert ours.dtype == like.dtype, f"{name} is {ours.dtype}"
             assert ours.shape == right.shape, f"{name} is {tuple(ours.shape)}"
-            assert_close_as_torch(name, ours, right, theirs, floor if name in ("dq", "dk") else 0.0)
+            floor = {"dq": cancels, "dk": cancels, "da": gate, "db": gate}.get(name, 0.0)
+            if name != "lse" and right.numel():
+                floor += 4 * exponent * float(right.abs().amax())
+            assert_close_as_torch(name, ours, right, theirs, floor)
     except Exception as error:
         raise AssertionError(f"{type(error).__name__}: {error}\nin {text}") from error
 
