@@ -25,7 +25,8 @@ void check_tensor(const char *name, const Tensor &tensor, const std::vector<int6
   same = same && tensor.scalar_type() == dtype;
   if (!same) {
     fail(std::string(name) + " is " + describe(tensor) + ", expected " + shape_names + " = " + shape_text(shape) +
-         " of the same dtype as its peers (q, k, v alike; a, b, logit_tau, lse and dlse float32, or float64 with float64 inputs; "
+         " of the same dtype as its peers (q, k, v alike; a, b, logit_tau, lse and dlse float32, or float64 with "
+         "float64 inputs; "
          "key_range, q_offset and text_begin int64)");
   }
   if (tensor.is_cpu() != like.is_cpu() || tensor.get_device_index() != like.get_device_index()) {

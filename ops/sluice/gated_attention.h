@@ -42,10 +42,12 @@
  * SHAPES  q [B, Hq, Nq, D]  k [B, Hkv, Nk, D]  v [B, Hkv, Nk, Dv]  a [B, Hq, Nq]  b [B, Hkv, Nk]
  *         logit_tau [B, Hq] (absent: tau = 0)   key_range [B, 2] int64, begin and end (absent: all keys)
  *         q_offset, text_begin [B] int64 (absent: see PLACES)
- *         out [B, Hq, Nq, Dv]  lse, dlse [B, Hq, Nq] (dlse absent: 0).  Hq is a multiple of Hkv; query head h reads key head h / (Hq / Hkv).
+ *         out [B, Hq, Nq, Dv]  lse, dlse [B, Hq, Nq] (dlse absent: 0).
+ *         Hq is a multiple of Hkv; query head h reads key head h / (Hq / Hkv).
  *         1 <= D, Dv <= 256. B, Nq may be 0 (empty results); Nk may be 0 (all rows empty).
  * DTYPES  q, k, v, out, dout, dq, dk, dv: one of float32, bfloat16, float16, float64. a, b, logit_tau, lse, dlse,
- *         da, db: float32, with float64 inputs float64. Half-precision inputs are multiplied exactly and summed in float32.
+ *         da, db: float32, with float64 inputs float64. Half-precision inputs are multiplied exactly and summed in
+ *         float32.
  * STRIDES any; only the last dimension of q, k, v, out and dout and their gradients must be contiguous (stride 1).
  * ERRORS  SL_INVALID_ARGUMENT, SL_OUT_OF_RANGE, SL_OUT_OF_MEMORY (workspace_size too small), SL_UNSUPPORTED (dtype).
  * DETERMINISM  the same inputs give the same bits, whatever the number of threads.
@@ -62,9 +64,9 @@
   "gated_attention(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? logit_tau, " \
   "Tensor? key_range, Tensor? q_offset, Tensor? text_begin, bool causal, int window, "    \
   "int sinks, float scale) -> (Tensor out, Tensor lse)"
-#define SL_GATED_ATTENTION_BACKWARD_SCHEMA                                                                  \
-  "gated_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, "  \
-  "Tensor? logit_tau, Tensor? key_range, Tensor? q_offset, Tensor? text_begin, Tensor out, Tensor lse, "    \
+#define SL_GATED_ATTENTION_BACKWARD_SCHEMA                                                                 \
+  "gated_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, " \
+  "Tensor? logit_tau, Tensor? key_range, Tensor? q_offset, Tensor? text_begin, Tensor out, Tensor lse, "   \
   "bool causal, int window, int sinks, float scale) -> (Tensor dq, Tensor dk, Tensor dv, Tensor da, Tensor db)"
 
 /* |a| and |b| are clamped to this, so that exp(-a) * exp(-b) stays finite in float32. */

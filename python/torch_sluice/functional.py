@@ -115,9 +115,10 @@ def gated_attention(
         b: [B, Hkv, Nk] gate logits of the keys; converted alike.
         causal: query i sees keys j <= p_i only. Without q_offset the last query sees every key.
         mode: what the kept pairs are shares of. ``"select"``: softmax over the kept pairs alone, as above. ``"post"``:
-            softmax over all pairs (valid, and causal), of which then only the kept ones are summed: the formula with its
-            full denominator, within ``dropped_bound(v, tau)`` of the sum over all. Scores are computed of all pairs.
-            ``"log"``: softmax of ``s_ij + log g_ij`` over the kept pairs, weights that add up to 1; computed in float32.
+            softmax over all pairs (valid, and causal), of which then only the kept ones are summed: the formula with
+            its full denominator, within ``dropped_bound(v, tau)`` of the sum over all. Scores are computed of all
+            pairs. ``"log"``: softmax of ``s_ij + log g_ij`` over the kept pairs, weights that add up to 1; computed in
+            float32.
         tau: threshold on g in [0, 1): a number, [Hq] or [B, Hq]. 0 keeps every pair. The values of a tensor that lies
             on an accelerator or is traced by a compiler are not checked. Not differentiable.
         density: share in [0, 1] of the *far* pairs (those not near) to keep, a number or a tensor that broadcasts to
@@ -135,8 +136,9 @@ def gated_attention(
             gone: minus their number, without padding.
         return_lse: also return ``lse_i = log sum_{j in K_i} exp(scale * q_i . k_j)``, [B, Hq, Nq] in the dtype of the
             gates, -inf for an empty row; of a gradient to it each kept pair takes its share of the softmax, the gates
-            none. Of ``"post"`` it is that of all pairs, of ``"log"`` that of the gated scores. With it parts of the keys can be put together, or a logit added that no value belongs to:
-            ``out * sigmoid(lse - s_aux)`` is attention with the sink logits ``s_aux`` [Hq, 1] of gpt-oss.
+            none. Of ``"post"`` it is that of all pairs, of ``"log"`` that of the gated scores. With it parts of the
+            keys can be put together, or a logit added that no value belongs to: ``out * sigmoid(lse - s_aux)`` is
+            attention with the sink logits ``s_aux`` [Hq, 1] of gpt-oss.
 
     Returns:
         out [B, Hq, Nq, Dv] in the dtype of q; with ``return_lse`` the tuple (out, lse).

@@ -1,7 +1,8 @@
 """The modes of gated attention beside "select", as what the operator gives of other values, put together with its lse.
 
-- "post": the softmax is over all pairs, and only then pairs are dropped. The operator's out counts in shares of the kept
-  ones; exp(lse - lse of all) makes shares of all of them. A second pass takes the lse of all, with values of one channel.
+- "post": the softmax is over all pairs, and only then pairs are dropped. The operator's out counts in shares of the
+  kept ones; exp(lse - lse of all) makes shares of all of them. A second pass takes the lse of all, with values of one
+  channel.
 - "log": the gate is part of the score, s + log g. The kept pairs' weights exp(s) g are divided by their own sum, which
   the operator gives as one more channel of v, of ones.
 """
@@ -54,8 +55,8 @@ def _run_log(run: Operator, q, k, v, a, b, *options):
 def dropped_bound(v: Tensor, tau: float | Tensor) -> Tensor:
     """[B, Hkv] The most by which a row of ``mode="post"`` is off what it would be if no pair were dropped, by its norm.
 
-    What is dropped has g < tau, its shares of the softmax add up to 1 at most, so that tau * max_j |v_j| bounds the norm
-    of their sum. ``tau`` is a number, [Hkv] or [B, Hkv]: of several query heads of a key head the largest.
+    What is dropped has g < tau, its shares of the softmax add up to 1 at most, so that tau * max_j |v_j| bounds the
+    norm of their sum. ``tau`` is a number, [Hkv] or [B, Hkv]: of several query heads of a key head the largest.
 
     Args:
         v: [B, Hkv, Nk, Dv].

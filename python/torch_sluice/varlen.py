@@ -68,8 +68,8 @@ def gated_attention_varlen(
         k: [Tk, Hkv, D] keys; v: [Tk, Hkv, Dv] values.
         a: [Tq, Hq] gate logits of the queries; b: [Tk, Hkv] of the keys.
         cu_seqlens_q: [S + 1] int32 or int64, the tokens before each sequence: 0, .., Tq. Lengths may be 0.
-        cu_seqlens_k: the same of the keys; default cu_seqlens_q. Where they differ and ``causal`` is set, the last query
-            of a sequence sits at its last key.
+        cu_seqlens_k: the same of the keys; default cu_seqlens_q. Where they differ and ``causal`` is set, the last
+            query of a sequence sits at its last key.
         tau, density: as in ``gated_attention``, where B is S.
         The others: as in ``gated_attention``.
 
@@ -142,7 +142,8 @@ def _chosen_for(sequences: int, heads: int) -> Callable:
             return value
         if value.dim() > 2 or value.shape[0] != sequences:
             raise ValueError(
-                f"{name} has shape {list(value.shape)}, expected [heads_q] or [sequences, heads_q] = {[sequences, heads]}"
+                f"{name} has shape {list(value.shape)}, expected [heads_q] or [sequences, heads_q] = "
+                f"{[sequences, heads]}"
             )
         return value[first:last]
 

@@ -229,8 +229,8 @@ struct AttentionShape {
     return out.str();
   }
 
-  // Now and then: queries anywhere among the keys, texts whose first tokens are not among them, a gradient to lse. Takes
-  // a copy of the generator, so that what is drawn afterwards does not depend on it.
+  // Now and then: queries anywhere among the keys, texts whose first tokens are not among them, a gradient to lse.
+  // Takes a copy of the generator, so that what is drawn afterwards does not depend on it.
   void place_at_random(Random random) {
     if (n_q <= n_k && random.chance(0.4)) {
       for (int64_t i = 0; i < batch; ++i) q_offset.push_back(random.integer(0, n_k - n_q));
@@ -323,9 +323,9 @@ class AttentionProblem {
     std::string names;
     if (!workspace_intact_) names += " workspace";
     const std::pair<const char *, const Tensor *> all[] = {
-        {"q", &q},     {"k", &k},     {"v", &v},       {"a", &a},   {"b", &b},   {"logit_tau", &logit_tau},
-        {"out", &out}, {"lse", &lse}, {"dout", &dout}, {"dlse", &dlse}, {"dq", &dq},
-        {"dk", &dk},   {"dv", &dv},   {"da", &da},     {"db", &db}};
+        {"q", &q},     {"k", &k},     {"v", &v},       {"a", &a},       {"b", &b},   {"logit_tau", &logit_tau},
+        {"out", &out}, {"lse", &lse}, {"dout", &dout}, {"dlse", &dlse}, {"dq", &dq}, {"dk", &dk},
+        {"dv", &dv},   {"da", &da},   {"db", &db}};
     for (auto &[name, tensor] : all) {
       if (!tensor->intact()) names += std::string(" ") + name;
     }

@@ -76,7 +76,9 @@ def test_other_types(mode, dtype):
 def test_heads_as_wide_as_they_may_be(mode):
     inputs = random_inputs(head_dim_v=256)
     expected, _ = by_formula(mode, *inputs, causal=True, tau=0.4)
-    torch.testing.assert_close(gated_attention(*inputs, mode=mode, causal=True, tau=0.4), expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        gated_attention(*inputs, mode=mode, causal=True, tau=0.4), expected, atol=2e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))

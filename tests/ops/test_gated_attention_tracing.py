@@ -35,7 +35,8 @@ def test_opcheck_forward(dtype, with_optional, device):
 def test_opcheck_backward(dtype, with_optional, device):
     arguments = operator_arguments(dtype, with_optional, device)
     out, lse = FORWARD(*arguments)
-    torch.library.opcheck(BACKWARD, (torch.randn_like(out), *arguments[:9], out, lse, *arguments[9:]))
+    dlse = torch.randn_like(lse) if with_optional else None
+    torch.library.opcheck(BACKWARD, (torch.randn_like(out), dlse, *arguments[:9], out, lse, *arguments[9:]))
 
 
 def gradients(function, inputs):

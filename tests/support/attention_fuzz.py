@@ -1,8 +1,8 @@
 """Random calls of ``torch_sluice.gated_attention`` against the formula in eager torch: sizes, layouts, dtypes, options,
 padding, places, gates and tiers are drawn; values, log-sum-exps and all gradients are compared.
 
-By hand: ``PYTHONPATH=tests python -m support.attention_fuzz --seconds 600 [--seed 5] [--isa avx2]``. A call is a function
-of its seed; one that fails is printed with what it was, and the seed with which it comes again.
+By hand: ``PYTHONPATH=tests python -m support.attention_fuzz --seconds 600 [--seed 5] [--isa avx2]``. A call is a
+function of its seed; one that fails is printed with what it was, and the seed with which it comes again.
 """
 
 import argparse

@@ -32,8 +32,8 @@ CALLS = {
     ],
     "gated_attention": lambda: [*attention_inputs(), True, 0, 0, 0.3],
     "gated_attention_backward": lambda: [
-        *(torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5), *attention_inputs(), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5)),
-        *(True, 0, 0, 0.3),
+        *(torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5), *attention_inputs()),
+        *(torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5), True, 0, 0, 0.3),
     ],
     "gru_dynamic": lambda: [
         *(torch.ones(5, 9), torch.ones(3, 4), *packed_weight(12, 9), *packed_weight(12, 4)),

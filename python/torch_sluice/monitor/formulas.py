@@ -43,9 +43,9 @@ def _gated_attention(
 
 
 def _gated_attention_backward(
-    dout, dlse, q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, out, lse, causal, window, sinks, scale, *,
-    pairs,
-) -> tuple[int, int]:
+    dout, dlse, q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, out, lse, causal, window, sinks, scale,
+    *, pairs,
+) -> tuple[int, int]:  # fmt: skip
     """QK^T again, dQ, dK: 6 D; dP and dV: 4 Dv operations a pair."""
     each = 6 * q.shape[3] + 4 * v.shape[3]
     near = dict(causal=causal, window=window, sinks=sinks)
