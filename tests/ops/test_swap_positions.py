@@ -7,7 +7,7 @@ from support.attention import formula
 pytest.importorskip("transformers")
 
 from support.gated_llama import draw, make
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, MistralConfig, StaticCache
 
 from torch_sluice import gate_parameters, gated_attention, restore, swap_attention
 from torch_sluice.attention import kept_pairs
@@ -62,6 +62,10 @@ def test_packed_documents_answer_as_each_does(lengths):
         torch.testing.assert_close(logits, model(text).logits[0], atol=1e-4, rtol=1e-4)
 
 
+def plain_config():
+    return LlamaConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32)
+
+
 def sliding(window=8):
     torch.manual_seed(0)
     config = MistralConfig(
@@ -91,6 +95,23 @@ def test_a_cache_that_slides_takes_its_sinks_along(tokens, padding, options):
     found = model.generate(ids, **shared, **options)
     options = {name: value for name, value in options.items() if name != "cache_implementation"}
     assert torch.equal(found, model.generate(ids, **shared, **options, use_cache=False))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:this attention mask is not the causal")
+@pytest.mark.parametrize("padding", [0, 4])
+@pytest.mark.parametrize("cache", [DynamicCache, lambda: StaticCache(plain_config(), 64)], ids=["dynamic", "static"])
+def test_a_window_over_a_cache_that_keeps_everything(cache, padding):
+    """The mask hides the text's first tokens from later ones, and they are no less its first; in chunks of any size."""
+    model, ids = sliding(), batch(padding, tokens=29)
+    mask = ids["attention_mask"]
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    expected = model(**ids, position_ids=places, use_cache=False).logits
+    past, found = cache(), []
+    for first, last in ((0, 9), (9, 10), (10, 15), (15, 16), (16, 29)):
+        part = dict(input_ids=ids["input_ids"][:, first:last], position_ids=places[:, first:last])
+        found.append(model(**part, attention_mask=mask[:, :last], past_key_values=past).logits)
+    torch.testing.assert_close(torch.cat(found, dim=1)[mask > 0], expected[mask > 0], atol=1e-4, rtol=1e-4)
 
 
 def compiled(model):

@@ -70,23 +70,38 @@ class GatedCache:
         self.b = _unpack(channels, self.b.dtype, heads)
         return keys, values
 
-    def text_begin(self, batch: int, key_range: Tensor | None) -> Tensor | None:
-        """[batch], where each text begins among the keys that the cache gave, below 0 if its first are gone; None: with
-        the first valid key, the begin of key_range [B, 2].
+    def text_begin(
+        self, sizes: tuple[int, int, int], key_range: Tensor | None, q_offset: Tensor | None, window: int | None
+    ) -> Tensor | None:
+        """[B], where each text begins among the keys that the cache gave, below 0 if its first are gone; None: with the
+        first valid key, the begin of key_range [B, 2].
 
-        How much padding there was is known while some of it is held, and kept with the cache's layer from then on.
+        How much padding there was is known while some of it is held and seen, and kept with the cache's layer from then
+        on. sizes: (B, Nq, Nk). q_offset: [B], as in the operator. window: that of the layer's mask, which hides the
+        begin of a text from later queries.
         """
+        batch, n_q, n_k = sizes
         begin = None if key_range is None else key_range[:, 0]
-        if not self.dropped:
-            if getattr(self.layer, "is_sliding", False):
-                self.layer.sluice_padding = begin
+        hidden = window is not None and window < n_k
+        if not self.dropped and not hidden:
+            if window is not None or getattr(self.layer, "is_sliding", False):
+                self._keep_padding(begin)
             return None
         padding = getattr(self.layer, "sluice_padding", None)
         padding = torch.zeros(batch, dtype=torch.long, device=self.b.device) if padding is None else padding
-        if begin is not None:
+        begin = torch.zeros_like(padding) if begin is None else begin
+        if self.dropped:
             padding = torch.where(begin > 0, begin + self.dropped, padding)
-            self.layer.sluice_padding = padding
+        elif n_q == n_k:
+            padding = begin
+        elif q_offset is not None:  # a cache longer than the text, that is empty before these queries
+            padding = torch.where(q_offset == 0, begin, padding)
+        self._keep_padding(padding)
         return (padding - self.dropped).expand(batch)
+
+    def _keep_padding(self, padding: Tensor | None) -> None:
+        if self.layer is not None:
+            self.layer.sluice_padding = padding
 
     def __getattr__(self, name):
         return getattr(self._cache if hasattr(self._cache, name) else self._whole, name)

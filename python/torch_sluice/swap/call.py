@@ -145,7 +145,9 @@ def attend_gated(
             causal = pattern.causal
             near |= dict(key_range=pattern.key_range, q_offset=pattern.q_offset)
     if cache is not None and options.sinks and not (mask is not None and pattern is None):
-        near["text_begin"] = cache.text_begin(q.shape[0], near.get("key_range"))
+        sizes = (q.shape[0], q.shape[2], k.shape[2])
+        places = (near.get("key_range"), near.get("q_offset"))
+        near["text_begin"] = cache.text_begin(sizes, *places, sliding_window)
     if mask is not None and (pattern is None or pattern.window):
         documents = read_documents(mask, q.shape[0], q.shape[2], k.shape[2]) if pattern is None and causal else None
         if documents is not None:
