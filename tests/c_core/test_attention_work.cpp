@@ -15,9 +15,9 @@ using namespace sluice_test;
 
 namespace {
 
-// Areas in pairs, padding included; written by one thread, since all calls here are serial.
+// Areas in pairs, padding included, and keys that were packed; written by one thread, since all calls here are serial.
 struct Count {
-  int64_t scores = 0, values = 0, keys = 0, single = 0;
+  int64_t scores = 0, values = 0, keys = 0, single = 0, packed = 0;
 };
 Count counted;
 const sl_attention_kernel *real;
@@ -47,6 +47,11 @@ void count_tn(int64_t rows, const int32_t *lengths, const void *left, int64_t le
   real->multiply_tn(rows, lengths, left, left_stride, depths, capacity, width, out, out_stride);
 }
 
+void count_columns(void *packed, const sl_token_rows *source, const int32_t *index, int64_t count) {
+  counted.packed += count;
+  real->pack_columns(packed, source, index, count);
+}
+
 void count_dots(const float *row, const sl_token_rows *source, const int32_t *index, int64_t count, float *scores) {
   counted.single += count;
   real->dot_rows(row, source, index, count, scores);
@@ -59,7 +64,7 @@ class Work : public testing::TestWithParam<int> {
     if (real->isa > sl_cpu_detect()) GTEST_SKIP() << "this processor has no " << sl_isa_name(real->isa);
     counting = *real;
     counting.multiply_nt = count_nt, counting.multiply_nn = count_nn, counting.multiply_tn = count_tn;
-    counting.dot_rows = count_dots;
+    counting.dot_rows = count_dots, counting.pack_columns = count_columns;
     shape.dtype = real->dtype, shape.head_dim = shape.head_dim_v = 2;
   }
 
@@ -84,7 +89,7 @@ class Work : public testing::TestWithParam<int> {
     const AttentionShape &shape = problem.shape();
     int64_t kept = 0;
     for (int64_t i = 0; i < shape.n_q; ++i) {
-      int64_t position = i + shape.n_k - shape.n_q;
+      int64_t position = i + (shape.q_offset.empty() ? shape.n_k - shape.n_q : shape.q_offset[0]);
       for (int64_t j = 0; j < shape.n_k; ++j) {
         if (shape.causal && j > position) continue;
         bool near = j < shape.sinks || std::abs(position - j) < shape.window || (shape.causal && j == position);
@@ -173,6 +178,21 @@ TEST_P(Work, AThirtiethOfThePairsIsLessThanASixthOfTheWork) {
   if (has_backward()) {
     EXPECT_LT(6 * backward.scores, dense_backward.scores);
     EXPECT_LT(6 * backward.keys, dense_backward.keys);
+  }
+}
+
+TEST_P(Work, ALongCacheCostsWhatItsTextDoes) {
+  for (double density : {1., .3}) {
+    shape.n_q = 256, shape.n_k = 4096, shape.causal = true, shape.q_offset = {64};
+    AttentionProblem problem = make_problem(density);
+    int64_t kept = count_kept(problem), border = 30 + 5 * real->panel;
+    double most = 1.02 * static_cast<double>(kept) + static_cast<double>(border * shape.n_q);
+    auto [forward, backward] = run(problem);
+    EXPECT_LE(static_cast<double>(forward.scores), most);
+    EXPECT_LE(forward.packed, 4 * (64 + 256));
+    if (!has_backward()) continue;
+    EXPECT_LE(static_cast<double>(backward.scores), 2 * most);
+    EXPECT_LE(backward.packed, 8 * (64 + 256));  // of k and of v
   }
 }
 
