@@ -155,7 +155,7 @@ def attend_gated(
         return _attend_densely(gate, a, b, q, k, v, mask, causal, near)
     near["causal"] = causal
     out = attend(gate, None, q, k, v, logits=(a, b), **near)
-    if pattern is not None and pattern.uniform is not None:
+    if pattern is not None and pattern.uniform is not None and sink_logits is None:  # else the sink takes such a row
         out = _with_means(out, v, pattern.uniform)
     return out, lambda: dense_gated_attention(q, k, v, a, b, tau=gate.tau, **near)[1]
 
