@@ -41,25 +41,41 @@ class Move(NamedTuple):
     taken: np.ndarray  # of a slice, those in it; else none
 
 
+class _Sets(NamedTuple):
+    """Numbers that stand for sets: they are gone where all members are."""
+
+    numbers: np.ndarray
+    members: np.ndarray  # of all, one set after the other
+    starts: np.ndarray
+
+    def gone(self, flags: np.ndarray) -> np.ndarray:
+        return np.logical_and.reduceat(flags[self.members], self.starts)
+
+
+class _Pairs(NamedTuple):
+    """Numbers of elements that carry one of each: they are gone where either is."""
+
+    numbers: np.ndarray
+    first: np.ndarray
+    second: np.ndarray
+
+    def gone(self, flags: np.ndarray) -> np.ndarray:
+        return (flags[self.first] | flags[self.second]).ravel()
+
+
 class Couplings:
     """The numbers of all dimensions of a model's tensors, and which of them hang together. 0 is no number.
 
-    ``gone``: indices of (name, dim) that a run is to act as if they had left (tracer.py). ``meetings``: is told what
-    becomes equal, and where (arrangement.py).
+    ``meetings``: is told what becomes equal, and where (arrangement.py).
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        gone: dict[tuple[str, int], set[int]] | None = None,
-        meetings: Meetings | None = None,
-    ):
+    def __init__(self, model: nn.Module, meetings: Meetings | None = None):
         self.meetings = meetings
         self.sources: list[Source] = []
         self.names: dict[int, list[str]] = defaultdict(list)  # id of a tensor -> all names that it has
         self.tensors: dict[str, Tensor] = {}  # first name -> tensor
         self._count = 1
-        for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
+        for name, tensor in _tensors_of(model):
             if id(tensor) not in self.names:
                 self.tensors[name] = tensor
                 for dim, size in enumerate(tensor.shape):
@@ -81,12 +97,8 @@ class Couplings:
         self.parts: list[Tensor] = []  # numbers of a dimension that was divided into equal parts, which may be no rows
         self.moves: list[Move] = []
         self._frozen: dict[int, str] = {}  # number -> why it cannot leave
-        self.gone: np.ndarray | None = None  # a flag for each number
-        if gone is not None:
-            self.gone = np.zeros(self._count, bool)
-            for source in self.sources:
-                for index in gone.get((source.name, source.dim), ()):
-                    self.gone[source.first + index] = True
+        self._made: list[_Sets | _Pairs] = []  # numbers that were added, each after those that it depends on
+        self.gone: np.ndarray | None = None  # a flag for each number, where a run acts as if some had left
 
     @property
     def count(self) -> int:
@@ -107,8 +119,8 @@ class Couplings:
         if self.meetings is not None:
             self.meetings.add(first[both], second[both])
         pairs = np.stack([self.find(first[both]), self.find(second[both])])
-        pairs = np.unique(np.sort(pairs, axis=0), axis=1)
-        for one, other in pairs[:, pairs[0] != pairs[1]].T.tolist():
+        pairs = pairs[:, pairs[0] != pairs[1]]
+        for one, other in np.unique(np.sort(pairs, axis=0), axis=1).T.tolist() if pairs.size else ():
             one, other = self._root(one), self._root(other)
             if one != other:
                 self._parent[max(one, other)] = min(one, other)
@@ -119,29 +131,54 @@ class Couplings:
             number = int(self._parent[number])
         return number
 
-    def number_for(self, members: np.ndarray) -> int:
-        """A number that leaves exactly when all of these do; 0 for none."""
-        roots = np.unique(self.find(members[members != 0]))
-        if len(roots) < 2:
-            return int(roots[0]) if len(roots) else 0
-        key = roots.tobytes()
-        if key not in self._known_sets:
-            self._make_room(1)
-            if self.gone is not None:
-                self.gone[self._count] = self.gone[roots].all()
-            self._known_sets[key] = self._count
-            self._sets.append((self._count, roots))
-            self._count += 1
-        return self._known_sets[key]
+    def leave(self, gone: dict[tuple[str, int], set[int]]) -> None:
+        """From now on a run is to act as if these indices of (name, dim) had left, and no others (tracer.py)."""
+        flags = np.zeros(len(self._parent), bool)
+        for source in self.sources:
+            for index in gone.get((source.name, source.dim), ()):
+                flags[source.first + index] = True
+        for made in self._made:
+            flags[made.numbers] = made.gone(flags)
+        self.gone = flags
+
+    def _note_made(self, made: _Sets | _Pairs) -> None:
+        self._made.append(made)
+        if self.gone is not None:
+            self.gone[made.numbers] = made.gone(self.gone)
 
     def numbers_for(self, rows: np.ndarray) -> np.ndarray:
-        """The number that stands for each row of [rows, members]."""
-        numbers = np.array([self.number_for(row) for row in rows], np.int64)
+        """The number that stands for each row of [rows, members], and leaves exactly when all of it do; 0 for none."""
+        roots = np.sort(self.find(rows), axis=1)
+        numbers = roots[:, -1].copy()
+        several = ((roots != 0) & (roots != numbers[:, None])).any(1)
+        known: dict[bytes, int] = {}  # equal rows are looked at once
+        new: list[tuple[int, np.ndarray]] = []
+        for place in np.flatnonzero(several).tolist():
+            row = roots[place]
+            key = row.tobytes()
+            if key not in known:
+                known[key] = self._number_of_set(row[np.append(row[:-1] != row[1:], True) & (row != 0)], new)
+            numbers[place] = known[key]
+        if new:
+            sizes = [len(members) for _, members in new]
+            members = np.concatenate([members for _, members in new])
+            self._note_made(_Sets(np.array([number for number, _ in new]), members, np.cumsum([0, *sizes[:-1]])))
         if self.meetings is not None:
             members = rows.ravel()
             both = (members != 0) & (numbers.repeat(rows.shape[1]) != 0)
             self.meetings.add(numbers.repeat(rows.shape[1])[both], members[both])
         return numbers
+
+    def _number_of_set(self, members: np.ndarray, new: list[tuple[int, np.ndarray]]) -> int:
+        """Of several roots, in ascending order. A set that is not known is added to ``new``."""
+        key = members.tobytes()
+        if key not in self._known_sets:
+            self._make_room(1)
+            self._known_sets[key] = self._count
+            self._sets.append((self._count, members))
+            new.append(self._sets[-1])
+            self._count += 1
+        return self._known_sets[key]
 
     def renamed(self, axis: Tensor) -> Tensor:
         """Other numbers, equal to these: what lies in a tensor a second time is told from the first."""
@@ -167,8 +204,7 @@ class Couplings:
         self._make_room(count)
         numbers = np.arange(self._count, self._count + count)
         self._count += count
-        if self.gone is not None:
-            self.gone[numbers] = (self.gone[first.numpy()] | self.gone[second.numpy()]).ravel()
+        self._note_made(_Pairs(numbers, first.numpy(), second.numpy()))
         return torch.from_numpy(numbers)
 
     def _make_room(self, count: int) -> None:
@@ -187,6 +223,12 @@ class Couplings:
         if self.meetings is not None:
             self.meetings.add_rows(axis.numpy().ravel(), are_rows)
 
+    def forget_notes(self) -> None:
+        """What was noted for finding units."""
+        self.splits.clear()
+        self.parts.clear()
+        self.moves.clear()
+
     def freeze(self, numbers: np.ndarray, reason: str) -> None:
         """These cannot leave."""
         for number in np.unique(numbers[numbers != 0]).tolist():
@@ -199,6 +241,15 @@ class Couplings:
     def closing(self) -> "Closing":
         """The couplings, complete, in a form that answers what leaves with what."""
         return Closing(self._parent, self._sets, self._frozen, self.find)
+
+
+def _tensors_of(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    return (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
+
+
+def describe_tensors(model: nn.Module) -> list[tuple]:
+    """What the numbers of a model's parameters depend on, to be compared while all of these tensors live."""
+    return [(name, id(tensor), tensor.shape, _count_values(tensor)) for name, tensor in _tensors_of(model)]
 
 
 def _count_values(tensor: Tensor) -> int:

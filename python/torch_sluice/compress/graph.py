@@ -18,6 +18,7 @@ from torch_sluice.compress.arrangement import Arranger
 from torch_sluice.compress.calling import call_model, evaluating
 from torch_sluice.compress.couplings import Closing, Couplings, Move, Source
 from torch_sluice.compress.labels import PICKED
+from torch_sluice.compress.recording import keeping_recordings
 from torch_sluice.compress.slicing import Member, SizeMember
 from torch_sluice.compress.tracer import trace
 from torch_sluice.compress.units import MOST_WORK, alike, partitions_of
@@ -62,6 +63,7 @@ class ChannelGroup:
         return step
 
 
+@keeping_recordings()
 def find_groups(
     model: nn.Module, example_inputs: Any, report: Callable[[str], None] = lambda text: None, batches: list[Any] = ()
 ) -> tuple[list[ChannelGroup], list[str]]:
@@ -87,8 +89,8 @@ def find_groups(
     if unknown:
         notes.append(f"channels that reach {', '.join(sorted(unknown))} stay: these operators are not followed")
     more = [inputs for inputs in batches if _runs(model, inputs)]  # a metric may call the model otherwise
-    groups, refused = prove(model, candidates, [example_inputs, *more], report)
     unreached = _unreached(model, couplings)
+    groups, refused = prove(model, candidates, [example_inputs, *more], report)
     if unreached:
         notes.append(
             f"not reached by example_inputs, and left alone: {', '.join(unreached)} (control flow that depends on "

@@ -39,6 +39,10 @@ def clean_shape(axis: Tensor) -> Tensor:
         if axis.stride(dim) == 0:
             axis = axis.narrow(dim, 0, 1)
             continue
+        if axis.numel():  # most differ from the first to the next
+            first, second = axis.numpy()[tuple(slice(2) if d == dim else 0 for d in range(axis.dim()))].tolist()
+            if first and second and first != second:
+                continue
         highest = axis.amax(dim, keepdim=True)
         if bool(((axis == highest) | (axis == 0)).all()):
             axis = highest
@@ -56,8 +60,6 @@ def clean(couplings: Couplings, axes: Axes) -> Axes:
             result.append(axis)
         elif axis.numel() == 1 and int(axis):
             couplings.freeze(axis.numpy().ravel(), PICKED)
-            if couplings.meetings is not None:
-                result.append(axis)  # in a wider model it is one of several, and may come beside others again
             if couplings.meetings is not None:
                 result.append(axis)  # in a wider model it is one of several, and may come beside others again
     return result
@@ -151,11 +153,11 @@ def note_split(couplings: Couplings, before: Axes, after: Axes) -> None:
         couplings.note_rows(axis, len(varying(axis)) > most)
 
 
-def kept_mask(couplings: Couplings, axes: Axes) -> Tensor | None:
-    """Broadcastable: False for the elements whose number is gone; None: all stay."""
+def gone_mask(couplings: Couplings, axes: Axes) -> Tensor | None:
+    """Broadcastable: True for the elements whose number is gone; None: all stay."""
     mask = None
     for axis in axes:
-        own = torch.from_numpy(~couplings.gone[axis.numpy()])
-        if not bool(own.all()):
-            mask = own if mask is None else mask & own
-    return mask
+        own = couplings.gone[axis.numpy()]
+        if own.any():
+            mask = own if mask is None else mask | own
+    return None if mask is None else torch.from_numpy(mask)

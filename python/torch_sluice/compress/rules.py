@@ -59,7 +59,7 @@ def rule_for(func):
 
 def _move(tracer, func, args, kwargs):
     """Elements go elsewhere, or are repeated or left out: what happens to them happens to their numbers."""
-    out = func(*args, **kwargs)
+    out = tracer.run(func, args, kwargs)
     x, name = args[0], func._schema.name.partition("::")[2]
     axes = tracer.axes(x)
     outs = list(out) if isinstance(out, (tuple, list)) else [out]
@@ -113,7 +113,7 @@ def _cross_merged(tracer, axes, before, after):
 def _pixel_shuffle(tracer, func, args, kwargs):
     """factor^2 channels become the pixels of one, which leaves when all of them do."""
     x, factor = args[0], args[1]
-    out = func(*args, **kwargs)
+    out = tracer.run(func, args, kwargs)
     couplings, axes = tracer.couplings, []
     for axis in tracer.axes(x):
         if varying(axis) == {x.dim() - 3}:
@@ -131,7 +131,7 @@ def _turn(tracer, func, args, kwargs):
     """transpose_ and the like change a tensor's shape in place."""
     x = args[0]
     axes = [func(axis.expand(x.shape).clone(), *args[1:], **kwargs) for axis in tracer.axes(x)]
-    out = func(*args, **kwargs)
+    out = tracer.run(func, args, kwargs)
     tracer.finish(out, axes, fresh=False)
     return out
 
@@ -144,7 +144,7 @@ def _restride(tracer, func, args, kwargs):
     if moved or tuple(size) != tuple(x.shape) or offset not in (None, x.storage_offset()):
         return _unknown(tracer, func, args, kwargs)
     axes = tracer.axes(x)
-    out = func(*args, **kwargs)
+    out = tracer.run(func, args, kwargs)
     tracer.finish(out, axes, fresh=False)
     return out
 
@@ -152,7 +152,7 @@ def _restride(tracer, func, args, kwargs):
 def _complex(tracer, func, args, kwargs):
     """Pairs along the last dimension become one complex number each, or the other way round."""
     x = args[0]
-    out = func(*args, **kwargs)
+    out = tracer.run(func, args, kwargs)
     if func._schema.name == "aten::view_as_real":
         axes = [axis.unsqueeze(-1) for axis in tracer.axes(x)]
     else:
@@ -168,7 +168,7 @@ def _complex(tracer, func, args, kwargs):
 def _windows(tracer, func, args, kwargs):
     """im2col: each channel becomes one for each place of the window."""
     x, size = args[0], args[1][0] * args[1][1]
-    out = func(tracer.without_gone(x), *args[1:], **kwargs)
+    out = tracer.run(func, args, kwargs)
     axes = []
     for axis in tracer.axes(x):
         if varying(axis) == {x.dim() - 3}:
@@ -182,7 +182,7 @@ def _windows(tracer, func, args, kwargs):
 def _glu(tracer, func, args, kwargs):
     """The first half of a dimension by the sigmoid of the second."""
     x, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", -1)
-    out = func(*args, **kwargs)
+    out = tracer.run(func, args, kwargs)
     halves = [[], []]
     for axis in tracer.axes(x):
         for half, part in zip(halves, axis.expand(x.shape).chunk(2, dim), strict=True):
@@ -194,7 +194,7 @@ def _glu(tracer, func, args, kwargs):
 
 def _join_tensors(tracer, func, args, kwargs):
     """cat and stack: what lies at the same place of the other dimensions goes together."""
-    out = func(*args, **kwargs)
+    out = tracer.run(func, args, kwargs)
     tensors = list(args[0])
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
     parts = [tracer.axes(x) for x in tensors]
@@ -239,7 +239,7 @@ def _pointwise(tracer, func, args, kwargs):
     """Each element of the result comes from the elements at its place."""
     written = args[0] if func._schema.is_mutable and args and isinstance(args[0], Tensor) else None
     before = tracer.axes(written)
-    out = func(*args, **kwargs)
+    out = tracer.run(func, args, kwargs)
     outs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
     rank = outs[0].dim() if outs else 0
     operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim() <= rank]
@@ -254,7 +254,7 @@ def _pointwise(tracer, func, args, kwargs):
 
 def _merge(tracer, func, args, kwargs):
     """Rows of one tensor are put into another: channels, along the last dimension, go together."""
-    out = func(*args, **kwargs)
+    out = tracer.run(func, args, kwargs)
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and tracer.axes(leaf)]
     operands = []
     for x in tensors:
@@ -268,7 +268,7 @@ def _merge(tracer, func, args, kwargs):
 
 def _table(tracer, func, args, kwargs):
     """Rows of a table by their number: all rows stay, its columns are channels."""
-    out = func(*args, **kwargs)
+    out = tracer.run(func, args, kwargs)
     result = out[0] if isinstance(out, tuple) else out
     axes = []
     for axis in tracer.axes(args[0]):
@@ -283,7 +283,7 @@ def _table(tracer, func, args, kwargs):
 
 def _spatial(tracer, func, args, kwargs):
     """Pooling and resizing: channels come before the dimensions that are resized."""
-    out = func(*args, **kwargs)
+    out = tracer.run(func, args, kwargs)
     name = func._schema.name
     spatial = next(n for n in (1, 2, 3) if f"{n}d" in name or (n == 1 and "linear1d" in name))
     x, axes = args[0], []
@@ -299,7 +299,7 @@ def _spatial(tracer, func, args, kwargs):
 
 def _ranked(tracer, func, args, kwargs):
     """The places of the largest: what is compared stays."""
-    out = func(*args, **kwargs)
+    out = tracer.run(func, args, kwargs)
     outs = tuple(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
     descends = True in args[2:] or kwargs.get("descending", False)
     if "sort" in func._schema.name and not descends and follow_order(tracer, args[0], outs):
@@ -314,7 +314,7 @@ def _quiet(tracer, func, args, kwargs):
 
 
 def _unknown(tracer, func, args, kwargs):
-    out = func(*args, **kwargs)
+    out = tracer.run(func, args, kwargs)
     name = func._schema.name
     tracer.unknown.add(name)
     for leaf in tree_leaves((args, kwargs)):

@@ -39,14 +39,14 @@ def _matrix(tracer, a: Tensor, b: Tensor) -> Axes:
 
 def _mm(tracer, func, args, kwargs):
     a, b = args[0], args[1]
-    out = func(tracer.without_gone(a), tracer.without_gone(b), *args[2:], **kwargs)
+    out = tracer.run(func, args, kwargs)
     tracer.finish(out, _matrix(tracer, a, b))
     return out
 
 
 def _addmm(tracer, func, args, kwargs):
     added, a, b = args[:3]
-    out = func(added, tracer.without_gone(a), tracer.without_gone(b), *args[3:], **kwargs)
+    out = tracer.run(func, args, kwargs)
     axes = _matrix(tracer, a, b)
     tracer.finish(out, combine(tracer.couplings, [axes, align(tracer.axes(added), out.dim())]))
     return out
@@ -55,7 +55,7 @@ def _addmm(tracer, func, args, kwargs):
 def _grouped_mm(tracer, func, args, kwargs):
     """Rows by the matrix of their expert, [experts, k, j]: experts stay."""
     a, b = args[0], args[1]
-    out = func(tracer.without_gone(a), tracer.without_gone(b), *args[2:], **kwargs)
+    out = tracer.run(func, args, kwargs)
     matrices = []
     for axis in tracer.axes(b):
         if 0 in varying(axis) or a.dim() != 2 or b.dim() != 3:
@@ -69,14 +69,14 @@ def _grouped_mm(tracer, func, args, kwargs):
 
 def _mv(tracer, func, args, kwargs):
     a, b = args[0], args[1]
-    out = func(tracer.without_gone(a), tracer.without_gone(b), **kwargs)
+    out = tracer.run(func, args, kwargs)
     tracer.finish(out, _drop(_multiply(tracer, tracer.axes(a), align(tracer.axes(b), 2), 1), 1))
     return out
 
 
 def _dot(tracer, func, args, kwargs):
     a, b = args[0], args[1]
-    out = func(tracer.without_gone(a), tracer.without_gone(b), **kwargs)
+    out = tracer.run(func, args, kwargs)
     _multiply(tracer, tracer.axes(a), tracer.axes(b), 0)
     return out
 
@@ -84,7 +84,7 @@ def _dot(tracer, func, args, kwargs):
 def _linear(tracer, func, args, kwargs):
     x, weight = args[0], args[1]
     bias = args[2] if len(args) > 2 else kwargs.get("bias")
-    out = func(tracer.without_gone(x), tracer.without_gone(weight), *args[2:], **kwargs)
+    out = tracer.run(func, args, kwargs)
     rank = x.dim()
     turned = align([axis.t() for axis in tracer.axes(weight)], rank)
     product = _multiply(tracer, _insert(tracer.axes(x), rank), _insert(turned, rank - 2), rank - 1)
@@ -96,7 +96,7 @@ def _linear(tracer, func, args, kwargs):
 def _convolution(tracer, func, args, kwargs):
     """Dimensions here: image, group, output channel within it, input channel within it."""
     x, weight, bias, *_, transposed, _, groups = args[:9]
-    out = func(tracer.without_gone(x), tracer.without_gone(weight), *args[2:], **kwargs)
+    out = tracer.run(func, args, kwargs)
     couplings, channels, place = (
         tracer.couplings,
         weight.shape[1] if not transposed else weight.shape[0] // groups,
@@ -168,7 +168,7 @@ def _attention(tracer, func, args, kwargs):
     named = {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | kwargs
     mask = named.get("attn_mask")
     mask = named.get("attn_bias") if mask is None else mask
-    out = func(*(tracer.without_gone(x) for x in (q, k, v)), *args[3:], **kwargs)
+    out = tracer.run(func, args, kwargs)
     result = out[0] if isinstance(out, (tuple, list)) else out
     tracer.finish(result, _attend(tracer, q, k, v, (), mask))
     return out
@@ -176,7 +176,7 @@ def _attention(tracer, func, args, kwargs):
 
 def _gated_attention(tracer, func, args, kwargs):
     named = {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | kwargs
-    out = func(*args, **kwargs)
+    out = tracer.run(func, args, kwargs)
     result = out[0] if isinstance(out, (tuple, list)) else out
     gates = (named["a"], named["b"])
     tracer.finish(result, _attend(tracer, named["q"], named["k"], named["v"], gates, None))

@@ -7,6 +7,7 @@ from torch_sluice.compress.candidates import Stage
 from torch_sluice.compress.estimate import Score
 from torch_sluice.compress.graph import ChannelGroup
 from torch_sluice.compress.pruning import Plan, choose_by_quantile
+from torch_sluice.compress.recording import keeping_recordings
 from torch_sluice.compress.report import LayerDecision
 from torch_sluice.compress.sensitivity import FRACTIONS, Curves, Sensitivity, choose_longest, order_moves, predict_cost
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 SLACK = 1e-9  # of shares, for rounding
 
 
+@keeping_recordings()
 def find_stages(run: "Run", floor: float) -> tuple[list[Stage], list[Sensitivity], Score]:
     """The stages of pruning, each within ``floor``, the first being the original; what sensitivity showed; and the
     last stage's score."""
