@@ -191,7 +191,9 @@ def measure_model(name: str, options, machine: dict) -> dict | None:
     task = load_task(name, options.quick)
     compressed = compress_task(task, options)
     if options.compress_only:
-        harness.console.print(f"{task.title}\n{compressed.compression_report}", highlight=False, markup=False)
+        report = compressed.compression_report
+        text = f"{task.title}, compressed in {report.seconds:.1f} s\n{report}"
+        harness.console.print(text, highlight=False, markup=False)
         return None
     with tempfile.TemporaryDirectory(prefix="compress_models_") as folder:
         entries = collect_entries(task, compressed, options, Path(folder))
