@@ -4,6 +4,7 @@ import os
 import time
 
 import pytest
+from support import attention_fuzz
 from support.attention_fuzz import check_call, run_tiers
 
 FOUND: list[int] = []  # seeds of calls that once failed
@@ -19,3 +20,27 @@ def test_random_calls_agree_with_the_formula():
 @pytest.mark.parametrize("seed", [*range(40), *FOUND])
 def test_these_calls_agree_with_the_formula(seed):
     check_call(seed)
+
+
+FAULTS = {
+    "a wider window": lambda options, head_dim: {"window": options["window"] + 1} if "window" in options else {},
+    "another scale": lambda options, head_dim: {"scale": options.get("scale", head_dim**-0.5) * 1.002},
+    "one sink less": lambda options, head_dim: {"sinks": options["sinks"] - 1} if "sinks" in options else {},
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_small_faults_are_seen(name, monkeypatch):
+    operator = attention_fuzz.gated_attention
+
+    def faulty(*inputs, **options):
+        return operator(*inputs, **options | FAULTS[name](options, inputs[0].shape[3]))
+
+    monkeypatch.setattr(attention_fuzz, "gated_attention", faulty)
+    seen = 0
+    for seed in range(60):
+        try:
+            check_call(seed)
+        except AssertionError:
+            seen += 1
+    assert seen >= 3

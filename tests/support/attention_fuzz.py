@@ -125,23 +125,32 @@ def check_call(seed):
         peer = formula_with_gradients(inputs, dout, **options)
         q, k, v, a, _ = inputs
         cancels = exponent = gate = summed = 0.0
+        each = 32 * torch.finfo(torch.float32).eps  # of a number that is added to others in float32
         if out.numel() and k.numel():
             # Gradients of q and k are differences that may cancel.
             terms = dout.abs().amax() * max(v.abs().amax(), out.detach().abs().amax()) * v.shape[3]
             scale = abs(options.get("scale", q.shape[3] ** -0.5))
-            # A wrong pair shows as a share of the largest number; so these bounds are taken four times.
-            cancels = 4 * float(torch.finfo(q.dtype).eps * terms * scale * max(q.abs().amax(), k.abs().amax()))
+            # A wrong pair shows as a share of the largest number; so these bounds are wide.
+            cancels = 16 * float(torch.finfo(q.dtype).eps * terms * scale * max(q.abs().amax(), k.abs().amax()))
             summed = math.sqrt(max(1, q.shape[2] * q.shape[1] // k.shape[1]))  # by a key, over queries
             # g (1 - g) of a gate that is all but 1 is rounded as a number near 1 is.
-            gate = 4 * float(terms) * torch.finfo(torch.float32).eps
-            # P is exp(s - lse), whose relative error is the absolute one of the larger of the two.
-            exponent = float(lse.detach().masked_fill(lse.isinf(), 0).abs().amax()) * torch.finfo(torch.float32).eps
+            gate = 16 * float(terms) * torch.finfo(torch.float32).eps
+            # P is exp(s - lse), whose relative error is the absolute one of the larger of the two: that of a sum of
+            # products of both signs.
+            products = q.abs().double() @ k.abs().double().repeat_interleave(q.shape[1] // k.shape[1], 1).mT
+            exponent = float(products.amax()) * scale * torch.finfo(torch.float32).eps
         for name, ours, right, theirs, like in zip(NAMES, found, truth, peer, (q, a, *inputs), strict=True):
             assert ours.dtype == like.dtype, f"{name} is {ours.dtype}"
             assert ours.shape == right.shape, f"{name} is {tuple(ours.shape)}"
-            floor = {"dq": cancels, "dk": cancels * summed, "da": gate, "db": gate * summed}.get(name, 0.0)
-            if name != "lse" and right.numel():
-                floor += 8 * exponent * float(right.abs().amax())
+            floor = {
+                "out": each * float(v.abs().amax()) * k.shape[2] ** 0.5 if right.numel() and v.numel() else 0.0,
+                "dv": each * float(dout.abs().amax()) * summed if dout.numel() else 0.0,
+                "dq": cancels, "dk": cancels * summed, "da": gate, "db": gate * summed,
+            }.get(name, 0.0)  # fmt: skip
+            if name == "lse":
+                floor = 8 * exponent
+            elif right.numel():
+                floor += 16 * exponent * float(right.abs().amax())
             assert_close_as_torch(name, ours, right, theirs, floor)
     except Exception as error:
         raise AssertionError(f"{type(error).__name__}: {error}\nin {text}") from error
