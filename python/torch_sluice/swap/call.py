@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from torch_sluice.attention.forward import add_sink_logits, attend
 from torch_sluice.functional import gated_attention
+from torch_sluice.modes import MAX_HEAD_DIM
 from torch_sluice.swap.cache import GatedCache
 from torch_sluice.swap.dense import dense_gated_attention
 from torch_sluice.swap.masks import as_bool_mask, first_places, read_documents, read_mask
@@ -16,7 +17,6 @@ from torch_sluice.varlen import find_runs, join_runs, split_runs
 
 # Two logits of 20 make a gate of sigmoid(40), which is exactly 1 in float32.
 _OPEN_LOGIT = 20.0
-MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -71,8 +71,7 @@ def attend_open(
 
     A sliding window is a gate that is shut, of which only the near pairs are kept. ``sinks`` [Hq] are scores of a key
     without a value, one per head, that takes its share of every softmax, and all of it where no key is seen.
-    ``sliding_window`` is what the layer says, for a compiler that cannot look
-    at the mask.
+    ``sliding_window`` is what the layer says, for a compiler that cannot look at the mask.
     """
     if not operator_takes(q, k, v):
         return None
