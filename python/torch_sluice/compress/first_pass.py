@@ -17,7 +17,7 @@ from torch_sluice.compress.samples import Piece, fold_numbers
 
 _SCALED = 16  # pieces of data that say how large a norm's channels are: one number for each norm
 _ENOUGH = 16  # rows for each unknown, in all, beyond which more are not worth their time
-_PLENTY = 8  # rows for each unknown, of which half are as good
+PLENTY = 8  # rows for each unknown, of which half are as good
 
 
 @dataclass
@@ -32,11 +32,6 @@ class FirstPass:
         modulo that."""
         parts = [[moments for fold, moments in self.folds.items() if fold % count == own] for own in range(count)]
         return {own: part[0] if len(part) == 1 else join(part) for own, part in enumerate(parts)}
-
-    @property
-    def tells_more_than_needed(self) -> bool:
-        """Whether half of the data tells as much as most of it."""
-        return len(self.folds) > 2 and join(list(self.folds.values())).rows_for_unknown() > _PLENTY
 
 
 def moment_seconds(model: nn.Module, readers: Sequence[str]) -> float:

@@ -226,14 +226,14 @@ class Measure:
         try:
             with remembering(original, calls):
                 before, noisy = run_metric(metric, original, batches), []
-            count = before * sum(count_rows(inputs) or 1 for inputs, _ in batches)
-            if abs(count - round(count)) < 1e-6:
-                return  # a share of samples, which is no loss, and by chance may be more
             for seed in (0, 1):
                 with noised(original, seed):
                     noisy.append(run_metric(metric, original, batches))
         except Exception:
             return
+        counts = [value * sum(count_rows(inputs) or 1 for inputs, _ in batches) for value in (before, *noisy)]
+        if all(abs(count - round(count)) < 1e-6 for count in counts):
+            return  # a share of samples, which is no loss, and by chance may be more
         if 0 < _LOSS * before < min(noisy):
             raise ValueError(
                 f"metric returned {before:.4g} for the original model and {noisy[0]:.4g} for one with noise on its "

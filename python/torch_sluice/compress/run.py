@@ -23,7 +23,7 @@ from torch_sluice.compress.candidates import Layers, Stage, Workshop
 from torch_sluice.compress.changes import describe_changes
 from torch_sluice.compress.compensation import reading_layers
 from torch_sluice.compress.estimate import Score, failed
-from torch_sluice.compress.first_pass import FirstPass, moment_seconds, run_first
+from torch_sluice.compress.first_pass import PLENTY, FirstPass, moment_seconds, run_first
 from torch_sluice.compress.graph import ChannelGroup, find_groups
 from torch_sluice.compress.latency import compare_latency, measure_latency
 from torch_sluice.compress.measure import Measure
@@ -205,9 +205,10 @@ class Run:
                 "channels are not compensated: data cannot be divided into parts to fit to and to measure on"
             )
             return
-        if len(measure.folds) > 2 and first.tells_more_than_needed:
+        moments = join(list(first.folds.values()))
+        if len(measure.folds) > 2 and moments.rows_for_unknown() > PLENTY:
             measure.merge_folds()
-        moments, folds = join(list(first.folds.values())), first.by_folds(len(measure.folds))
+        folds = first.by_folds(len(measure.folds))
         self.first = None
         for fold in folds.values():
             fold.forget_products(moments.refused)
