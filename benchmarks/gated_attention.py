@@ -55,8 +55,8 @@ class Case:
         return high
 
     def run_sluice(self, q, k, v, a, b):
-        places = (None, None, None)
-        out, _ = torch.ops.sluice.gated_attention(q, k, v, a, b, self.logit_tau, *places, self.causal, 0, 0, self.scale)
+        options = (*[None] * 5, self.causal, 0, 0, 0, 0.0, self.scale)
+        out, _ = torch.ops.sluice.gated_attention(q, k, v, a, b, self.logit_tau, *options)
         return out
 
     def run_sdpa(self, q, k, v, a, b):

@@ -47,6 +47,28 @@ sl_tensor3 view3(const Tensor &tensor) {
   return {const_cast<void *>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
+// [batch or 1, heads_q or 1, n_q or 1, n_k or 1], of sizes full.
+void check_mask(const Tensor &mask, const std::vector<int64_t> &full, const Tensor &q) {
+  bool fits = mask.dim() == 4;
+  for (size_t i = 0; fits && i < 4; ++i) {
+    int64_t size = mask.size(static_cast<int64_t>(i));
+    fits = size == full[i] || size == 1;
+  }
+  if (!fits) {
+    fail("attn_mask is " + describe(mask) + ", expected [batch, heads_q, n_q, n_k] = " + shape_text(full) +
+         ", or 1 instead of any of them");
+  }
+  if (mask.is_cpu() != q.is_cpu() || mask.get_device_index() != q.get_device_index()) {
+    fail("attn_mask is " + describe(mask) + ", expected the device of q, which is " + describe(q));
+  }
+}
+
+sl_attention_mask view_mask(const Tensor &mask, sl_dtype dtype) {
+  int64_t stride[4];
+  for (int64_t i = 0; i < 4; ++i) stride[i] = mask.size(i) == 1 ? 0 : mask.stride(i);
+  return {const_cast<void *>(mask.const_data_ptr()), dtype, stride[0], stride[1], stride[2], stride[3]};
+}
+
 const int64_t *integers_of(const OptionalTensor &tensor) {
   return tensor ? static_cast<const int64_t *>(tensor->const_data_ptr()) : nullptr;
 }
@@ -54,7 +76,7 @@ const int64_t *integers_of(const OptionalTensor &tensor) {
 // Tensors that the args point into must outlive the call, hence the copies here.
 struct Inputs {
   Tensor q, k, v, a, b;
-  OptionalTensor logit_tau, key_range, q_offset, text_begin;
+  OptionalTensor logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes;
   sl_executor executor;
   sl_gated_attention_args args{};
   ScalarType dtype, gate_dtype;
@@ -62,7 +84,9 @@ struct Inputs {
 
 Inputs check_inputs(const Tensor &q, const Tensor &k, const Tensor &v, const Tensor &a, const Tensor &b,
                     const OptionalTensor &logit_tau, const OptionalTensor &key_range, const OptionalTensor &q_offset,
-                    const OptionalTensor &text_begin, bool causal, int64_t window, int64_t sinks, double scale) {
+                    const OptionalTensor &text_begin, const OptionalTensor &attn_mask,
+                    const OptionalTensor &alibi_slopes, bool causal, int64_t window, int64_t sinks,
+                    int64_t sliding_window, double softcap, double scale) {
   if (q.dim() != 4) fail("q is " + describe(q) + ", expected [batch, heads_q, n_q, head_dim]");
   if (k.dim() != 4) fail("k is " + describe(k) + ", expected [batch, heads_kv, n_k, head_dim]");
   if (v.dim() != 4) fail("v is " + describe(v) + ", expected [batch, heads_kv, n_k, head_dim_v]");
@@ -79,19 +103,35 @@ Inputs check_inputs(const Tensor &q, const Tensor &k, const Tensor &v, const Ten
   if (key_range) check_tensor("key_range", *key_range, {B, 2}, ScalarType::Long, "[batch, 2]", q);
   if (q_offset) check_tensor("q_offset", *q_offset, {B}, ScalarType::Long, "[batch]", q);
   if (text_begin) check_tensor("text_begin", *text_begin, {B}, ScalarType::Long, "[batch]", q);
+  if (attn_mask) check_mask(*attn_mask, {B, Hq, Nq, Nk}, q);
+  if (alibi_slopes) check_tensor("alibi_slopes", *alibi_slopes, {B, Hq}, gate_dtype, "[batch, heads_q]", q);
 
   sl_gated_attention_args sizes{};
   sizes.dtype = c_dtype;
   sizes.batch = B, sizes.heads_q = Hq, sizes.heads_kv = Hkv, sizes.n_q = Nq, sizes.n_k = Nk;
   sizes.head_dim = D, sizes.head_dim_v = Dv;
   sizes.causal = causal, sizes.window = window, sizes.sinks = sinks, sizes.scale = scale;
+  sizes.sliding_window = sliding_window, sizes.softcap = softcap;
   // Checks the numbers before anything is copied: an expanded tensor can be larger than memory.
   size_t workspace_bytes = 0;
   check_status(sl_gated_attention_workspace_size(&sizes, &workspace_bytes));
 
-  Inputs in{with_dense_rows(q), with_dense_rows(k), with_dense_rows(v), a,     b,     logit_tau, key_range,
-            q_offset,           text_begin,         torch_executor(),   sizes, dtype, gate_dtype};
-  for (OptionalTensor *tensor : {&in.logit_tau, &in.key_range, &in.q_offset, &in.text_begin}) {
+  Inputs in{with_dense_rows(q),
+            with_dense_rows(k),
+            with_dense_rows(v),
+            a,
+            b,
+            logit_tau,
+            key_range,
+            q_offset,
+            text_begin,
+            attn_mask,
+            alibi_slopes,
+            torch_executor(),
+            sizes,
+            dtype,
+            gate_dtype};
+  for (OptionalTensor *tensor : {&in.logit_tau, &in.key_range, &in.q_offset, &in.text_begin, &in.alibi_slopes}) {
     if (*tensor) *tensor = torch::stable::contiguous(**tensor);
   }
   sl_gated_attention_args &args = in.args;
@@ -100,6 +140,11 @@ Inputs check_inputs(const Tensor &q, const Tensor &k, const Tensor &v, const Ten
   args.logit_tau = in.logit_tau ? in.logit_tau->const_data_ptr() : nullptr;
   args.key_range = integers_of(in.key_range);
   args.q_offset = integers_of(in.q_offset), args.text_begin = integers_of(in.text_begin);
+  args.alibi_slopes = in.alibi_slopes ? in.alibi_slopes->const_data_ptr() : nullptr;
+  if (in.attn_mask && in.attn_mask->numel()) {
+    bool is_bool = in.attn_mask->scalar_type() == ScalarType::Bool;
+    args.attn_mask = view_mask(*in.attn_mask, is_bool ? SL_BOOL : dtype_of(*in.attn_mask, "attn_mask"));
+  }
   return in;
 }
 
@@ -125,8 +170,11 @@ sl_status run_backward(const sl_gated_attention_args &args, const Tensor &q) {
 
 std::tuple<Tensor, Tensor> gated_attention(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, OptionalTensor logit_tau,
                                            OptionalTensor key_range, OptionalTensor q_offset, OptionalTensor text_begin,
-                                           bool causal, int64_t window, int64_t sinks, double scale) {
-  Inputs in = check_inputs(q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, causal, window, sinks, scale);
+                                           OptionalTensor attn_mask, OptionalTensor alibi_slopes, bool causal,
+                                           int64_t window, int64_t sinks, int64_t sliding_window, double softcap,
+                                           double scale) {
+  Inputs in = check_inputs(q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes, causal,
+                           window, sinks, sliding_window, softcap, scale);
   sl_gated_attention_args &args = in.args;
   args.executor = &in.executor;
   size_t bytes = 0;
@@ -140,11 +188,16 @@ std::tuple<Tensor, Tensor> gated_attention(Tensor q, Tensor k, Tensor v, Tensor 
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_attention_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_attention_backward(
     Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, OptionalTensor logit_tau,
-    OptionalTensor key_range, OptionalTensor q_offset, OptionalTensor text_begin, Tensor out, Tensor lse, bool causal,
-    int64_t window, int64_t sinks, double scale) {
-  Inputs in = check_inputs(q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, causal, window, sinks, scale);
+    OptionalTensor key_range, OptionalTensor q_offset, OptionalTensor text_begin, OptionalTensor attn_mask,
+    OptionalTensor alibi_slopes, Tensor out, Tensor lse, bool causal, int64_t window, int64_t sinks,
+    int64_t sliding_window, double softcap, double scale, bool mask_gradient) {
+  Inputs in = check_inputs(q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes, causal,
+                           window, sinks, sliding_window, softcap, scale);
+  if (mask_gradient && (!attn_mask || attn_mask->scalar_type() == ScalarType::Bool)) {
+    fail("mask_gradient is true, expected false without an attn_mask of numbers");
+  }
   sl_gated_attention_args &args = in.args;
   args.executor = &in.executor;
   std::vector<int64_t> out_shape = {args.batch, args.heads_q, args.n_q, args.head_dim_v};
@@ -155,6 +208,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_attention_backward(
     check_tensor(name, *tensor, {args.batch, args.heads_q, args.n_q}, in.gate_dtype, "[batch, heads_q, n_q]", q);
   }
   Tensor dout_rows = with_dense_rows(dout), out_rows = with_dense_rows(out);
+  std::vector<int64_t> mask_shape = {0};
+  if (mask_gradient) {
+    mask_shape = {attn_mask->size(0), attn_mask->size(1), attn_mask->size(2), attn_mask->size(3)};
+  }
+  Tensor dattn_mask = empty(mask_shape, in.gate_dtype, q);
+  if (dattn_mask.numel()) args.dattn_mask = view_mask(dattn_mask, in.dtype == ScalarType::Double ? SL_F64 : SL_F32);
   size_t bytes = 0;
   check_status(measure_backward_workspace(args, q, &bytes));
   Tensor dq = empty({args.batch, args.heads_q, args.n_q, args.head_dim}, in.dtype, q);
@@ -168,7 +227,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_attention_backward(
   args.dq = view4(dq), args.dk = view4(dk), args.dv = view4(dv), args.da = view3(da), args.db = view3(db);
   args.workspace = workspace.mutable_data_ptr(), args.workspace_size = bytes;
   check_status(run_backward(args, q));
-  return {dq, dk, dv, da, db};
+  return {dq, dk, dv, da, db, dattn_mask};
 }
 
 }  // namespace sluice

@@ -10,11 +10,15 @@ namespace sluice {
 std::tuple<Tensor, Tensor> gated_attention(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b,
                                            std::optional<Tensor> logit_tau, std::optional<Tensor> key_range,
                                            std::optional<Tensor> q_offset, std::optional<Tensor> text_begin,
-                                           bool causal, int64_t window, int64_t sinks, double scale);
+                                           std::optional<Tensor> attn_mask, std::optional<Tensor> alibi_slopes,
+                                           bool causal, int64_t window, int64_t sinks, int64_t sliding_window,
+                                           double softcap, double scale);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_attention_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_attention_backward(
     Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b,
     std::optional<Tensor> logit_tau, std::optional<Tensor> key_range, std::optional<Tensor> q_offset,
-    std::optional<Tensor> text_begin, Tensor out, Tensor lse, bool causal, int64_t window, int64_t sinks, double scale);
+    std::optional<Tensor> text_begin, std::optional<Tensor> attn_mask, std::optional<Tensor> alibi_slopes, Tensor out,
+    Tensor lse, bool causal, int64_t window, int64_t sinks, int64_t sliding_window, double softcap, double scale,
+    bool mask_gradient);
 
 }  // namespace sluice

@@ -17,6 +17,8 @@ typedef struct backward_pass {
   int64_t chunks, tasks; /* of one key head, at most */
   size_t head_bytes, worker_bytes;
   char *head_memory, *worker_memory;
+  size_t mask_bytes; /* of a key head */
+  char *mask_memory;
   sl_key_head *key_heads; /* [wave] */
   int64_t first;          /* of the wave at hand */
   atomic_int status;      /* of the heads that the formula had to serve */
@@ -68,11 +70,14 @@ static void lay_out(backward_pass *pass, sl_arena *arena, const sl_attention_pla
   sl_backward_worker worker;
   sl_backward_worker_take(&worker, &measure, plan);
   pass->worker_bytes = measure.used;
-  int64_t wave = larger(WAVE_BYTES / larger((int64_t)pass->head_bytes, 1), HEADS_PER_WORKER * workers);
+  pass->mask_bytes = sl_mask_gradient_bytes(plan) * (size_t)plan->group;
+  int64_t head_bytes = (int64_t)(pass->head_bytes + pass->mask_bytes);
+  int64_t wave = larger(WAVE_BYTES / larger(head_bytes, 1), HEADS_PER_WORKER * workers);
   pass->wave = smaller(wave, pass->heads);
   pass->key_heads = sl_arena_take(arena, pass->wave, sizeof *pass->key_heads);
   pass->head_memory = sl_arena_take(arena, pass->wave, pass->head_bytes);
   pass->worker_memory = sl_arena_take(arena, workers, pass->worker_bytes);
+  pass->mask_memory = sl_arena_take(arena, pass->wave, pass->mask_bytes);
 }
 
 sl_status sl_attention_backward_workspace(const sl_attention_plan *plan, size_t *bytes) {
@@ -95,6 +100,8 @@ static void open_head(void *context, int64_t worker, int64_t task) {
   take_head(head, &arena, pass);
   head->batch = (pass->first + task) / args->heads_kv;
   head->head_kv = (pass->first + task) % args->heads_kv;
+  head->mask_gradient = (float *)(void *)(pass->mask_memory + (size_t)task * pass->mask_bytes);
+  if (pass->mask_bytes) memset(head->mask_gradient, 0, pass->mask_bytes);
   sl_key_ranges ranges = sl_attention_key_ranges(plan, head->batch, head->head_kv, 0, args->n_q);
   head->bounds = ranges.bounds;
   head->grid = ranges.grid;
@@ -165,14 +172,27 @@ static sl_tensor3 part3(sl_tensor3 tensor, int64_t batch, int64_t head) {
   return tensor;
 }
 
+static sl_attention_mask part_of_mask(sl_attention_mask mask, int64_t batch, int64_t head) {
+  int64_t offset = batch * mask.batch_stride + head * mask.head_stride;
+  mask.data = (char *)mask.data + offset * (int64_t)sl_dtype_size(mask.dtype);
+  return mask;
+}
+
 /* One key head by the reference, which knows where NaN and infinity belong. */
 static sl_status run_reference(const sl_attention_plan *plan, const sl_key_head *head) {
   sl_gated_attention_args args = *plan->args;
   int64_t batch = head->batch, kv = head->head_kv, query_head = kv * plan->group;
+  int64_t head_stride = sl_mask_gradient_bytes(plan) ? args.n_q * args.n_k : args.dattn_mask.head_stride;
   if (args.logit_tau) args.logit_tau = (const float *)args.logit_tau + batch * args.heads_q + query_head;
   if (args.key_range) args.key_range += 2 * batch;
   if (args.q_offset) args.q_offset += batch;
   if (args.text_begin) args.text_begin += batch;
+  if (args.alibi_slopes) args.alibi_slopes = (const float *)args.alibi_slopes + batch * args.heads_q + query_head;
+  if (args.attn_mask.data) args.attn_mask = part_of_mask(args.attn_mask, batch, query_head);
+  if (args.dattn_mask.data) {
+    args.dattn_mask = sl_mask_gradient_of_head(plan, batch, query_head, head->mask_gradient);
+    args.dattn_mask.head_stride = head_stride;
+  }
   args.batch = args.heads_kv = 1;
   args.heads_q = plan->group;
   args.q = part4(args.q, args.dtype, batch, query_head);
@@ -186,6 +206,7 @@ static sl_status run_reference(const sl_attention_plan *plan, const sl_key_head 
   args.a = part3(args.a, batch, query_head);
   args.b = part3(args.b, batch, kv);
   args.lse = part3(args.lse, batch, query_head);
+  if (args.dlse.data) args.dlse = part3(args.dlse, batch, query_head);
   args.da = part3(args.da, batch, query_head);
   args.db = part3(args.db, batch, kv);
   return sl_gated_attention_backward_reference(&args);
@@ -211,12 +232,15 @@ sl_status sl_attention_run_backward(const sl_attention_plan *plan) {
   lay_out(&pass, &arena, plan);
   SL_REQUIRE(args->workspace && !arena.overflow && arena.used <= args->workspace_size, SL_OUT_OF_MEMORY,
              "workspace_size is %zu, expected at least %zu", args->workspace ? args->workspace_size : 0, arena.used);
+  sl_mask_gradient_clear(plan);
   for (pass.first = 0; pass.first < pass.heads; pass.first += pass.wave) {
     int64_t heads = smaller(pass.wave, pass.heads - pass.first);
     sl_run_tasks(args->executor, heads, open_head, &pass);
     sl_run_tasks(args->executor, heads * pass.chunks, open_chunk, &pass);
     sl_run_tasks(args->executor, heads * pass.tasks, run_queries, &pass);
     sl_run_tasks(args->executor, heads, close_head, &pass);
+    sl_mask_gradient_reduce(plan, pass.first * plan->group, heads * plan->group,
+                            (const float *)(void *)pass.mask_memory);
   }
   sl_status status = (sl_status)atomic_load(&pass.status);
   SL_REQUIRE(status == SL_OK, status, "no memory for the exact gradients of a head with non-finite values");

@@ -35,8 +35,8 @@ static const void *element_at(const void *base, int64_t index, const sl_attentio
   return (const char *)base + (size_t)index * kernel->element_size;
 }
 
-static void add_block(void *context, const sl_staircase *staircase, const sl_key_chunk *keys, int64_t start,
-                      int64_t count, bool gated, bool masked) {
+static void add_block(void *context, sl_staircase *staircase, const sl_key_chunk *keys, int64_t start, int64_t count,
+                      bool gated, bool masked) {
   const block_context *block = context;
   const sl_backward_worker *worker = block->worker;
   const sl_gradient_rows *rows = &block->tile;
@@ -44,11 +44,16 @@ static void add_block(void *context, const sl_staircase *staircase, const sl_key
   const sl_attention_kernel *kernel = plan->kernel;
   const int32_t *lengths = staircase->block_lengths;
   int64_t stride = staircase->score_stride;
+  sl_score_bend *bend = &staircase->bend;
+  if (plan->bends_scores && !sl_score_bend_load(bend, plan, &rows->query, keys, start, count, lengths)) return;
   kernel->multiply_nt(count, lengths, rows->query.packed, plan->row_stride,
                       element_at(keys->k_columns, start * plan->depth, kernel), plan->depth, staircase->scores, stride);
   kernel->multiply_nt(count, lengths, rows->dout, plan->row_stride_v,
                       element_at(keys->v_columns, start * plan->depth_v, kernel), plan->depth_v, worker->dout_values,
                       stride);
+  if (plan->bends_scores) {
+    sl_score_bend_apply(bend, plan, &rows->query, keys, start, count, lengths, staircase->scores);
+  }
   if (masked) {
     kernel->mask_tile(count, lengths, staircase->scores, stride, keys->index + start, staircase->lowest,
                       staircase->highest);
@@ -69,6 +74,11 @@ static void add_block(void *context, const sl_staircase *staircase, const sl_key
                                    .da = rows->da,
                                    .db = block->chunk->db + start};
   kernel->softmax_gradient_tile(&tile);
+  if (plan->bends_scores) {
+    sl_mask_gradient_add(&worker->mask_gradient, &rows->query, keys->index + start, count, lengths,
+                         worker->score_gradient, stride);
+    sl_score_bend_differentiate(bend, count, lengths, worker->score_gradient);
+  }
   kernel->multiply_tn(count, lengths, worker->weights, stride, rows->dout_depths, rows->capacity, plan->width_v,
                       block->chunk->dv + start * plan->row_stride_v, plan->row_stride_v);
   kernel->multiply_tn(count, lengths, worker->score_gradient, stride, rows->q_depths, rows->capacity, plan->width,
@@ -120,10 +130,21 @@ static void add_self_pairs(sl_backward_worker *worker, const sl_attention_plan *
     kernel->dot_rows(row, &k, &key, 1, &score);
     kernel->add_rows(dout_row, &one, &dout, &query, 1);
     kernel->dot_rows(dout_row, &v, &key, 1, &e);
-    float p = exp2f(plan->factor * plan->scale_log2e * score - queries->lse_log2[i]);
+    float bend = 1;
+    score *= plan->factor;
+    if (plan->bends_scores) {
+      score = sl_score_bend_pair(plan, queries->batch, queries->head, query, key, key, score, &bend);
+    }
+    if (score == -INFINITY) continue; /* weighs nothing */
+    float p = exp2f(plan->scale_log2e * score - queries->lse_log2[i]);
     float b = sl_attention_clamp_logit(*sl_attention_at3(&args->b, queries->batch, queries->head_kv, key));
     float odds = queries->exp_minus_a[i] * expf(-b), gate = 1 / (1 + odds);
     float weight = p * gate, score_gradient = p * (gate * e - queries->mean[i]), dz = weight * e * (odds * gate);
+    if (worker->mask_gradient.data) {
+      const sl_attention_mask *mask = &worker->mask_gradient;
+      ((float *)mask->data)[query * mask->query_stride + key * mask->key_stride] += score_gradient;
+    }
+    score_gradient *= bend;
     kernel->add_rows(queries->dq + i * plan->row_stride, &score_gradient, &k, &key, 1);
     queries->da[i] += dz;
     segment->keys.count = 1;
@@ -220,6 +241,8 @@ void sl_backward_run_queries(sl_backward_worker *worker, const sl_attention_plan
   int64_t query_head = head->head_kv * plan->group + task % plan->group;
   sl_key_ranges ranges = sl_attention_key_ranges(plan, head->batch, head->head_kv, begin, end);
   sl_gradient_queries_load(&worker->queries, plan, head->batch, query_head, begin, end, ranges.self_apart);
+  worker->mask_gradient = sl_mask_gradient_of_head(
+      plan, head->batch, query_head, head->mask_gradient + task % plan->group * plan->args->n_q * plan->args->n_k);
   if (ranges.sorted) {
     run_sorted(worker, plan, head, task, &ranges);
   } else {

@@ -4,6 +4,7 @@
 
 #include "attention/gradient_rows.h"
 #include "attention/key_gradients.h"
+#include "attention/mask_gradient.h"
 #include "attention/staircase.h"
 
 /* What one worker holds. */
@@ -15,6 +16,7 @@ typedef struct sl_backward_worker {
   float *dout_values;             /* <dout, v> of a block, like staircase.scores */
   void *weights, *score_gradient; /* scores and dout_values themselves where an element is a float */
   int32_t *order;
+  sl_attention_mask mask_gradient; /* of the query head at hand */
 } sl_backward_worker;
 
 void sl_backward_worker_take(sl_backward_worker *worker, sl_arena *arena, const sl_attention_plan *plan);

@@ -3,6 +3,7 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include "attention/pair_score.h"
 #include "attention/rows.h"
 #include "runtime/number.h"
 
@@ -10,7 +11,7 @@ typedef struct exact_row {
   const sl_gated_attention_args *args;
   sl_key_bounds bounds;
   sl_token_rows q, k, v;
-  int64_t batch, head_kv, query, position;
+  int64_t batch, head, head_kv, query, position;
   float a, tau;
 } exact_row;
 
@@ -34,7 +35,7 @@ static void store(sl_dtype dtype, void *data, int64_t index, double value) {
 static bool keep_pair(const exact_row *row, int64_t key, double *gate) {
   const sl_gated_attention_args *args = row->args;
   *gate = 1;
-  if (args->causal && key > row->position) return false;
+  if (!sl_attention_pair_is_seen(args, row->batch, row->head, row->query, row->position, key)) return false;
   if (key < row->bounds.sinks || llabs(row->position - key) < args->window) return true;
   float z = row->a + sl_attention_clamp_logit(*sl_attention_at3(&args->b, row->batch, row->head_kv, key));
   *gate = 1 / (1 + exp(-(double)z));
@@ -47,7 +48,9 @@ static double score_pair(const exact_row *row, int64_t key) {
     dot += load(row->args->dtype, row->q.data, row->query * row->q.token_stride + c) *
            load(row->args->dtype, row->k.data, key * row->k.token_stride + c);
   }
-  return dot * row->args->scale;
+  double bend;
+  return sl_attention_bend_score(row->args, row->batch, row->head, row->query, row->position, key,
+                                 dot * row->args->scale, &bend);
 }
 
 /* Adds the values under the softmax; stops as soon as every channel is NaN. */
@@ -64,8 +67,8 @@ static void add_values(const exact_row *row, double maximum, double sum, double 
 }
 
 void sl_attention_compute_row(const sl_gated_attention_args *args, int64_t batch, int64_t head, int64_t query) {
-  exact_row row = {
-      .args = args, .batch = batch, .query = query, .position = query + sl_attention_q_offset(args, batch)};
+  exact_row row = {.args = args, .batch = batch, .head = head, .query = query};
+  row.position = query + sl_attention_q_offset(args, batch);
   row.bounds = sl_attention_key_bounds(args, batch);
   row.head_kv = head / (args->heads_q / args->heads_kv);
   row.q = sl_attention_token_rows(args, &args->q, batch, head, args->head_dim);

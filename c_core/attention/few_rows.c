@@ -4,7 +4,9 @@
 #include <stdlib.h>
 
 #include "attention/forward.h"
+#include "attention/pair_score.h"
 #include "attention/rows.h"
+#include "attention/score_bend.h"
 #include "runtime/executor.h"
 
 enum { FEW = 5, KEYS = 512 };
@@ -24,8 +26,13 @@ typedef struct few_row {
 
 static void keep_keys(few_row *row, const sl_gated_attention_args *args, int64_t sinks, int64_t begin, int64_t end) {
   const float *b = sl_attention_at3(&args->b, row->rows.batch, row->rows.head_kv, 0);
+  bool masked = args->attn_mask.data || args->sliding_window > 0;
   row->kept = 0;
   for (int64_t key = begin; key < end; ++key) {
+    if (masked &&
+        !sl_attention_pair_is_seen(args, row->rows.batch, row->rows.head, *row->rows.token, row->position, key)) {
+      continue;
+    }
     float z = *row->rows.a + sl_attention_clamp_logit(b[key * args->b.token_stride]);
     bool near = key < sinks || llabs(row->position - key) < args->window;
     if (!near && z < row->rows.logit_tau && !(args->causal && key == row->position)) continue;
@@ -39,6 +46,11 @@ static void attend_to_kept(few_row *row, const sl_attention_plan *plan, const sl
   float *sum = row->rows.sum, *maximum = row->rows.maximum, *out = row->rows.out;
   float scale = plan->scale_log2e, largest = *maximum;
   plan->kernel->dot_rows(row->query, k, row->key, row->kept, row->score);
+  for (int64_t i = 0; i < row->kept && plan->bends_scores; ++i) {
+    float bend;
+    row->score[i] = sl_score_bend_pair(plan, row->rows.batch, row->rows.head, *row->rows.token, row->position,
+                                       row->key[i], row->score[i], &bend);
+  }
   for (int64_t i = 0; i < row->kept; ++i) {
     if (!(row->score[i] <= largest)) largest = row->score[i];
   }

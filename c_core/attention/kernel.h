@@ -57,6 +57,20 @@ typedef struct sl_softmax_tile {
   int64_t out_stride, out_width; /* out_width is a multiple of panel */
 } sl_softmax_tile;
 
+/* What happens to a block of scores between the product and the softmax: scores become
+ *   cap(scale * s_rj) - slope |positions[j] - row_positions[r]| + mask[r][j]   with cap(x) = softcap tanh(x / softcap)
+ * for j < lengths[r]; from there to a whole panel anything may be written. */
+typedef struct sl_bend_tile {
+  int64_t rows;
+  const int32_t *lengths;
+  float *scores;
+  int64_t score_stride;
+  float scale, softcap, slope;                  /* softcap 0: no cap */
+  const int32_t *row_positions, *key_positions; /* [rows], [keys of this block], readable up to a whole panel */
+  const float *mask;                            /* like scores; or NULL */
+  float *bend;                                  /* like scores: gets 1 - tanh(x / softcap)^2; or NULL */
+} sl_bend_tile;
+
 /* The gradient of the same block; see softmax_gradient_tile below. */
 typedef struct sl_softmax_gradient_tile {
   int64_t rows;
@@ -100,7 +114,8 @@ typedef struct sl_attention_kernel {
    * left[r][j] * depths[j][0..width). width is a multiple of panel. */
   void (*multiply_nn)(int64_t rows, const int32_t *lengths, const void *left, int64_t left_stride, const void *depths,
                       int64_t capacity, int64_t width, float *out, int64_t out_stride);
-  /* This and softmax_gradient_tile are the backward's, and both NULL where a tier leaves it to the next one below.
+  /* This and softmax_gradient_tile are the backward's, and both NULL where a tier leaves it to the next one below. A
+   * table that has them has float elements.
    * out[j][0..width) += sum over r < rows with lengths[r] > j of left[r][j] * depths[r][0..width), j < lengths[0].
    * left must be 0 where lengths[r] <= j < round_up(lengths[r], panel). */
   void (*multiply_tn)(int64_t rows, const int32_t *lengths, const void *left, int64_t left_stride, const void *depths,
@@ -109,6 +124,7 @@ typedef struct sl_attention_kernel {
   /* scores[r][j] = -inf unless lowest[r] <= positions[j] <= highest[r], for j < lengths[r]. */
   void (*mask_tile)(int64_t rows, const int32_t *lengths, float *scores, int64_t score_stride, const int32_t *positions,
                     const int32_t *lowest, const int32_t *highest);
+  void (*bend_tile)(const sl_bend_tile *tile);
   void (*softmax_tile)(const sl_softmax_tile *tile);
   /* With P_rj = exp2(c s_rj - lse_log2[r]) and dz_rj = P_rj e_rj g_rj (1 - g_rj): fills weights and score_gradient for
    * j < lengths[r], 0 from there to round_up(lengths[first row of r's group], panel); adds dz to da and db. */

@@ -28,6 +28,7 @@ typedef struct sl_key_head {
   sl_gradient_chunk *chunk; /* [chunks], sinks included */
   int32_t *place;           /* [n_k] where in its chunk a token lies */
   atomic_int *turns;        /* [tasks of the head] how far each task has come */
+  float *mask_gradient;     /* [query heads of the head][n_q][n_k], if it needs any */
   atomic_bool flawed;       /* something non-finite came up: the formula has to say where it belongs */
 } sl_key_head;
 

@@ -39,6 +39,9 @@ sl_attention_plan sl_attention_make_plan(const sl_gated_attention_args *args, co
   double scale = args->scale * 1.4426950408889634;
   plan.factor = scale > 0 ? 1.0f : scale < 0 ? -1.0f : 0.0f;
   plan.scale_log2e = scale == 0 ? 1.0f : (float)fabs(scale);
+  plan.scale = scale == 0 ? 1.0f : (float)fabs(args->scale);
+  plan.bends_scores = args->softcap > 0 || args->alibi_slopes || args->attn_mask.data;
+  if (plan.bends_scores) plan.scale_log2e = 1.44269504f;
   return plan;
 }
 
@@ -49,7 +52,14 @@ sl_key_bounds sl_attention_key_bounds(const sl_gated_attention_args *args, int64
     bounds.end = args->key_range[2 * batch + 1];
   }
   int64_t text_begin = args->text_begin ? args->text_begin[batch] : bounds.begin;
-  if (args->causal) bounds.end = smaller(bounds.end, sl_attention_q_offset(args, batch) + args->n_q);
+  int64_t first = sl_attention_q_offset(args, batch), last = first + args->n_q - 1;
+  int64_t sliding = smaller(args->sliding_window, args->n_k + args->n_q); /* farther than any two tokens are apart */
+  if (args->causal) bounds.end = smaller(bounds.end, last + 1);
+  if (sliding > 0) {
+    bounds.begin = larger(bounds.begin, first - sliding + 1);
+    bounds.end = smaller(bounds.end, last + sliding);
+  }
+  bounds.begin = smaller(bounds.begin, args->n_k);
   bounds.end = larger(bounds.end, bounds.begin);
   bounds.sinks = text_begin + smaller(args->sinks, args->n_k - text_begin);
   bounds.sinks = smaller(larger(bounds.sinks, bounds.begin), bounds.end);

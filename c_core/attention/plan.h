@@ -23,7 +23,10 @@ typedef struct sl_attention_plan {
   int64_t far_tile;                 /* the same where queries were sorted over the whole query chunk */
   int64_t near_tile;                /* the same for a window: the fewer rows, the fewer keys around them */
   int64_t piece;                    /* keys that are sorted together where a query chunk's own keys begin */
-  float factor, scale_log2e;        /* scale * log2(e) = factor * scale_log2e, with factor -1, 0 or 1 */
+  float factor, scale_log2e;        /* scale * log2(e) = factor * scale_log2e, with factor -1, 0 or 1; but where scores
+                                       are bent, log2(e): then the bent score has the scale in it, */
+  float scale;                      /* which is factor * scale */
+  bool bends_scores;                /* there is a cap, a slope or a mask */
 } sl_attention_plan;
 
 sl_attention_plan sl_attention_make_plan(const sl_gated_attention_args *args, const sl_attention_kernel *kernel);

@@ -6,6 +6,7 @@
 
 #include <sluice/gated_attention.h>
 
+#include "attention/pair_score.h"
 #include "attention/validate.h"
 #include "runtime/number.h"
 #include "runtime/status.h"
@@ -48,9 +49,10 @@ static double clamp_logit(double logit) {
 typedef struct query_row {
   const sl_gated_attention_args *args;
   sl_dtype gate_dtype;
-  int64_t batch, head, head_kv, query;
+  int64_t batch, head, head_kv, query, position;
   double *score; /* [n_k]: s_ij, then P_ij; 0 for dropped pairs */
   double *gate;  /* [n_k]: g_ij */
+  double *bend;  /* [n_k]: dr_ij / ds_ij */
   char *kept;    /* [n_k] */
   char *near;    /* [n_k] */
   double lse;
@@ -65,14 +67,15 @@ static double gate_sum(const query_row *row, int64_t key) {
 
 static void choose_keys(query_row *row) {
   const sl_gated_attention_args *args = row->args;
-  int64_t position = row->query + (args->q_offset ? args->q_offset[row->batch] : args->n_k - args->n_q);
+  int64_t position = row->position;
   int64_t key_begin = args->key_range ? args->key_range[2 * row->batch] : 0;
   int64_t key_end = args->key_range ? args->key_range[2 * row->batch + 1] : args->n_k;
   int64_t text_begin = args->text_begin ? args->text_begin[row->batch] : key_begin;
   double threshold =
       args->logit_tau ? load(row->gate_dtype, args->logit_tau, row->batch * args->heads_q + row->head) : -INFINITY;
   for (int64_t key = 0; key < args->n_k; ++key) {
-    int valid = key >= key_begin && key < key_end && (!args->causal || key <= position);
+    int valid = key >= key_begin && key < key_end &&
+                sl_attention_pair_is_seen(args, row->batch, row->head, row->query, position, key);
     double z = gate_sum(row, key);
     row->near[key] = llabs(position - key) < args->window || key - text_begin < args->sinks;
     row->gate[key] = row->near[key] ? 1 : 1 / (1 + exp(-z));
@@ -93,7 +96,8 @@ static void compute_softmax(query_row *row) {
     for (int64_t d = 0; d < args->head_dim; ++d) {
       dot += load(args->dtype, args->q.data, q_offset + d) * load(args->dtype, args->k.data, k_offset + d);
     }
-    row->score[key] = dot * args->scale;
+    row->score[key] = sl_attention_bend_score(args, row->batch, row->head, row->query, row->position, key,
+                                              dot * args->scale, row->bend + key);
     if (!(row->score[key] <= maximum)) maximum = row->score[key]; /* NaN goes through */
   }
   double shift = maximum == -INFINITY ? 0 : maximum;
@@ -116,9 +120,10 @@ static sl_status make_row(const sl_gated_attention_args *args, query_row *row) {
   row->gate_dtype = args->dtype == SL_F64 ? SL_F64 : SL_F32;
   row->score = malloc(keys * sizeof(double));
   row->gate = malloc(keys * sizeof(double));
+  row->bend = malloc(keys * sizeof(double));
   row->kept = malloc(keys);
   row->near = malloc(keys);
-  return row->score && row->gate && row->kept && row->near
+  return row->score && row->gate && row->bend && row->kept && row->near
              ? SL_OK
              : sl_fail(SL_OUT_OF_MEMORY, "no memory for a row of n_k = %lld keys", (long long)args->n_k);
 }
@@ -126,6 +131,7 @@ static sl_status make_row(const sl_gated_attention_args *args, query_row *row) {
 static void free_row(query_row *row) {
   free(row->score);
   free(row->gate);
+  free(row->bend);
   free(row->kept);
   free(row->near);
 }
@@ -135,6 +141,7 @@ static void place_row(query_row *row, int64_t batch, int64_t head, int64_t query
   row->head = head;
   row->head_kv = head / (row->args->heads_q / row->args->heads_kv);
   row->query = query;
+  row->position = query + (row->args->q_offset ? row->args->q_offset[batch] : row->args->n_k - row->args->n_q);
   choose_keys(row);
   compute_softmax(row);
 }
@@ -171,6 +178,30 @@ typedef struct key_gradients {
   double *dk, *dv, *db;
 } key_gradients;
 
+static int64_t mask_gradient_offset(const sl_attention_mask *mask, int64_t batch, int64_t head, int64_t query,
+                                    int64_t key) {
+  return batch * mask->batch_stride + head * mask->head_stride + query * mask->query_stride + key * mask->key_stride;
+}
+
+static void clear_mask_gradient(const sl_gated_attention_args *args, sl_dtype dtype) {
+  const sl_attention_mask *mask = &args->dattn_mask;
+  for (int64_t batch = 0; mask->data && batch < (mask->batch_stride ? args->batch : 1); ++batch) {
+    for (int64_t head = 0; head < (mask->head_stride ? args->heads_q : 1); ++head) {
+      for (int64_t query = 0; query < (mask->query_stride ? args->n_q : 1); ++query) {
+        for (int64_t key = 0; key < (mask->key_stride ? args->n_k : 1); ++key) {
+          store(dtype, mask->data, mask_gradient_offset(mask, batch, head, query, key), 0);
+        }
+      }
+    }
+  }
+}
+
+static void add_mask_gradient(const query_row *row, int64_t key, double ds) {
+  const sl_attention_mask *mask = &row->args->dattn_mask;
+  int64_t offset = mask_gradient_offset(mask, row->batch, row->head, row->query, key);
+  store(row->gate_dtype, mask->data, offset, load(row->gate_dtype, mask->data, offset) + ds);
+}
+
 static void add_row_gradients(const query_row *row, double *dq, key_gradients sums) {
   const sl_gated_attention_args *args = row->args;
   int64_t D = args->head_dim, Dv = args->head_dim_v;
@@ -196,7 +227,9 @@ static void add_row_gradients(const query_row *row, double *dq, key_gradients su
       e += dout * load(args->dtype, args->v.data, v_offset + d);
       sums.dv[key * Dv + d] += p * g * dout;
     }
-    double ds = p * (g * e - mean) * args->scale;
+    double ds = p * (g * e - mean);
+    if (args->dattn_mask.data) add_mask_gradient(row, key, ds);
+    ds *= row->bend[key] * args->scale;
     for (int64_t d = 0; d < D; ++d) {
       dq[d] += ds * load(args->dtype, args->k.data, k_offset + d);
       sums.dk[key * D + d] += ds * load(args->dtype, args->q.data, q_offset + d);
@@ -241,6 +274,7 @@ sl_status sl_gated_attention_backward_reference(const sl_gated_attention_args *a
   if (status != SL_OK) goto out;
   key_gradients parts = {sums, sums + keys * (size_t)args->head_dim, sums + keys * (width - 1)};
   int64_t group = args->heads_q / args->heads_kv;
+  clear_mask_gradient(args, row.gate_dtype);
   for (int64_t batch = 0; batch < args->batch; ++batch) {
     for (int64_t head_kv = 0; head_kv < args->heads_kv; ++head_kv) {
       memset(sums, 0, keys * width * sizeof(double));

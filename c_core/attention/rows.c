@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "attention/chunk.h"
+#include "attention/score_bend.h"
 #include "runtime/number.h"
 
 void sl_query_rows_take(sl_query_rows *rows, sl_arena *arena, const sl_attention_plan *plan, int64_t count) {
@@ -63,6 +64,10 @@ static void attend_to_self(sl_query_rows *rows, const sl_attention_plan *plan, i
     memset(query, 0, (size_t)args->head_dim * sizeof(float));
     plan->kernel->add_rows(query, &plan->factor, &q, rows->token + r, 1);
     plan->kernel->dot_rows(query, &k, &key, 1, &score);
+    if (plan->bends_scores) {
+      float bend;
+      score = sl_score_bend_pair(plan, rows->batch, rows->head, rows->token[r], key, key, score, &bend);
+    }
     if (score == -INFINITY) continue; /* weighs nothing */
     float b = sl_attention_clamp_logit(*sl_attention_at3(&args->b, rows->batch, rows->head_kv, key));
     float gate = 1 / (1 + rows->exp_minus_a[r] * expf(-b));

@@ -11,6 +11,7 @@ void sl_staircase_take(sl_staircase *staircase, sl_arena *arena, const sl_attent
   staircase->lowest = sl_arena_take(arena, rows, sizeof(int32_t));
   staircase->highest = sl_arena_take(arena, rows, sizeof(int32_t));
   staircase->scores = sl_arena_take(arena, rows * staircase->score_stride, sizeof(float));
+  sl_score_bend_take(&staircase->bend, arena, plan, rows, staircase->score_stride);
   staircase->weights = staircase->scores;
   if (plan->kernel->element_size != sizeof(float)) {
     staircase->weights = sl_arena_take(arena, rows * staircase->score_stride, plan->kernel->element_size);
@@ -33,7 +34,7 @@ static void region_range(const sl_attention_plan *plan, const sl_query_rows *row
   *lowest = -1;
   *highest = args->n_k;
   switch (region) {
-    case SL_REGION_ALL: break; /* not asked for */
+    case SL_REGION_ALL: break;
     case SL_REGION_PAST: *highest = position - (rows->self_apart ? 1 : window); break;
     case SL_REGION_AFTER: *lowest = position + window; break;
     case SL_REGION_NEAR:
@@ -43,6 +44,11 @@ static void region_range(const sl_attention_plan *plan, const sl_query_rows *row
     case SL_REGION_SINKS:
       if (args->causal) *highest = position;
       break;
+  }
+  int64_t sliding = smaller(args->sliding_window, args->n_k + args->n_q);
+  if (sliding > 0) {
+    *lowest = larger(*lowest, position - sliding + 1);
+    *highest = smaller(*highest, position + sliding - 1);
   }
   *lowest = smaller(larger(*lowest, -1), args->n_k);
   *highest = smaller(larger(*highest, -1), args->n_k);
@@ -66,11 +72,11 @@ static position_limits limit_positions(sl_staircase *staircase, const sl_query_r
 /* Prefixes by position, in a chunk in order of position; a row is lengthened to what a later one needs.
  * Returns whether any was, so that a mask has to cut it. */
 static bool count_positions(sl_staircase *staircase, const sl_query_rows *rows, const sl_key_chunk *chunk,
-                            sl_key_region region) {
+                            bool limited) {
   int64_t longest = 0;
   bool lengthened = false;
   for (int64_t r = rows->count - 1; r >= 0; --r) {
-    int64_t highest = region == SL_REGION_ALL ? chunk->end - 1 : staircase->highest[r];
+    int64_t highest = limited ? staircase->highest[r] : chunk->end - 1;
     int64_t wanted = smaller(larger(highest - chunk->begin + 1, 0), chunk->count);
     lengthened |= wanted < longest;
     longest = larger(longest, wanted);
@@ -88,7 +94,7 @@ static void cut_lengths(sl_staircase *staircase, int64_t start, int64_t count) {
   }
 }
 
-static void attend_block(void *context, const sl_staircase *staircase, const sl_key_chunk *chunk, int64_t start,
+static void attend_block(void *context, sl_staircase *staircase, const sl_key_chunk *chunk, int64_t start,
                          int64_t count, bool gated, bool masked) {
   const sl_query_rows *rows = context;
   const sl_attention_plan *plan = staircase->plan;
@@ -96,8 +102,11 @@ static void attend_block(void *context, const sl_staircase *staircase, const sl_
   const int32_t *lengths = staircase->block_lengths;
   const char *columns = (const char *)chunk->k_columns + (size_t)(start * plan->depth) * kernel->element_size;
   const char *depths = (const char *)chunk->v_depths + (size_t)(start * kernel->panel) * kernel->element_size;
+  sl_score_bend *bend = &staircase->bend;
+  if (plan->bends_scores && !sl_score_bend_load(bend, plan, rows, chunk, start, count, lengths)) return;
   kernel->multiply_nt(count, lengths, rows->packed, plan->row_stride, columns, plan->depth, staircase->scores,
                       staircase->score_stride);
+  if (plan->bends_scores) sl_score_bend_apply(bend, plan, rows, chunk, start, count, lengths, staircase->scores);
   if (masked) {
     kernel->mask_tile(count, lengths, staircase->scores, staircase->score_stride, chunk->index + start,
                       staircase->lowest, staircase->highest);
@@ -132,7 +141,8 @@ void sl_staircase_walk(sl_staircase *staircase, const sl_query_rows *rows, const
   bool gated = region == SL_REGION_ALL || region == SL_REGION_PAST || region == SL_REGION_AFTER;
   if (rows->count == 0 || chunk->count == 0) return;
   position_limits limits = {-1, -1, plan->args->n_k, plan->args->n_k};
-  if (region != SL_REGION_ALL) limits = limit_positions(staircase, rows, region);
+  bool limited = region != SL_REGION_ALL || plan->args->sliding_window > 0;
+  if (limited) limits = limit_positions(staircase, rows, region);
   if (limits.highest_most < chunk->begin || limits.lowest_least >= chunk->end) return;
   bool whole = limits.lowest_most <= chunk->begin && limits.highest_least >= chunk->end - 1;
   bool lengthened = false;
@@ -140,7 +150,7 @@ void sl_staircase_walk(sl_staircase *staircase, const sl_query_rows *rows, const
   if (chunk->sorted) {
     sl_key_chunk_find_prefixes(chunk, rows->a, rows->count, rows->logit_tau, staircase->lengths);
   } else {
-    lengthened = count_positions(staircase, rows, chunk, region);
+    lengthened = count_positions(staircase, rows, chunk, limited);
     start = larger(limits.lowest_least - chunk->begin, 0) / SL_ATTENTION_STRIDE * SL_ATTENTION_STRIDE;
   }
   int64_t count = rows->count;

@@ -4,6 +4,7 @@
 
 #include "attention/chunk.h"
 #include "attention/rows.h"
+#include "attention/score_bend.h"
 
 /* Which keys of a chunk the rows may see. */
 typedef enum sl_key_region {
@@ -22,14 +23,15 @@ typedef struct sl_staircase {
   float *scores;                    /* [rows of a tile][score_stride] */
   void *weights;                    /* the scores themselves where an element is a float */
   int64_t score_stride;
+  sl_score_bend bend;
 } sl_staircase;
 
 void sl_staircase_take(sl_staircase *staircase, sl_arena *arena, const sl_attention_plan *plan);
 
 /* What is done with a block of a chunk: the keys from start on, of which the first `count` rows have
  * staircase->block_lengths each. gated: the region's pairs have a gate. masked: lowest and highest must be applied. */
-typedef void (*sl_block_function)(void *context, const sl_staircase *staircase, const sl_key_chunk *chunk,
-                                  int64_t start, int64_t count, bool gated, bool masked);
+typedef void (*sl_block_function)(void *context, sl_staircase *staircase, const sl_key_chunk *chunk, int64_t start,
+                                  int64_t count, bool gated, bool masked);
 
 /* Calls function for every block of the chunk in which some row has keys of the region, in order. A chunk that is
  * sorted is cut by the rows' threshold, which needs rows in order of falling a. At most a tile of rows. */

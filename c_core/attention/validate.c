@@ -37,6 +37,7 @@ static sl_status check_sizes(const sl_gated_attention_args *args) {
   SL_CHECK(check_count("head_dim_v", args->head_dim_v, 1, SL_ATTENTION_MAX_HEAD_DIM));
   SL_CHECK(check_count("window", args->window, 0, INT64_MAX));
   SL_CHECK(check_count("sinks", args->sinks, 0, INT64_MAX));
+  SL_CHECK(check_count("sliding_window", args->sliding_window, 0, INT64_MAX));
   SL_REQUIRE(args->heads_q % args->heads_kv == 0, SL_INVALID_ARGUMENT,
              "heads_q is %lld, expected a multiple of heads_kv, which is %lld", (long long)args->heads_q,
              (long long)args->heads_kv);
@@ -47,7 +48,12 @@ static sl_status check_sizes(const sl_gated_attention_args *args) {
   SL_REQUIRE(!overflow, SL_OUT_OF_RANGE,
              "batch * heads_q * tokens is %lld * %lld * %lld, expected a product of at most 2^46",
              (long long)args->batch, (long long)args->heads_q, (long long)tokens);
+  SL_REQUIRE(!args->dattn_mask.data || args->n_q <= largest_product / (args->n_k + 1), SL_OUT_OF_RANGE,
+             "n_q * n_k is %lld * %lld, expected a product of at most 2^46 where attn_mask has a gradient",
+             (long long)args->n_q, (long long)args->n_k);
   SL_REQUIRE(isfinite(args->scale), SL_INVALID_ARGUMENT, "scale is %g, expected a finite number", args->scale);
+  SL_REQUIRE(isfinite(args->softcap) && args->softcap >= 0, SL_INVALID_ARGUMENT,
+             "softcap is %g, expected a finite number of at least 0", args->softcap);
   SL_REQUIRE(!args->executor || (args->executor->parallel_for && args->executor->threads >= 1), SL_INVALID_ARGUMENT,
              "executor has threads = %d, expected at least 1 and a parallel_for", (int)args->executor->threads);
   return SL_OK;
@@ -56,6 +62,23 @@ static sl_status check_sizes(const sl_gated_attention_args *args) {
 static sl_status check_pointer(const char *name, const void *data, int64_t elements) {
   SL_REQUIRE(data || elements == 0, SL_INVALID_ARGUMENT, "%s.data is NULL, expected %lld elements", name,
              (long long)elements);
+  return SL_OK;
+}
+
+static bool is_number(sl_dtype dtype) {
+  return dtype == SL_F32 || dtype == SL_BF16 || dtype == SL_F16 || dtype == SL_F64;
+}
+
+static sl_status check_masks(const sl_gated_attention_args *args, sl_attention_tensors tensors) {
+  const sl_attention_mask *mask = &args->attn_mask, *gradient = &args->dattn_mask;
+  SL_REQUIRE(!mask->data || mask->dtype == SL_BOOL || is_number(mask->dtype), SL_UNSUPPORTED,
+             "attn_mask.dtype is %s, expected bool, float32, bfloat16, float16 or float64", sl_dtype_name(mask->dtype));
+  if (tensors == SL_FORWARD_TENSORS || !gradient->data) return SL_OK;
+  SL_REQUIRE(mask->data && is_number(mask->dtype), SL_INVALID_ARGUMENT,
+             "dattn_mask.data is given, expected NULL without an attn_mask of numbers");
+  sl_dtype expected = args->dtype == SL_F64 ? SL_F64 : SL_F32;
+  SL_REQUIRE(gradient->dtype == expected, SL_INVALID_ARGUMENT, "dattn_mask.dtype is %s, expected %s",
+             sl_dtype_name(gradient->dtype), sl_dtype_name(expected));
   return SL_OK;
 }
 
@@ -100,6 +123,7 @@ sl_status sl_gated_attention_validate(const sl_gated_attention_args *args, sl_at
   SL_CHECK(check_pointer("out", args->out.data, queries));
   SL_CHECK(check_key_range(args));
   SL_CHECK(check_places(args));
+  SL_CHECK(check_masks(args, tensors));
   if (tensors == SL_FORWARD_TENSORS) return SL_OK;
   SL_CHECK(check_pointer("lse", args->lse.data, queries));
   SL_CHECK(check_pointer("dout", args->dout.data, queries));

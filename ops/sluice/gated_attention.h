@@ -3,13 +3,15 @@
  * FORMULA (mode "select"; the seed formula softmax(QK^T / sqrt d) * sigma(W_g [q; k]) V, whose gate is linear in the
  * concatenation [q; k] and therefore splits into one number per query and one per key):
  *
- *   s_ij = scale * <q_i, k_j>
- *   z_ij = clamp(a_i, -40, 40) + clamp(b_j, -40, 40)      in float32 (NaN stays NaN)
  *   p_i  = i + q_offset                                   the place of query i among the keys
+ *   r_ij = scale * <q_i, k_j>
+ *   s_ij = cap(r_ij) - slope |p_i - j| + m_ij             cap(r) = softcap tanh(r / softcap), or r where softcap is 0
+ *   z_ij = clamp(a_i, -40, 40) + clamp(b_j, -40, 40)      in float32 (NaN stays NaN)
  *   near_ij = |p_i - j| < window  or  j < text_begin + sinks  such pairs are kept whatever the gate says, with g_ij = 1
  *   g_ij = near_ij ? 1 : sigmoid(z_ij)
  *   K_i  = { j valid : near_ij  or  not (z_ij < logit_tau)  or  (causal and j = p_i) }
- *          where valid means key_begin <= j < key_end (key_range; 0 and n_k without) and, if causal, j <= p_i
+ *          where valid means key_begin <= j < key_end (key_range; 0 and n_k without), m_ij > -inf, if causal j <= p_i,
+ *          and with a sliding window |p_i - j| < sliding_window
  *   out_i = sum over j in K_i of softmax over K_i (s_i)_j * g_ij * v_j
  *   lse_i = log sum over j in K_i of exp(s_ij)            (of the softmax alone: the gate is not in it)
  *
@@ -20,34 +22,50 @@
  *               the left changes nothing. Below it where the first keys of the text are gone (a cache that slides).
  *               -2^31 <= text_begin <= key_begin.
  *
+ * SCORES  What happens to a score between the product and the softmax, each left out by default:
+ *   softcap        r is bent so that it stays within (-softcap, softcap), as in Gemma 2.
+ *   alibi_slopes   slope of a head: a score falls with the distance of its pair (ALiBi, arXiv 2108.12409).
+ *   attn_mask      m_ij: numbers that are added, or booleans, of which false is -inf and true 0. Broadcast over any of
+ *                  its dimensions. A pair with -inf is not valid, whatever its score.
+ *   sliding_window cuts: what is farther away is seen by nobody, sinks included. window, in contrast, only says which
+ *                  pairs the gate has no say in.
+ *
  * With logit_tau = -inf (tau = 0), window = 0 and sinks = 0 this is the seed's formula to the letter.
  * A row with an empty K_i gives out_i = 0 and lse_i = -inf, and zero gradients.
  *
  * GRADIENT, with P = softmax, D_i = <dout_i, out_i> - dlse_i, e_ij = <dout_i, v_j>:
  *   dv_j = sum_i P_ij g_ij dout_i                 ds_ij = P_ij (g_ij e_ij - D_i)
- *   dq_i = scale sum_j ds_ij k_j                  dk_j  = scale sum_i ds_ij q_i
+ *   dr_ij = ds_ij (1 - tanh^2(r_ij / softcap)), or ds_ij where softcap is 0
+ *   dq_i = scale sum_j dr_ij k_j                  dk_j  = scale sum_i dr_ij q_i
+ *   dm = ds, summed over what m is broadcast over; alibi_slopes have no gradient
  *   dz_ij = P_ij e_ij g_ij (1 - g_ij)  for pairs that are not near, else 0
  *   da_i = sum_j dz_ij where |a_i| <= 40, else 0  db_j = sum_i dz_ij where |b_j| <= 40, else 0
  * Dropped pairs have no gradient. With grouped query heads dk, dv and db sum over the group.
  *
  * OPERATORS
  *   sluice::gated_attention(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? logit_tau, Tensor? key_range,
- *                           Tensor? q_offset, Tensor? text_begin, bool causal, int window, int sinks, float scale)
+ *                           Tensor? q_offset, Tensor? text_begin, Tensor? attn_mask, Tensor? alibi_slopes, bool causal,
+ *                           int window, int sinks, int sliding_window, float softcap, float scale)
  *                           -> (Tensor out, Tensor lse)
  *   sluice::gated_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b,
- *                           Tensor? logit_tau, Tensor? key_range, Tensor? q_offset, Tensor? text_begin, Tensor out,
- *                           Tensor lse, bool causal, int window, int sinks, float scale)
- *                           -> (Tensor dq, Tensor dk, Tensor dv, Tensor da, Tensor db)
+ *                           Tensor? logit_tau, Tensor? key_range, Tensor? q_offset, Tensor? text_begin,
+ *                           Tensor? attn_mask, Tensor? alibi_slopes, Tensor out, Tensor lse, bool causal, int window,
+ *                           int sinks, int sliding_window, float softcap, float scale, bool mask_gradient)
+ *                           -> (Tensor dq, Tensor dk, Tensor dv, Tensor da, Tensor db, Tensor dattn_mask)
  *
  * SHAPES  q [B, Hq, Nq, D]  k [B, Hkv, Nk, D]  v [B, Hkv, Nk, Dv]  a [B, Hq, Nq]  b [B, Hkv, Nk]
  *         logit_tau [B, Hq] (absent: tau = 0)   key_range [B, 2] int64, begin and end (absent: all keys)
- *         q_offset, text_begin [B] int64 (absent: see PLACES)
+ *         q_offset, text_begin [B] int64 (absent: see PLACES)   alibi_slopes [B, Hq] (absent: 0)
+ *         attn_mask [B or 1, Hq or 1, Nq or 1, Nk or 1] (absent: 0)   dattn_mask like attn_mask, or empty where
+ *         mask_gradient is false
  *         out [B, Hq, Nq, Dv]  lse, dlse [B, Hq, Nq] (dlse absent: 0).
  *         Hq is a multiple of Hkv; query head h reads key head h / (Hq / Hkv).
  *         1 <= D, Dv <= 256. B, Nq may be 0 (empty results); Nk may be 0 (all rows empty).
- * DTYPES  q, k, v, out, dout, dq, dk, dv: one of float32, bfloat16, float16, float64. a, b, logit_tau, lse, dlse,
- *         da, db: float32, with float64 inputs float64. Half-precision inputs are multiplied exactly and summed in
- *         float32.
+ * DTYPES  q, k, v, out, dout, dq, dk, dv: one of float32, bfloat16, float16, float64. a, b, logit_tau,
+ *         alibi_slopes, lse, dlse, da, db, dattn_mask: float32, with float64 inputs float64. attn_mask: bool, float32,
+ *         bfloat16, float16 or float64, rounded to the former. Half-precision inputs are multiplied exactly and summed
+ *         in float32. window, sinks, sliding_window: tokens; 0 is none.
+ *         softcap: finite, >= 0, in units of a score; 0 is none.
  * STRIDES any; only the last dimension of q, k, v, out and dout and their gradients must be contiguous (stride 1).
  * ERRORS  SL_INVALID_ARGUMENT, SL_OUT_OF_RANGE, SL_OUT_OF_MEMORY (workspace_size too small), SL_UNSUPPORTED (dtype).
  * DETERMINISM  the same inputs give the same bits, whatever the number of threads.
@@ -60,14 +78,17 @@
 #include <sluice/executor.h>
 #include <sluice/types.h>
 
-#define SL_GATED_ATTENTION_SCHEMA                                                         \
-  "gated_attention(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? logit_tau, " \
-  "Tensor? key_range, Tensor? q_offset, Tensor? text_begin, bool causal, int window, "    \
-  "int sinks, float scale) -> (Tensor out, Tensor lse)"
-#define SL_GATED_ATTENTION_BACKWARD_SCHEMA                                                                 \
-  "gated_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, " \
-  "Tensor? logit_tau, Tensor? key_range, Tensor? q_offset, Tensor? text_begin, Tensor out, Tensor lse, "   \
-  "bool causal, int window, int sinks, float scale) -> (Tensor dq, Tensor dk, Tensor dv, Tensor da, Tensor db)"
+#define SL_GATED_ATTENTION_SCHEMA                                                                 \
+  "gated_attention(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? logit_tau, "         \
+  "Tensor? key_range, Tensor? q_offset, Tensor? text_begin, Tensor? attn_mask, "                  \
+  "Tensor? alibi_slopes, bool causal, int window, int sinks, int sliding_window, float softcap, " \
+  "float scale) -> (Tensor out, Tensor lse)"
+#define SL_GATED_ATTENTION_BACKWARD_SCHEMA                                                                      \
+  "gated_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, "      \
+  "Tensor? logit_tau, Tensor? key_range, Tensor? q_offset, Tensor? text_begin, Tensor? attn_mask, "             \
+  "Tensor? alibi_slopes, Tensor out, Tensor lse, bool causal, int window, int sinks, int sliding_window, "      \
+  "float softcap, float scale, bool mask_gradient) -> (Tensor dq, Tensor dk, Tensor dv, Tensor da, Tensor db, " \
+  "Tensor dattn_mask)"
 
 /* |a| and |b| are clamped to this, so that exp(-a) * exp(-b) stays finite in float32. */
 #define SL_GATE_LOGIT_LIMIT 40.0f
@@ -89,6 +110,13 @@ typedef struct sl_tensor3 {
   int64_t batch_stride, head_stride, token_stride;
 } sl_tensor3;
 
+/* A [batch, head, query, key] tensor; strides in elements, 0 where it is broadcast. data NULL: absent. */
+typedef struct sl_attention_mask {
+  void *data;
+  sl_dtype dtype;
+  int64_t batch_stride, head_stride, query_stride, key_stride;
+} sl_attention_mask;
+
 typedef struct sl_gated_attention_args {
   sl_dtype dtype;
   int64_t batch, heads_q, heads_kv, n_q, n_k, head_dim, head_dim_v;
@@ -97,24 +125,28 @@ typedef struct sl_gated_attention_args {
   const void *logit_tau;                /* [batch, heads_q], contiguous; NULL: tau = 0 */
   const int64_t *key_range;             /* [batch, 2], contiguous, begin and end of the valid keys; NULL: all */
   const int64_t *q_offset, *text_begin; /* [batch], contiguous; NULL: see PLACES */
+  sl_attention_mask attn_mask;
+  const void *alibi_slopes; /* [batch, heads_q], contiguous; NULL: none */
   bool causal;
-  int64_t window, sinks; /* >= 0 */
-  double scale;          /* finite */
-  sl_tensor4 out;        /* written by the forward, read by the backward */
-  sl_tensor3 lse;        /* written by the forward (data may be NULL there), read by the backward */
+  int64_t window, sinks, sliding_window; /* >= 0 */
+  double softcap;                        /* finite, >= 0 */
+  double scale;                          /* finite */
+  sl_tensor4 out;                        /* written by the forward, read by the backward */
+  sl_tensor3 lse;                        /* written by the forward (data may be NULL there), read by the backward */
 
   /* Backward only. */
-  sl_tensor4 dout;       /* read */
-  sl_tensor3 dlse;       /* read; data NULL: 0 */
-  sl_tensor4 dq, dk, dv; /* written */
-  sl_tensor3 da, db;     /* written */
+  sl_tensor4 dout;              /* read */
+  sl_tensor3 dlse;              /* read; data NULL: 0 */
+  sl_tensor4 dq, dk, dv;        /* written */
+  sl_tensor3 da, db;            /* written */
+  sl_attention_mask dattn_mask; /* written, in the dtype of a; where a stride is 0, summed over that dimension */
 
   void *workspace; /* 64-byte aligned; its content on entry does not matter */
   size_t workspace_size;
   const sl_executor *executor; /* NULL: serial */
 } sl_gated_attention_args;
 
-/* Bytes of workspace that the call with these args needs (data pointers are not read). */
+/* Bytes of workspace that the call with these args needs. Data is not read: only whether there is a mask. */
 SL_API sl_status sl_gated_attention_workspace_size(const sl_gated_attention_args *args, size_t *bytes);
 SL_API sl_status sl_gated_attention_backward_workspace_size(const sl_gated_attention_args *args, size_t *bytes);
 

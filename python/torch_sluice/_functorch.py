@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 _FORWARD = torch.ops.sluice.gated_attention.default
 _BACKWARD = torch.ops.sluice.gated_attention_backward.default
+TENSORS, MASK = 11, 9  # of the forward's arguments: how many are tensors, and the place of attn_mask
 FORWARD_MODE = (
     "sluice::gated_attention has no forward-mode derivative (torch.func.jvp, jacfwd, torch.autograd.forward_ad): use "
     "reverse mode (torch.func.grad, vjp, jacrev)"
@@ -19,15 +20,18 @@ SECOND_ORDER = "sluice::gated_attention_backward has no derivative: gated attent
 
 def map_operator(operator, info, in_dims: tuple, *arguments) -> tuple[tuple, tuple]:
     """(outputs, dimensions) of ``operator`` over a mapped dimension, folded into the batch: a rule for vmap."""
-    size, folded = info.batch_size, []
+    size, folded, batch = info.batch_size, [], None
     for argument, dim in zip(arguments, in_dims, strict=True):
         if isinstance(argument, Tensor):
             argument = argument.unsqueeze(0).expand(size, *argument.shape) if dim is None else argument.movedim(dim, 0)
-            batch = argument.shape[1]
-            argument = argument.flatten(0, 1)
+            if batch is None:  # the first has the whole batch, a mask may be broadcast over it
+                batch = argument.shape[1]
+            argument = argument.expand(size, batch, *argument.shape[2:]).flatten(0, 1)
         folded.append(argument)
     outputs = operator(*folded)
-    return tuple(out.unflatten(0, (size, batch)) for out in outputs), (0,) * len(outputs)
+    # What is left out is an empty tensor of one dimension.
+    outputs = tuple(out.unflatten(0, (size, batch if out.dim() > 1 else 0)) for out in outputs)
+    return outputs, (0,) * len(outputs)
 
 
 class _Backward(torch.autograd.Function):
@@ -61,7 +65,7 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.causal, ctx.window, ctx.sinks, ctx.scale = inputs
+        tensors, ctx.options = inputs[:TENSORS], inputs[TENSORS:]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *output)
 
@@ -70,8 +74,13 @@ class _Forward(torch.autograd.Function):
         saved = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(saved[-2])
-        gradients = _Backward.apply(dout, dlse, *saved, ctx.causal, ctx.window, ctx.sinks, ctx.scale)
-        return *gradients, *(None,) * 8
+        *tensors, out, lse = saved
+        mask, wants_mask = tensors[MASK], ctx.needs_input_grad[MASK]
+        if wants_mask and not mask.is_cpu:  # there, sums over what it is broadcast over have no order of their own
+            tensors[MASK] = mask.expand(*tensors[0].shape[:3], tensors[1].shape[2])
+        *gradients, dmask = _Backward.apply(dout, dlse, *tensors, out, lse, *ctx.options, wants_mask)
+        dmask = dmask.sum_to_size(mask.shape).to(mask.dtype) if wants_mask else None
+        return *gradients, *(None,) * (MASK - 5), dmask, *(None,) * (TENSORS - MASK - 1 + len(ctx.options))
 
     @staticmethod
     def jvp(ctx, *tangents):

@@ -29,7 +29,7 @@ def _check_shape(name, tensor, expected, meaning):
         )
 
 
-def _check_inputs(q, k, v, a, b, logit_tau, key_range, q_offset, text_begin):
+def _check_inputs(q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes):
     """The shape checks of the native operator, for tracing with fake tensors."""
     for name, tensor, meaning in (
         ("q", q, "[batch, heads_q, n_q, head_dim]"),
@@ -56,11 +56,23 @@ def _check_inputs(q, k, v, a, b, logit_tau, key_range, q_offset, text_begin):
     for name, places in (("q_offset", q_offset), ("text_begin", text_begin)):
         if places is not None:
             _check_shape(name, places, (batch,), "[batch]")
+    if attn_mask is not None:
+        full = (batch, heads_q, n_q, n_k)
+        if attn_mask.dim() != 4 or any(x != 1 and x != y for x, y in zip(attn_mask.shape, full, strict=True)):
+            raise ValueError(
+                f"attn_mask has shape {list(attn_mask.shape)}, expected [batch, heads_q, n_q, n_k] = {list(full)}, or "
+                "1 instead of any of them"
+            )
+    if alibi_slopes is not None:
+        _check_shape("alibi_slopes", alibi_slopes, (batch, heads_q), "[batch, heads_q]")
 
 
 @register_fake("gated_attention")
-def _fake_forward(q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, causal, window, sinks, scale):
-    _check_inputs(q, k, v, a, b, logit_tau, key_range, q_offset, text_begin)
+def _fake_forward(
+    q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes, causal, window, sinks,
+    sliding_window, softcap, scale,
+):  # fmt: skip
+    _check_inputs(q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes)
     batch, heads_q, n_q, _ = q.shape
     out = q.new_empty((batch, heads_q, n_q, v.shape[3]))
     lse = q.new_empty((batch, heads_q, n_q), dtype=_gate_dtype(q.dtype))
@@ -69,10 +81,12 @@ def _fake_forward(q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, cau
 
 @register_fake("gated_attention_backward")
 def _fake_backward(
-    dout, dlse, q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, out, lse, causal, window, sinks, scale
-):
-    _check_inputs(q, k, v, a, b, logit_tau, key_range, q_offset, text_begin)
-    return tuple(tensor.new_empty(tensor.shape) for tensor in (q, k, v, a, b))
+    dout, dlse, q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes, out, lse, causal,
+    window, sinks, sliding_window, softcap, scale, mask_gradient,
+):  # fmt: skip
+    _check_inputs(q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes)
+    dattn_mask = q.new_empty(attn_mask.shape if mask_gradient else (0,), dtype=_gate_dtype(q.dtype))
+    return *(tensor.new_empty(tensor.shape) for tensor in (q, k, v, a, b)), dattn_mask
 
 
 for _operator, _kernel in ((_FORWARD, _functorch.forward), (_BACKWARD, _functorch.backward)):

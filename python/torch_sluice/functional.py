@@ -50,6 +50,34 @@ def _gates_of(name: str, logits: Tensor, dtype: torch.dtype) -> Tensor:
     return logits.to(dtype)
 
 
+def mask_of(attn_mask: Tensor | None) -> Tensor | None:
+    """The operator's mask for one of up to four dimensions, broadcast from the right as torch does."""
+    if attn_mask is None:
+        return None
+    if not isinstance(attn_mask, Tensor) or attn_mask.dim() > 4:
+        found = list(attn_mask.shape) if isinstance(attn_mask, Tensor) else type(attn_mask).__name__
+        raise ValueError(f"attn_mask is {found}, expected a tensor that broadcasts to [batch, heads_q, n_q, n_k]")
+    if not (attn_mask.is_floating_point() or attn_mask.dtype == torch.bool):
+        raise ValueError(f"attn_mask is {attn_mask.dtype}, expected booleans, or floating-point numbers to add")
+    return attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
+
+
+def slopes_of(alibi_slopes: Tensor | None, q: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The operator's slopes [B, Hq] for some of shape [Hq] or [B, Hq]."""
+    if alibi_slopes is None:
+        return None
+    shape = q.shape[:2]
+    if not isinstance(alibi_slopes, Tensor) or alibi_slopes.shape not in (shape[1:], shape):
+        found = list(alibi_slopes.shape) if isinstance(alibi_slopes, Tensor) else type(alibi_slopes).__name__
+        raise ValueError(f"alibi_slopes is {found}, expected a tensor [heads_q] or [batch, heads_q] = {list(shape)}")
+    if alibi_slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "alibi_slopes requires a gradient, expected constants: slopes that learn are an attn_mask, "
+            "-slopes.view(-1, 1, 1) * distance"
+        )
+    return alibi_slopes.to(q.device, dtype).expand(shape)
+
+
 def _run(arguments: tuple) -> tuple[Tensor, Tensor]:
     try:
         q, k, v, a, b = arguments[:5]
@@ -57,9 +85,11 @@ def _run(arguments: tuple) -> tuple[Tensor, Tensor]:
             return _functorch.transformed(*arguments)
         if forward_ad._current_level >= 0:
             return _operator(*arguments)
+        mask = arguments[_functorch.MASK]
         if torch.is_grad_enabled() and (
             q.requires_grad or k.requires_grad or v.requires_grad or a.requires_grad or b.requires_grad
-        ):
+            or (mask is not None and mask.requires_grad)
+        ):  # fmt: skip
             return _operator(*arguments)
         # Nothing to differentiate: go past the autograd kernel, which is Python and costs some microseconds.
         with torch._C._AutoDispatchBelowAutograd():
@@ -89,6 +119,10 @@ def gated_attention(
     key_range: Tensor | None = None,
     q_offset: Tensor | None = None,
     text_begin: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    sliding_window: int = 0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Attention in which a separable gate picks the pairs of query and key that are worth computing.
@@ -98,9 +132,10 @@ def gated_attention(
 
         near_ij = |p_i - j| < window  or  j < text_begin + sinks  kept whatever the gate says, with g_ij = 1
         g_ij    = 1 where near, else sigmoid(z_ij)
-        K_i     = {j : near_ij  or  g_ij >= tau  or  (causal and j = p_i)}, within the causal triangle
-                  and key_range = [begin, end)
-        out_i   = sum_{j in K_i} softmax_{K_i}(scale * q_i . k_j) * g_ij * v_j
+        K_i     = {j : near_ij  or  g_ij >= tau  or  (causal and j = p_i)}, within the causal triangle,
+                  key_range = [begin, end), the sliding window and attn_mask
+        s_ij    = cap(scale * q_i . k_j) - alibi_slope |p_i - j| + attn_mask_ij,   cap(x) = softcap tanh(x / softcap)
+        out_i   = sum_{j in K_i} softmax_{K_i}(s_ij) * g_ij * v_j
 
     At ``tau=0``, ``window=0`` and ``sinks=0`` this is ``softmax(QK^T / sqrt(d)) * sigmoid(W_g [Q; K]) V``, whose gate
     is linear in [q; k] and so splits into one number per query and one per key. Pairs that are not kept cost nothing.
@@ -134,7 +169,14 @@ def gated_attention(
         text_begin: [B] int64, the key with which the text of each batch element begins, from which sinks count;
             default the begin of key_range, or 0. It is at most that, and below it where the first keys of the text are
             gone: minus their number, without padding.
-        return_lse: also return ``lse_i = log sum_{j in K_i} exp(scale * q_i . k_j)``, [B, Hq, Nq] in the dtype of the
+        attn_mask: as of ``scaled_dot_product_attention``: numbers that are added to the scores, or booleans, True where
+            a pair may be looked at; broadcasts to [B, Hq, Nq, Nk]. Of numbers of any floating-point dtype, with a
+            gradient; a pair with -inf is not looked at.
+        alibi_slopes: [Hq] or [B, Hq], what scores lose per token of distance (ALiBi); constants.
+        softcap: scores are bent into (-softcap, softcap) before anything is added (Gemma 2); 0: they are not.
+        sliding_window: a query sees keys at a distance below this only, sinks included; 0: at any. In contrast to
+            ``window``, it cuts.
+        return_lse: also return ``lse_i = log sum_{j in K_i} exp(s_ij)``, [B, Hq, Nq] in the dtype of the
             gates, -inf for an empty row; of a gradient to it each kept pair takes its share of the softmax, the gates
             none. Of ``"post"`` it is that of all pairs, of ``"log"`` that of the gated scores. With it parts of the
             keys can be put together, or a logit added that no value belongs to: ``out * sigmoid(lse - s_aux)`` is
@@ -143,10 +185,10 @@ def gated_attention(
     Returns:
         out [B, Hq, Nq, Dv] in the dtype of q; with ``return_lse`` the tuple (out, lse).
 
-    Gradients flow to q, k, v, a and b; dropped pairs have none. They are of first order and reverse mode, by autograd
-    or torch.func (``grad``, ``vjp``, ``vmap``); second order and forward mode raise NotImplementedError. Under autocast
-    q, k and v take the autocast dtype and the gates float32. The same inputs give the same bits, whatever the number of
-    threads.
+    Gradients flow to q, k, v, a, b and attn_mask; dropped pairs have none. They are of first order and reverse mode, by
+    autograd or torch.func (``grad``, ``vjp``, ``vmap``); second order and forward mode raise NotImplementedError. Under
+    autocast q, k and v take the autocast dtype and the gates float32. The same inputs give the same bits, whatever the
+    number of threads.
 
     Raises:
         ValueError: an argument of a wrong shape, dtype, device or value; the message names it.
@@ -168,11 +210,13 @@ def gated_attention(
             raise ValueError(f"tau is {tau} and density is {density}, expected at most one of them")
         logit_tau = select_logit_tau(
             a, b, density, causal=causal, window=window, sinks=sinks, key_range=key_range, q_offset=q_offset,
-            text_begin=text_begin,
+            text_begin=text_begin, sliding_window=sliding_window,
         )  # fmt: skip
     if scale is None:
         scale = 1 / math.sqrt(max(q.shape[3], 1))
-    arguments = (q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, causal, window, sinks, scale)
+    places = (key_range, q_offset, text_begin)
+    of_scores = (mask_of(attn_mask), slopes_of(alibi_slopes, q, dtype))
+    arguments = (q, k, v, a, b, logit_tau, *places, *of_scores, causal, window, sinks, sliding_window, softcap, scale)
     run = _run_compiled if torch.compiler.is_compiling() else _run
     out, lse = run(arguments) if mode == "select" else run_mode(mode, run, arguments)
     return (out, lse) if return_lse else out

@@ -26,13 +26,13 @@ def run_mode(mode: str, run: Operator, arguments: tuple) -> tuple[Tensor, Tensor
     return run(arguments)
 
 
-def _run_post(run: Operator, q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, causal, window, sinks, scale):
-    places = (key_range, q_offset, text_begin, causal)
-    out, lse = run((q, k, v, a, b, logit_tau, *places, window, sinks, scale))
+def _run_post(run: Operator, q, k, v, a, b, logit_tau, *options):
+    *of_scores, _, _, sliding_window, softcap, scale = options  # but for window and sinks
+    out, lse = run((q, k, v, a, b, logit_tau, *options))
     if logit_tau is None:  # nothing is dropped
         return out, lse
     nothing = v.new_zeros(1, 1, 1, 1).expand(*v.shape[:3], 1)
-    _, lse_of_all = run((q, k, nothing, a.detach(), b.detach(), None, *places, 0, 0, scale))
+    _, lse_of_all = run((q, k, nothing, a.detach(), b.detach(), None, *of_scores, 0, 0, sliding_window, softcap, scale))
     share = (lse - lse_of_all).masked_fill(lse == -torch.inf, -torch.inf).exp()
     return out * share.unsqueeze(-1).to(out.dtype), lse_of_all
 

@@ -19,6 +19,35 @@ def end_of_sinks(sinks: int, key_range: Tensor | None, text_begin: Tensor | None
     return sinks if key_range is None else key_range[:, :1] + sinks
 
 
+def rows_of_mask(mask: Tensor | None, rows: Tensor | slice) -> Tensor | None:
+    """The rows of queries ``rows`` of a mask [B or 1, Hq or 1, Nq or 1, Nk or 1]."""
+    return mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
+
+
+def visible_pairs(
+    places: Tensor, n_k: int, *, causal: bool = False, key_range: Tensor | None = None, sliding_window: int = 0,
+    attn_mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """[B or 1, Hq or 1, R, Nk], True for pairs that may be looked at, before a gate is asked.
+
+    Args:
+        places: [B or 1, R], those of some queries.
+        attn_mask: that of these queries, [B or 1, Hq or 1, R or 1, Nk or 1].
+        The others: as in :func:`torch_sluice.gated_attention`.
+    """
+    keys = torch.arange(n_k, device=places.device)
+    distance = places[:, None, :, None] - keys
+    visible = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    if sliding_window > 0:
+        visible = visible & (distance.abs() < sliding_window)
+    if key_range is not None:
+        begin, end = key_range.view(-1, 1, 1, 1, 2).unbind(-1)
+        visible = visible & (keys >= begin) & (keys < end)
+    if attn_mask is not None:
+        visible = visible & (attn_mask if attn_mask.dtype == torch.bool else attn_mask != -torch.inf)
+    return visible
+
+
 def check_places(q: Tensor, **places: Tensor | None) -> None:
     """Raises ValueError for a place that is no int64 tensor [B] on the device of q; its values are the operator's."""
     for name, place in places.items():

@@ -57,6 +57,7 @@ def select_logit_tau(
     key_range: Tensor | None = None,
     q_offset: Tensor | None = None,
     text_begin: Tensor | None = None,
+    sliding_window: int = 0,
 ) -> Tensor:
     """The threshold on a_i + b_j, per (batch, query head), that keeps the share ``density`` of the far pairs.
 
@@ -74,7 +75,8 @@ def select_logit_tau(
         a: [B, Hq, Nq] gate logits of the queries.
         b: [B, Hkv, Nk] gate logits of the keys; Hq is a multiple of Hkv.
         density: share in [0, 1], or a tensor of shares that broadcasts to [B, Hq].
-        causal, window, sinks, key_range, q_offset, text_begin: as in :func:`torch_sluice.gated_attention`.
+        causal, window, sinks, key_range, q_offset, text_begin, sliding_window: as in
+            :func:`torch_sluice.gated_attention`. Its attn_mask is not looked at.
 
     Returns:
         [B, Hq] in the dtype of a, ``logit_tau`` of the operator; -inf where all far pairs (or none exist) are kept,
@@ -96,6 +98,8 @@ def select_logit_tau(
     first = n_k - n_q if q_offset is None else q_offset.view(-1, 1, 1, 1)
     queries, keys = queries.unsqueeze(-1) + first, keys.unsqueeze(-2)
     far = (queries - keys).abs() >= window
+    if sliding_window > 0:
+        far &= (queries - keys).abs() < sliding_window
     if causal:
         far &= keys < queries  # the pair of a token with itself is always kept
     sinks_end = end_of_sinks(sinks, key_range, text_begin)

@@ -55,6 +55,9 @@ def gated_attention_varlen(
     window: int = 0,
     sinks: int = 0,
     scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    sliding_window: int = 0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``torch_sluice.gated_attention`` of packed sequences, in the layout of ``torch.nn.attention.varlen``.
@@ -70,7 +73,7 @@ def gated_attention_varlen(
         cu_seqlens_q: [S + 1] int32 or int64, the tokens before each sequence: 0, .., Tq. Lengths may be 0.
         cu_seqlens_k: the same of the keys; default cu_seqlens_q. Where they differ and ``causal`` is set, the last
             query of a sequence sits at its last key.
-        tau, density: as in ``gated_attention``, where B is S.
+        tau, density, alibi_slopes: as in ``gated_attention``, where B is S.
         The others: as in ``gated_attention``.
 
     Returns:
@@ -106,7 +109,8 @@ def gated_attention_varlen(
         out, lse = gated_attention(
             *inputs, causal=causal, mode=mode, tau=of_sequences("tau", tau, first, last),
             density=of_sequences("density", density, first, last), window=window, sinks=sinks, scale=scale,
-            return_lse=True,
+            alibi_slopes=of_sequences("alibi_slopes", alibi_slopes, first, last), softcap=softcap,
+            sliding_window=sliding_window, return_lse=True,
         )  # fmt: skip
         outs.append(out)
         lses.append(lse)

@@ -79,6 +79,7 @@ inline double load_number(sl_dtype dtype, const void *data, int64_t index) {
     case SL_F64: return static_cast<const double *>(data)[index];
     case SL_BF16: return sl_bf16_to_float(static_cast<const uint16_t *>(data)[index]);
     case SL_F16: return sl_f16_to_float(static_cast<const uint16_t *>(data)[index]);
+    case SL_BOOL: return static_cast<const uint8_t *>(data)[index];
     default: return 0;
   }
 }
@@ -90,6 +91,7 @@ inline void store_number(sl_dtype dtype, void *data, int64_t index, double value
     case SL_F64: static_cast<double *>(data)[index] = value; break;
     case SL_BF16: static_cast<uint16_t *>(data)[index] = sl_float_to_bf16(single); break;
     case SL_F16: static_cast<uint16_t *>(data)[index] = sl_float_to_f16(single); break;
+    case SL_BOOL: static_cast<uint8_t *>(data)[index] = value != 0; break;
     default: break;
   }
 }
@@ -215,6 +217,11 @@ struct AttentionShape {
   std::vector<int64_t> text_begin;  // [batch]; empty: the text begins with the first valid key
   bool lse_gradient = false;        // whether there is a gradient to lse
   Layout layout = Layout::kDense;
+  int64_t sliding_window = 0;
+  double softcap = 0;
+  bool alibi = false;
+  std::optional<sl_dtype> mask;  // numbers or booleans, some of them -inf or false; none: no mask
+  std::array<bool, 4> mask_is_broadcast = {false, false, false, false};  // over batch, heads, queries, keys
 
   std::string text() const {
     std::ostringstream out;
@@ -226,6 +233,11 @@ struct AttentionShape {
     for (int64_t offset : q_offset) out << " offset " << offset;
     for (int64_t begin : text_begin) out << " text from " << begin;
     if (lse_gradient) out << " dlse";
+    if (sliding_window) out << " sliding_window=" << sliding_window;
+    if (softcap > 0) out << " softcap=" << softcap;
+    if (alibi) out << " alibi";
+    if (mask) out << " mask " << sl_dtype_name(*mask) << " broadcast";
+    for (int i = 0; mask && i < 4; ++i) out << " " << mask_is_broadcast[static_cast<size_t>(i)];
     return out.str();
   }
 
@@ -242,6 +254,15 @@ struct AttentionShape {
       }
     }
     lse_gradient = random.chance(0.5);
+  }
+
+  // Now and then: a mask, a cap, a slope, a window that cuts.
+  void bend_at_random(Random random) {
+    if (random.chance(0.25)) sliding_window = random.pick<int64_t>({1, 3, 17, 90, 300, int64_t{1} << 40});
+    if (random.chance(0.25)) softcap = random.pick<double>({0.5, 3, 50});
+    alibi = random.chance(0.25);
+    if (random.chance(0.4)) mask = random.pick<sl_dtype>({SL_F32, SL_BOOL, SL_BF16, SL_F16, SL_F64});
+    for (bool &broadcast : mask_is_broadcast) broadcast = random.chance(0.4);
   }
 };
 
@@ -269,7 +290,39 @@ class AttentionProblem {
       logit_tau = Tensor(gate, {B, Hq, 1, 1});
       logit_tau.fill([&] { return *shape.logit_tau; });
     }
+    if (shape.alibi) {
+      alibi_slopes = Tensor(gate, {B, Hq, 1, 1});
+      alibi_slopes.fill([&] { return random.uniform(0, 0.5); });
+    }
+    if (shape.mask) {
+      mask = Tensor(*shape.mask, mask_shape());
+      bool is_bool = *shape.mask == SL_BOOL;
+      mask.fill([&] {
+        bool shut = random.chance(0.2);
+        return is_bool ? !shut : shut ? -std::numeric_limits<double>::infinity() : random.normal();
+      });
+    }
     clear_results();
+  }
+
+  std::array<int64_t, 4> mask_shape() const {
+    std::array<int64_t, 4> sizes = {shape_.batch, shape_.heads_q, shape_.n_q, shape_.n_k};
+    for (size_t i = 0; i < 4; ++i) {
+      if (shape_.mask_is_broadcast[i]) sizes[i] = 1;
+    }
+    return sizes;
+  }
+  double pairs() const { return static_cast<double>(shape_.batch * shape_.heads_q * shape_.n_q * shape_.n_k); }
+  // Of mask or dmask; its channels are keys.
+  sl_attention_mask view_mask(const Tensor &tensor) const {
+    sl_tensor4 view = tensor.view4();
+    const std::array<bool, 4> &fixed = shape_.mask_is_broadcast;
+    return {view.data,
+            tensor.dtype(),
+            fixed[0] ? 0 : view.batch_stride,
+            fixed[1] ? 0 : view.head_stride,
+            fixed[2] ? 0 : view.token_stride,
+            fixed[3] ? 0 : 1};
   }
 
   // Fresh results, full of canaries.
@@ -285,7 +338,9 @@ class AttentionProblem {
     dv = Tensor(shape_.dtype, {B, Hkv, Nk, shape_.head_dim_v}, shape_.layout);
     da = Tensor(gate_dtype(), {B, Hq, Nq, 1}, shape_.layout);
     db = Tensor(gate_dtype(), {B, Hkv, Nk, 1}, shape_.layout);
+    if (has_mask_gradient()) dmask = Tensor(gate_dtype(), mask_shape());
   }
+  bool has_mask_gradient() const { return shape_.mask && *shape_.mask != SL_BOOL; }
 
   sl_dtype gate_dtype() const { return shape_.dtype == SL_F64 ? SL_F64 : SL_F32; }
   const AttentionShape &shape() const { return shape_; }
@@ -301,6 +356,10 @@ class AttentionProblem {
     args.key_range = shape_.key_range.empty() ? nullptr : shape_.key_range.data();
     args.q_offset = shape_.q_offset.empty() ? nullptr : shape_.q_offset.data();
     args.text_begin = shape_.text_begin.empty() ? nullptr : shape_.text_begin.data();
+    if (shape_.mask) args.attn_mask = view_mask(mask);
+    if (has_mask_gradient()) args.dattn_mask = view_mask(dmask);
+    args.alibi_slopes = shape_.alibi ? alibi_slopes.data() : nullptr;
+    args.softcap = shape_.softcap, args.sliding_window = shape_.sliding_window;
     args.causal = shape_.causal, args.window = shape_.window, args.sinks = shape_.sinks, args.scale = shape_.scale;
     args.out = out.view4(), args.lse = lse.view3();
     if (shape_.lse_gradient) args.dlse = dlse.view3();
@@ -323,16 +382,16 @@ class AttentionProblem {
     std::string names;
     if (!workspace_intact_) names += " workspace";
     const std::pair<const char *, const Tensor *> all[] = {
-        {"q", &q},     {"k", &k},     {"v", &v},       {"a", &a},       {"b", &b},   {"logit_tau", &logit_tau},
-        {"out", &out}, {"lse", &lse}, {"dout", &dout}, {"dlse", &dlse}, {"dq", &dq}, {"dk", &dk},
-        {"dv", &dv},   {"da", &da},   {"db", &db}};
+        {"q", &q},     {"k", &k},     {"v", &v},       {"a", &a},       {"b", &b},        {"logit_tau", &logit_tau},
+        {"out", &out}, {"lse", &lse}, {"dout", &dout}, {"dlse", &dlse}, {"dq", &dq},      {"dk", &dk},
+        {"dv", &dv},   {"da", &da},   {"db", &db},     {"mask", &mask}, {"dmask", &dmask}};
     for (auto &[name, tensor] : all) {
       if (!tensor->intact()) names += std::string(" ") + name;
     }
     return names;
   }
 
-  Tensor q, k, v, a, b, logit_tau, out, lse, dout, dlse, dq, dk, dv, da, db;
+  Tensor q, k, v, a, b, logit_tau, alibi_slopes, mask, out, lse, dout, dlse, dq, dk, dv, da, db, dmask;
 
  private:
   sl_status run(const sl_executor *executor, sl_status (*measure)(const sl_gated_attention_args *, size_t *),

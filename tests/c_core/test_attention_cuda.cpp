@@ -33,7 +33,8 @@ struct Result {
   const Tensor *tensor;
 };
 std::vector<Result> results_of(const AttentionProblem &p) {
-  return {{"out", &p.out}, {"lse", &p.lse}, {"dq", &p.dq}, {"dk", &p.dk}, {"dv", &p.dv}, {"da", &p.da}, {"db", &p.db}};
+  return {{"out", &p.out}, {"lse", &p.lse}, {"dq", &p.dq}, {"dk", &p.dk},
+          {"dv", &p.dv},   {"da", &p.da},   {"db", &p.db}, {"dmask", &p.dmask}};
 }
 
 // Largest error, relative to the largest value and to 1, the size of the inputs: a gradient that is 0 in exact
@@ -84,6 +85,8 @@ AttentionShape random_shape(Random &random) {
   }
   if (static_cast<int64_t>(shape.key_range.size()) != 2 * shape.batch) shape.key_range.clear();
   shape.place_at_random(random);
+  shape.bend_at_random(random);
+  if (shape.mask && *shape.mask != SL_BOOL) shape.mask_is_broadcast = {};
   shape.layout = random.pick<Layout>({Layout::kDense, Layout::kTokenMajor, Layout::kPadded});
   return shape;
 }

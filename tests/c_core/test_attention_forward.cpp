@@ -93,6 +93,7 @@ AttentionShape random_shape(Random &random) {
     }
   }
   shape.place_at_random(random);
+  shape.bend_at_random(random);
   shape.layout = random.pick<Layout>({Layout::kDense, Layout::kTokenMajor, Layout::kPadded});
   return shape;
 }

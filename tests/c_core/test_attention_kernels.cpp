@@ -192,36 +192,6 @@ TEST_P(Kernel, MultiplyTn) {
   }
 }
 
-TEST_P(Kernel, MaskTile) {
-  Random random(7);
-  for (const TileSize &size : tile_sizes(kernel)) {
-    int64_t padded = round_rows(size.rows), stride = sl_round_up(size.width, SL_ATTENTION_STRIDE);
-    for (const auto &steps : staircases(random, size.rows, padded, size.width)) {
-      Integers lengths(steps);
-      std::vector<int32_t> places(static_cast<size_t>(sl_round_up(size.width, panel))), low, high;
-      for (int32_t &place : places) place = static_cast<int32_t>(random.integer(0, 2 * size.width));
-      for (int64_t r = 0; r < padded; ++r) {
-        low.push_back(static_cast<int32_t>(random.integer(-5, size.width)));
-        high.push_back(random.chance(0.1) ? -1 : static_cast<int32_t>(random.integer(0, 2 * size.width)));
-      }
-      Integers positions(places), lowest(low), highest(high);
-      Array scores(SL_F32, padded * stride);
-      for (int64_t i = 0; i < scores.count(); ++i) scores.set(i, random.normal());
-      std::vector<float> copy(scores.floats(), scores.floats() + scores.count());
-      kernel->mask_tile(size.rows, lengths.data(), scores.floats(), stride, positions.data(), lowest.data(),
-                        highest.data());
-      for (int64_t r = 0; r < size.rows; ++r) {
-        for (int64_t j = 0; j < lengths[r]; ++j) {
-          bool dropped = positions[j] < lowest[r] || positions[j] > highest[r];
-          double want = dropped ? -kInfinity : copy[static_cast<size_t>(r * stride + j)];
-          ASSERT_EQ(scores.get(r * stride + j), want) << "row " << r << " key " << j;
-        }
-      }
-      expect_intact(scores, positions, lowest, highest, lengths);
-    }
-  }
-}
-
 namespace {
 
 // Operands of the two softmax micro-ops for one staircase. Beyond its length a row's scores are NaN.

@@ -37,40 +37,53 @@ def gate_gradient(case, rows=1.0, **options):
     return a.grad, b.grad
 
 
-def row_output(case, where, kept):
+def row_scores(case, where, keys, softcap=0.0, alibi_slopes=None, attn_mask=None, **_):
+    """Scores of one row."""
+    q, k = case[:2]
+    batch, head, query = where
+    scores = k[batch, head // (q.shape[1] // k.shape[1]), keys] @ q[batch, head, query] / math.sqrt(q.shape[-1])
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes[head] * (query + k.shape[2] - q.shape[2] - torch.tensor(keys)).abs()
+    return scores if attn_mask is None else scores + attn_mask[batch, head, query, keys]
+
+
+def row_output(case, where, kept, **options):
     """Output of one row that keeps the given keys: {key: gate}."""
     q, k, v = case[:3]
-    batch, head, query = where
+    batch, head, _ = where
     if not kept:
         return v.new_zeros(v.shape[-1])
-    keys, group = list(kept), q.shape[1] // k.shape[1]
-    scores = k[batch, head // group, keys] @ q[batch, head, query] / math.sqrt(q.shape[-1])
-    return (scores.softmax(0) * v.new_tensor(list(kept.values()))) @ v[batch, head // group, keys]
+    weights = row_scores(case, where, list(kept), **options).softmax(0) * v.new_tensor(list(kept.values()))
+    return weights @ v[batch, head // (q.shape[1] // k.shape[1]), list(kept)]
 
 
-def toggled_gradient(case, causal, key_range):
+def toggled_gradient(case, causal, key_range=None, sliding_window=10**9, attn_mask=None, **options):
     """The same by dropping each kept pair and admitting each dropped one, one at a time."""
     q, k, _, a, b, dout = case
+    options["attn_mask"] = attn_mask
     da, db = torch.zeros_like(a), torch.zeros_like(b)
     n_q, n_k, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     for batch, head, query in [(i, h, t) for i in range(len(q)) for h in range(q.shape[1]) for t in range(n_q)]:
         position = query + n_k - n_q
         begin, end = (0, n_k) if key_range is None else key_range[batch].tolist()
         keys = [j for j in range(begin, end) if j <= position or not causal]
+        keys = [j for j in keys if abs(position - j) < sliding_window]
+        if attn_mask is not None:
+            keys = [j for j in keys if attn_mask[batch, head, query, j] != -math.inf]
         near = {j for j in keys if abs(position - j) < WINDOW or j - begin < SINKS}
         gates = torch.sigmoid(a[batch, head, query] + b[batch, head // group]).tolist()
         kept = {j: 1.0 if j in near else gates[j] for j in keys if j in near or gates[j] >= TAU}
         here = (batch, head, query)
-        whole = row_output(case, here, kept)
+        whole = row_output(case, here, kept, **options)
         for j in set(keys) - near:
             if j in kept:
-                without = row_output(case, here, {i: g for i, g in kept.items() if i != j})
-                scores = k[batch, head // group, list(kept)] @ q[batch, head, query] / math.sqrt(q.shape[-1])
-                share = scores.softmax(0)[list(kept).index(j)]
+                without = row_output(case, here, {i: g for i, g in kept.items() if i != j}, **options)
+                share = row_scores(case, here, list(kept), **options).softmax(0)[list(kept).index(j)]
                 # What dropping changes, per share that it leaves to the others: the derivative at presence 1.
                 change = (whole - without) * (1 - share)
             else:
-                change = row_output(case, here, kept | {j: TAU}) - whole
+                change = row_output(case, here, kept | {j: TAU}, **options) - whole
             dz = gates[j] * (1 - gates[j]) * (change @ dout[batch, head, query])
             da[batch, head, query] += dz
             db[batch, head // group, j] += dz
@@ -88,6 +101,22 @@ def test_gradient_is_what_toggling_each_pair_changes(causal, padded, n_q):
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
         assert theirs.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_bends_scores_bends_what_pairs_teach(causal):
+    case, generator = random_case(n_q=9), torch.Generator().manual_seed(5)
+    bias = torch.randn(2, 4, 9, 12, generator=generator, dtype=torch.float64)
+    bias = bias.masked_fill(torch.rand(bias.shape, generator=generator) < 0.2, -math.inf)
+    slopes = torch.tensor([0.3, 0.1, 0.0, 0.2], dtype=torch.float64)
+    for options in (
+        dict(attn_mask=bias), dict(sliding_window=6), dict(softcap=0.8), dict(alibi_slopes=slopes),
+        dict(attn_mask=bias[:, :1].expand_as(bias), sliding_window=7, softcap=2.0, alibi_slopes=slopes),
+    ):  # fmt: skip
+        ours = dict(options, alibi_slopes=slopes.expand(2, 4)) if "alibi_slopes" in options else options
+        found = gate_gradient(case, causal=causal, window=WINDOW, sinks=SINKS, **ours)
+        for got, wanted in zip(found, toggled_gradient(case, causal, **options), strict=True):
+            torch.testing.assert_close(got, wanted)
 
 
 def test_a_row_that_kept_nothing_learns_from_what_it_could_have():

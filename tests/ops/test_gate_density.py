@@ -8,6 +8,7 @@ import torch
 
 from torch_sluice.attention import kept_pairs
 from torch_sluice.attention.density import sample_gate
+from torch_sluice.monitor import count_kept_pairs
 
 
 def count_one_by_one(a, b, *, tau, causal=False, window=0, sinks=0, key_range=None):
@@ -93,3 +94,22 @@ def test_empty_inputs_keep_nothing(shape):
     mean = sample_gate(a, b)[0]
     mean.backward()
     assert mean == 0
+
+
+@pytest.mark.parametrize("sliding_window", [0, 7])
+def test_pairs_behind_a_mask_are_neither_kept_nor_possible(sliding_window):
+    a, b = torch.randn(2, 4, 20), torch.randn(2, 2, 20)
+    options = dict(causal=True, window=3, sinks=2, sliding_window=sliding_window)
+    for shape in ((2, 4, 20, 20), (1, 1, 20, 20), (2, 1, 1, 20)):
+        mask = torch.rand(shape) < 0.7
+        for each in (mask, torch.zeros(shape).masked_fill(~mask, -math.inf)):
+            mean, kept, near, possible = sample_gate(a, b, tau=0.6, attn_mask=each, **options)
+            logit_tau = torch.full((2, 4), 0.6).logit()
+            assert (kept.round(), possible) == count_kept_pairs(a, b, logit_tau, attn_mask=each, **options)
+            everything = torch.full((2, 4), math.inf)
+            assert near == count_kept_pairs(a, b, everything, attn_mask=each, **options)[0]
+            i, j = torch.arange(20)[:, None], torch.arange(20)
+            far = (j <= i - 3) & (j >= 2) & mask.expand(2, 4, 20, 20)
+            far &= (i - j < sliding_window) if sliding_window else True
+            gates = (a.unsqueeze(-1) + b.repeat_interleave(2, 1).unsqueeze(-2)).sigmoid()
+            torch.testing.assert_close(mean, gates[far].mean())

@@ -17,6 +17,8 @@ NEAR = [
     dict(causal=True, window=3, sinks=4),
     dict(window=2, sinks=3),
     dict(causal=True, sinks=2, key_range=torch.tensor([[0, 30], [5, 19]])),
+    dict(causal=True, window=3, sinks=4, sliding_window=9),
+    dict(window=2, sinks=3, sliding_window=9),
 ]
 PLACES = [
     dict(q_offset=torch.tensor([0, 7])),
@@ -81,7 +83,7 @@ def test_what_counts_pairs_counts_those_of_the_operator(near, places):
     _, *counts = sample_gate(a, b, tau=0.6, **options)
     assert (round(counts[0].item()), counts[2].item()) == (kept.sum(), everything.sum())
     tau = torch.full((2, 4), 0.6).logit()
-    near = {name: options.get(name, default) for name, default in (("causal", False), ("window", 0), ("sinks", 0))}
+    near = {name: options[name] for name in ("causal", "window", "sinks", "sliding_window") if name in options}
     rest = (options.get(name) for name in ("key_range", "q_offset", "text_begin"))
     assert count_kept_pairs(a, b, tau, *rest, **near) == (kept.sum(), everything.sum())
     with KeptPairCounter() as counter:

@@ -17,7 +17,11 @@ def operator_arguments(dtype, with_optional, device):
     key_range = torch.tensor([[0, 9], [2, 7]], device=device) if with_optional else None
     q_offset = torch.tensor([0, 2], device=device) if with_optional else None
     text_begin = torch.tensor([-1, 2], device=device) if with_optional else None
-    return *inputs, logit_tau, key_range, q_offset, text_begin, True, 2, 1, 0.25
+    attn_mask = torch.randn(1, 4, 6, 9, device=device) if with_optional else None
+    alibi_slopes = torch.full_like(logit_tau, 0.1) if with_optional else None
+    of_scores = (7, 3.0) if with_optional else (0, 0.0)
+    tensors = (logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes)
+    return *inputs, *tensors, True, 2, 1, *of_scores, 0.25
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -26,7 +30,8 @@ def operator_arguments(dtype, with_optional, device):
 def test_opcheck_forward(dtype, with_optional, device):
     arguments = operator_arguments(dtype, with_optional, device)
     torch.library.opcheck(FORWARD, arguments)
-    torch.library.opcheck(FORWARD, [x.requires_grad_() for x in arguments[:5]] + list(arguments[5:]))
+    learning = (0, 1, 2, 3, 4, 9) if with_optional else (0, 1, 2, 3, 4)
+    torch.library.opcheck(FORWARD, [x.requires_grad_() if i in learning else x for i, x in enumerate(arguments)])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -36,7 +41,8 @@ def test_opcheck_backward(dtype, with_optional, device):
     arguments = operator_arguments(dtype, with_optional, device)
     out, lse = FORWARD(*arguments)
     dlse = torch.randn_like(lse) if with_optional else None
-    torch.library.opcheck(BACKWARD, (torch.randn_like(out), dlse, *arguments[:9], out, lse, *arguments[9:]))
+    tensors, options = arguments[:11], arguments[11:]
+    torch.library.opcheck(BACKWARD, (torch.randn_like(out), dlse, *tensors, out, lse, *options, with_optional))
 
 
 def gradients(function, inputs):

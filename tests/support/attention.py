@@ -7,7 +7,7 @@ import torch
 
 def formula(
     q, k, v, a, b, *, causal=False, tau=0.0, window=0, sinks=0, scale=None, key_range=None, q_offset=None,
-    text_begin=None, choice_dtype=None,
+    text_begin=None, attn_mask=None, alibi_slopes=None, softcap=0.0, sliding_window=0, choice_dtype=None,
 ):  # fmt: skip
     """out and lse, in the precision of q.
 
@@ -37,8 +37,20 @@ def formula(
     if key_range is not None:
         begin, end = key_range[:, 0, None, None, None], key_range[:, 1, None, None, None]
         kept = kept & (j >= begin) & (j < end)
+    if sliding_window:
+        kept = kept & ((i - j).abs() < sliding_window)
     kept = kept.expand(z.shape)
     scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(head_dim) if scale is None else scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.to(dtype)[..., None, None] * (i - j).abs()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        kept = kept & attn_mask
+    elif attn_mask is not None:
+        shut = attn_mask == -math.inf
+        kept = kept & ~shut
+        scores = scores + attn_mask.masked_fill(shut, 0).to(dtype)
     # A row without weight (it keeps nothing, or only scores of -inf) gives 0.
     empty = (scores.masked_fill(~kept, -math.inf) == -math.inf).all(-1, keepdim=True)
     p = scores.masked_fill(~kept & ~empty, -math.inf).softmax(-1)
@@ -53,10 +65,15 @@ def formula(
 
 
 def formula_with_gradients(inputs, dout, *, exact=False, **options):
-    """(out, lse, dq, dk, dv, da, db) of the formula in the precision of the inputs, or in float64 (``exact``)."""
+    """(out, lse, dq, dk, dv, da, db) of the formula in the precision of the inputs, or in float64 (``exact``); behind
+    them dattn_mask, if there is one of numbers."""
     choice_dtype = inputs[3].dtype
     leaves = [(x.double() if exact else x.clone()).requires_grad_() for x in map(torch.Tensor.detach, inputs)]
-    out, lse = formula(*leaves, **options, choice_dtype=choice_dtype)
+    mask = options.get("attn_mask")
+    if mask is not None and mask.dtype != torch.bool:
+        options["attn_mask"] = (mask.detach().double() if exact else mask.detach().clone()).requires_grad_()
+        leaves.append(options["attn_mask"])
+    out, lse = formula(*leaves[:5], **options, choice_dtype=choice_dtype)
     return out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))
 
 

@@ -65,10 +65,30 @@ def draw_options(draw, sizes):
         options["key_range"] = torch.tensor(bounds)
     if n_k >= n_q and draw.random() < 0.35:
         options["q_offset"] = torch.tensor([draw.randint(0, n_k - n_q) for _ in range(batch)])
+    if draw.random() < 0.2:
+        options["sliding_window"] = draw.choice((1, 2, 9, 64, 5000))
+    if draw.random() < 0.15:
+        options["softcap"] = draw.choice((0.3, 5.0, 50.0))
+    if draw.random() < 0.15:
+        slopes = torch.rand(heads, generator=torch.Generator().manual_seed(draw.randrange(1 << 30)))
+        options["alibi_slopes"] = slopes if draw.random() < 0.5 else slopes.expand(batch, heads)
+    if draw.random() < 0.3:
+        options["attn_mask"] = draw_mask(draw, (batch, heads, n_q, n_k))
     if draw.random() < 0.25:
         begins = options["key_range"][:, 0].tolist() if "key_range" in options else [0] * batch
         options["text_begin"] = torch.tensor([begin - draw.choice((0, 1, 3, 100)) for begin in begins])
     return options
+
+
+def draw_mask(draw, shape):
+    """Booleans or numbers, with holes or without, broadcast over some dimensions, maybe transposed in memory."""
+    generator = torch.Generator().manual_seed(draw.randrange(1 << 30))
+    shape = [1 if draw.random() < 0.35 else size for size in shape]
+    seen = torch.rand(shape, generator=generator) < draw.choice((1.0, 0.8, 0.2))
+    dtype = draw.choice((torch.bool, torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64))
+    mask = seen if dtype == torch.bool else torch.randn(shape, generator=generator).masked_fill(~seen, -math.inf)
+    mask = mask.to(dtype)
+    return mask.mT.contiguous().mT if draw.random() < 0.3 else mask
 
 
 def draw_tensor(draw, shape, dtype, spread=1.0):
@@ -117,18 +137,24 @@ def check_call(seed):
     inputs, dout, options, text = draw_call(seed)
     try:
         leaves = [x.detach().requires_grad_() for x in inputs]
-        out, lse = gated_attention(*leaves, return_lse=True, **options)
+        mask, names = options.get("attn_mask"), NAMES
+        if mask is not None and mask.dtype != torch.bool:
+            leaves.append(mask.detach().requires_grad_())
+            options, names = options | dict(attn_mask=leaves[-1]), (*NAMES, "dattn_mask")
+        out, lse = gated_attention(*leaves[:5], return_lse=True, **options)
         found = out.detach(), lse, *torch.autograd.grad(out, leaves, dout)
         again = gated_attention(*inputs, **options)
         assert torch.equal(out.detach(), again), "the same call gave other bits"
         truth = formula_with_gradients(inputs, dout, exact=True, **options)
         peer = formula_with_gradients(inputs, dout, **options)
         q, k, v, a, _ = inputs
-        cancels = exponent = gate = summed = 0.0
+        cancels = exponent = gate = summed = of_score = 0.0
+        pairs = q.shape[:3].numel() * k.shape[2]
         each = 32 * torch.finfo(torch.float32).eps  # of a number that is added to others in float32
         if out.numel() and k.numel():
             # Gradients of q and k are differences that may cancel.
             terms = dout.abs().amax() * max(v.abs().amax(), out.detach().abs().amax()) * v.shape[3]
+            of_score = 16 * float(torch.finfo(q.dtype).eps * terms)
             scale = abs(options.get("scale", q.shape[3] ** -0.5))
             # A wrong pair shows as a share of the largest number; so these bounds are wide.
             cancels = 16 * float(torch.finfo(q.dtype).eps * terms * scale * max(q.abs().amax(), k.abs().amax()))
@@ -139,13 +165,20 @@ def check_call(seed):
             # products of both signs.
             products = q.abs().double() @ k.abs().double().repeat_interleave(q.shape[1] // k.shape[1], 1).mT
             exponent = float(products.amax()) * scale * torch.finfo(torch.float32).eps
-        for name, ours, right, theirs, like in zip(NAMES, found, truth, peer, (q, a, *inputs), strict=True):
+            if mask is not None and mask.dtype != torch.bool and mask.numel():
+                exponent += float(mask.nan_to_num(neginf=0.0).abs().amax()) * torch.finfo(torch.float32).eps
+            if "alibi_slopes" in options:
+                exponent += max(q.shape[2], k.shape[2]) * torch.finfo(torch.float32).eps
+            if "softcap" in options:  # tanh is right to 3e-7 of the cap
+                exponent += 3 * options["softcap"] * torch.finfo(torch.float32).eps
+        for name, ours, right, theirs, like in zip(names, found, truth, peer, (q, a, *leaves), strict=True):
             assert ours.dtype == like.dtype, f"{name} is {ours.dtype}"
             assert ours.shape == right.shape, f"{name} is {tuple(ours.shape)}"
             floor = {
                 "out": each * float(v.abs().amax()) * k.shape[2] ** 0.5 if right.numel() and v.numel() else 0.0,
                 "dv": each * float(dout.abs().amax()) * summed if dout.numel() else 0.0,
                 "dq": cancels, "dk": cancels * summed, "da": gate, "db": gate * summed,
+                "dattn_mask": of_score * max(1.0, math.sqrt(right.numel() and pairs / right.numel())),
             }.get(name, 0.0)  # fmt: skip
             if name == "lse":
                 floor = 8 * exponent

@@ -13,6 +13,14 @@ __device__ N probability(N score, N lse) {
   return lse == -static_cast<N>(INFINITY) ? N{0} : exp(score - lse);
 }
 
+/* Each pair has an element of its own. */
+template <typename N, typename Row>
+__device__ N *mask_gradient_at(const sl_gated_attention_args &args, const Row &row, int64_t key) {
+  const sl_attention_mask &mask = args.dattn_mask;
+  return static_cast<N *>(mask.data) + row.batch * mask.batch_stride + row.head * mask.head_stride +
+         row.query * mask.query_stride + key * mask.key_stride;
+}
+
 template <typename T>
 __global__ void __launch_bounds__(BLOCK_WARPS *WARP)
     differentiate_rows(const sl_gated_attention_args args, Compute<T> *row_means, int64_t rows) {
@@ -38,6 +46,10 @@ __global__ void __launch_bounds__(BLOCK_WARPS *WARP)
     if (lane == 0) row_means[index] = mean;
     N lse = *cell_of<N>(args.lse, row.batch, row.head, row.query);
 
+    for (int64_t key = lane; args.dattn_mask.data && key < args.n_k; key += WARP) {
+      *mask_gradient_at<N>(args, row, key) = 0;
+    }
+    __syncwarp();
     N da = 0, sums[LANE_CHANNELS] = {};
     for (int64_t first = row.key_begin; first < row.key_end; first += WARP) {
       Pair<N> pair = judge_key(args, row, first + lane);
@@ -45,10 +57,13 @@ __global__ void __launch_bounds__(BLOCK_WARPS *WARP)
       N ds = 0;
       if (pair.kept) {
         int64_t key = first + lane;
-        N p = probability(scale * dot_staged(q, row_of<const T>(args.k, row.batch, row.head_kv, key), width), lse);
+        N raw = scale * dot_staged(q, row_of<const T>(args.k, row.batch, row.head_kv, key), width), bend;
+        N p = probability(bend_score(args, row.batch, row.head, row.position, key, raw, bend) + pair.mask, lse);
         N e = dot_staged(dout, row_of<const T>(args.v, row.batch, row.head_kv, key), width_v);
         ds = p * (pair.gate * e - mean);
         da += p * e * pair.slope;
+        if (args.dattn_mask.data) *mask_gradient_at<N>(args, row, key) = ds;
+        ds *= bend;
       }
       for (; kept; kept &= kept - 1) {
         int source = __ffs(static_cast<int>(kept)) - 1;
@@ -95,20 +110,22 @@ __global__ void __launch_bounds__(BLOCK_WARPS *WARP)
       N threshold = threshold_of<N>(args, batch, head);
       for (int64_t first = first_query; first < args.n_q; first += WARP) {
         int64_t query = first + lane;
-        Pair<N> pair = {false, 0, 0};
+        Pair<N> pair = {};
         if (query < args.n_q) {
           N a = clamp_logit(*cell_of<N>(args.a, batch, head, query));
-          pair = judge_pair(args, a, clamp_logit(b), threshold, query + past, sinks_end, key);
+          N mask = mask_at<N>(args.attn_mask, batch, head, query, key);
+          pair = judge_pair(args, a, clamp_logit(b), mask, threshold, query + past, sinks_end, key);
         }
         unsigned kept = __ballot_sync(ALL_LANES, pair.kept);
         N ds = 0, weight = 0;
         if (pair.kept) {
           N lse = *cell_of<N>(args.lse, batch, head, query);
-          N p = probability(scale * dot_staged(k, row_of<const T>(args.q, batch, head, query), width), lse);
+          N raw = scale * dot_staged(k, row_of<const T>(args.q, batch, head, query), width), bend;
+          N p = probability(bend_score(args, batch, head, query + past, key, raw, bend) + pair.mask, lse);
           N e = dot_staged(v, row_of<const T>(args.dout, batch, head, query), width_v);
           N mean = row_means[(batch * args.heads_q + head) * args.n_q + query];
           weight = p * pair.gate;
-          ds = p * (pair.gate * e - mean);
+          ds = p * (pair.gate * e - mean) * bend;
           db += p * e * pair.slope;
         }
         for (; kept; kept &= kept - 1) {

@@ -28,6 +28,11 @@ __device__ QueryRow<T> find_query_row(const sl_gated_attention_args &args, int64
   row.key_begin = range.begin;
   row.sinks_end = end_of_sinks(args, row.batch, range.begin);
   row.key_end = args.causal && row.position + 1 < range.end ? row.position + 1 : range.end;
+  if (args.sliding_window > 0 && args.sliding_window < args.n_k + args.n_q) {
+    int64_t first = row.position - args.sliding_window + 1, last = row.position + args.sliding_window;
+    row.key_begin = first > row.key_begin ? first : row.key_begin;
+    row.key_end = last < row.key_end ? last : row.key_end;
+  }
   row.a = clamp_logit(*cell_of<Compute<T>>(args.a, row.batch, row.head, row.query));
   row.threshold = threshold_of<Compute<T>>(args, row.batch, row.head);
   return row;
@@ -35,9 +40,10 @@ __device__ QueryRow<T> find_query_row(const sl_gated_attention_args &args, int64
 
 template <typename T>
 __device__ Pair<Compute<T>> judge_key(const sl_gated_attention_args &args, const QueryRow<T> &row, int64_t key) {
-  if (key >= row.key_end) return {false, 0, 0};
+  if (key >= row.key_end) return {};
   Compute<T> b = clamp_logit(*cell_of<Compute<T>>(args.b, row.batch, row.head_kv, key));
-  return judge_pair(args, row.a, b, row.threshold, row.position, row.sinks_end, key);
+  Compute<T> mask = mask_at<Compute<T>>(args.attn_mask, row.batch, row.head, row.query, key);
+  return judge_pair(args, row.a, b, mask, row.threshold, row.position, row.sinks_end, key);
 }
 
 template <typename T>
@@ -63,7 +69,9 @@ __global__ void __launch_bounds__(BLOCK_WARPS *WARP) attend_rows(const sl_gated_
       if (!kept) continue;
       N score = -infinity;
       if (pair.kept) {
-        score = scale * dot_staged(q, row_of<const T>(args.k, row.batch, row.head_kv, first + lane), width);
+        int64_t key = first + lane;
+        N raw = scale * dot_staged(q, row_of<const T>(args.k, row.batch, row.head_kv, key), width), bend;
+        score = bend_score(args, row.batch, row.head, row.position, key, raw, bend) + pair.mask;
       }
       N new_maximum = fmax(maximum, max_over_warp(score));
       N shift = new_maximum == -infinity ? 0 : new_maximum; /* -inf - -inf would be NaN */

@@ -21,6 +21,16 @@ sl_status validate(const sl_gated_attention_args *args, sl_attention_tensors ten
   return sl_gated_attention_validate(&visible, tensors);
 }
 
+/* Sums over what a mask is broadcast over would need an order: the caller adds up a whole one. */
+sl_status check_mask_gradient(const sl_gated_attention_args &args) {
+  const sl_attention_mask &mask = args.dattn_mask;
+  bool whole = (mask.batch_stride || args.batch <= 1) && (mask.head_stride || args.heads_q == 1) &&
+               (mask.query_stride || args.n_q <= 1) && (mask.key_stride || args.n_k <= 1);
+  SL_REQUIRE(!mask.data || whole, SL_UNSUPPORTED,
+             "attn_mask is broadcast, expected one of [batch, heads_q, n_q, n_k] where it has a gradient on CUDA");
+  return SL_OK;
+}
+
 template <typename T>
 sl_status run_forward(const sl_gated_attention_args &args, void *stream) {
   int64_t rows = args.batch * args.heads_q * args.n_q;
@@ -68,6 +78,7 @@ extern "C" sl_status sl_gated_attention_backward_cuda(const sl_gated_attention_a
   size_t bytes = 0;
   SL_CHECK(sl_gated_attention_backward_cuda_workspace_size(args, &bytes));
   SL_CHECK(validate(args, SL_BACKWARD_TENSORS));
+  SL_CHECK(check_mask_gradient(*args));
   SL_REQUIRE(args->workspace_size >= bytes && (args->workspace || bytes == 0), SL_OUT_OF_MEMORY,
              "workspace_size is %zu bytes, expected at least %zu", args->workspace ? args->workspace_size : 0, bytes);
   switch (args->dtype) {

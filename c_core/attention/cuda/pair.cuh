@@ -5,6 +5,7 @@
 #include <sluice/gated_attention.h>
 
 #include "runtime/cuda/common.cuh"
+#include "runtime/number.h"
 
 namespace sluice_cuda {
 
@@ -73,25 +74,60 @@ __device__ N threshold_of(const sl_gated_attention_args &args, int64_t batch, in
   return static_cast<const N *>(args.logit_tau)[batch * args.heads_q + head];
 }
 
+/* m_ij; 0 without a mask. */
+template <typename N>
+__device__ N mask_at(const sl_attention_mask &mask, int64_t batch, int64_t head, int64_t query, int64_t key) {
+  if (!mask.data) return 0;
+  int64_t index =
+      batch * mask.batch_stride + head * mask.head_stride + query * mask.query_stride + key * mask.key_stride;
+  switch (mask.dtype) {
+    case SL_F32: return static_cast<N>(static_cast<const float *>(mask.data)[index]);
+    case SL_F64: return static_cast<N>(static_cast<const double *>(mask.data)[index]);
+    case SL_BF16: return Number<__nv_bfloat16>::read(static_cast<const __nv_bfloat16 *>(mask.data)[index]);
+    case SL_F16: return Number<__half>::read(static_cast<const __half *>(mask.data)[index]);
+    default: return static_cast<const uint8_t *>(mask.data)[index] ? N{0} : -static_cast<N>(INFINITY);
+  }
+}
+
+/* s_ij from r_ij, but for the mask, and in bend dr_ij / ds_ij. */
+template <typename N>
+__device__ N bend_score(const sl_gated_attention_args &args, int64_t batch, int64_t head, int64_t position, int64_t key,
+                        N raw, N &bend) {
+  bend = 1;
+  if (args.softcap > 0) {
+    N bent = tanh(raw / static_cast<N>(args.softcap));
+    bend = 1 - bent * bent;
+    raw = static_cast<N>(args.softcap) * bent;
+  }
+  if (args.alibi_slopes) {
+    int64_t distance = position < key ? key - position : position - key;
+    raw -= static_cast<const N *>(args.alibi_slopes)[batch * args.heads_q + head] * static_cast<N>(distance);
+  }
+  return raw;
+}
+
 template <typename N>
 struct Pair {
   bool kept;
   N gate;  /* g_ij */
   N slope; /* dg_ij / dz_ij; 0 for near pairs */
+  N mask;  /* m_ij */
 };
 
-/* a and b are clamped already, and the key is in its range. Keys below sinks_end are sinks. */
+/* a and b are clamped already, the mask was looked up, and the key is in its range. Keys below sinks_end are sinks. */
 template <typename N>
-__device__ Pair<N> judge_pair(const sl_gated_attention_args &args, N a, N b, N threshold, int64_t position,
+__device__ Pair<N> judge_pair(const sl_gated_attention_args &args, N a, N b, N mask, N threshold, int64_t position,
                               int64_t sinks_end, int64_t key) {
   int64_t distance = position < key ? key - position : position - key;
-  if (args.causal && key > position) return {false, 0, 0};
-  if (distance < args.window || key < sinks_end) return {true, 1, 0};
+  if (args.causal && key > position) return {};
+  if (args.sliding_window > 0 && distance >= args.sliding_window) return {};
+  if (mask == -static_cast<N>(INFINITY)) return {};
+  if (distance < args.window || key < sinks_end) return {true, 1, 0, mask};
   N z = a + b;
-  if (z < threshold && !(args.causal && distance == 0)) return {false, 0, 0};
+  if (z < threshold && !(args.causal && distance == 0)) return {};
   N e = exp(-z); /* at most e^80: finite in float32, and so is its product with the gate */
   N gate = 1 / (1 + e);
-  return {true, gate, gate * (e * gate)};
+  return {true, gate, gate * (e * gate), mask};
 }
 
 /* Brings a row's channels to shared memory; between barriers, as the lanes of the warp read all of it. */

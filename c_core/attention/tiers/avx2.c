@@ -150,6 +150,7 @@ INLINE void add_rows(sl_dtype dtype, float *out, const float *weights, const sl_
       .multiply_nn = sl_avx2_multiply_nn,                                                                             \
       .multiply_tn = sl_avx2_multiply_tn,                                                                             \
       .mask_tile = sl_avx2_mask_tile,                                                                                 \
+      .bend_tile = sl_avx2_bend_tile,                                                                                 \
       .softmax_tile = sl_avx2_softmax_tile,                                                                           \
       .softmax_gradient_tile = sl_avx2_softmax_gradient_tile,                                                         \
       .store_rows = store_rows_##suffix,                                                                              \

@@ -13,6 +13,7 @@ void sl_avx2_multiply_nn(int64_t rows, const int32_t *lengths, const void *left,
 void sl_avx2_mask_tile(int64_t rows, const int32_t *lengths, float *scores, int64_t score_stride,
                        const int32_t *positions, const int32_t *lowest, const int32_t *highest);
 void sl_avx2_softmax_tile(const sl_softmax_tile *tile);
+void sl_avx2_bend_tile(const sl_bend_tile *tile);
 void sl_avx2_multiply_tn(int64_t rows, const int32_t *lengths, const void *left, int64_t left_stride,
                          const void *depths, int64_t capacity, int64_t width, float *out, int64_t out_stride);
 void sl_avx2_softmax_gradient_tile(const sl_softmax_gradient_tile *tile);

@@ -162,6 +162,7 @@ SL_INLINE void add_rows(sl_dtype dtype, float *out, const float *weights, const 
       .multiply_nn = sl_avx512_multiply_nn,                                                                            \
       .multiply_tn = sl_avx512_multiply_tn,                                                                            \
       .mask_tile = sl_avx512_mask_tile,                                                                                \
+      .bend_tile = sl_avx512_bend_tile,                                                                                \
       .softmax_tile = sl_avx512_softmax_tile,                                                                          \
       .softmax_gradient_tile = sl_avx512_softmax_gradient_tile,                                                        \
       .store_rows = sl_avx512_store_rows_##suffix,                                                                     \

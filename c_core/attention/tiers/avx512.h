@@ -20,6 +20,7 @@ void sl_avx512_softmax_gradient_tile(const sl_softmax_gradient_tile *tile);
 /* Whatever the elements are. */
 void sl_avx512_mask_tile(int64_t rows, const int32_t *lengths, float *scores, int64_t score_stride,
                          const int32_t *positions, const int32_t *lowest, const int32_t *highest);
+void sl_avx512_bend_tile(const sl_bend_tile *tile);
 
 /* Bfloat16 token rows and float operands: not a matter of elements either. */
 void sl_avx512_store_rows_bf16(void *target, int64_t token_stride, int64_t channels, const int32_t *index,

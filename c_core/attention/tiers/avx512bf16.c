@@ -96,6 +96,7 @@ const sl_attention_kernel sl_attention_avx512bf16_bf16_12x32 = {
     .multiply_nt = multiply_nt,
     .multiply_nn = multiply_nn,
     .mask_tile = sl_avx512_mask_tile,
+    .bend_tile = sl_avx512_bend_tile,
     .softmax_tile = softmax_tile,
     .store_rows = sl_avx512_store_rows_bf16,
     .dot_rows = sl_avx512_dot_rows_bf16,

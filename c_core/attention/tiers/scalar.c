@@ -116,6 +116,23 @@ static void mask_tile(int64_t rows, const int32_t *lengths, float *scores, int64
   }
 }
 
+static void bend_tile(const sl_bend_tile *tile) {
+  for (int64_t r = 0; r < tile->rows; ++r) {
+    float *scores = tile->scores + r * tile->score_stride;
+    for (int64_t j = 0; j < tile->lengths[r]; ++j) {
+      float score = tile->scale * scores[j];
+      if (tile->softcap > 0) {
+        float bent = tanhf(score / tile->softcap);
+        score = tile->softcap * bent;
+        if (tile->bend) tile->bend[r * tile->score_stride + j] = 1 - bent * bent;
+      }
+      score -= tile->slope * fabsf((float)(tile->key_positions[j] - tile->row_positions[r]));
+      if (tile->mask) score += tile->mask[r * tile->score_stride + j];
+      scores[j] = score;
+    }
+  }
+}
+
 static void softmax_row(const sl_softmax_tile *tile, int64_t r, int64_t width) {
   const float *scores = tile->scores + r * tile->score_stride;
   float *weights = (float *)tile->weights + r * tile->weight_stride;
@@ -252,6 +269,7 @@ static inline void add_rows(sl_dtype dtype, float *out, const float *weights, co
       .multiply_nn = multiply_nn,                                                                                     \
       .multiply_tn = multiply_tn,                                                                                     \
       .mask_tile = mask_tile,                                                                                         \
+      .bend_tile = bend_tile,                                                                                         \
       .softmax_tile = softmax_tile,                                                                                   \
       .softmax_gradient_tile = softmax_gradient_tile,                                                                 \
       .store_rows = store_rows_##suffix,                                                                              \

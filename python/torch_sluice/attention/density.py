@@ -5,7 +5,7 @@ import math
 import torch
 
 from torch_sluice.attention.sampling import sample_rows
-from torch_sluice.places import end_of_sinks, query_places
+from torch_sluice.places import end_of_sinks, query_places, rows_of_mask, visible_pairs
 from torch_sluice.selection import GATE_LOGIT_LIMIT
 
 _SMALLEST = 4  # log2 of the smallest block of keys that kept_pairs sorts
@@ -20,22 +20,25 @@ def _clamp(logits):
     return logits.clamp(-GATE_LOGIT_LIMIT, GATE_LOGIT_LIMIT)
 
 
-def _valid_range(places, n_k, causal, key_range):
+def _valid_range(places, n_k, causal, key_range, sliding_window):
     """begin and end [B or 1, Nq] of the keys that each query may see. places: [B or 1, Nq], those of the queries."""
     begin = torch.zeros_like(places)
     end = (places + 1).clamp(0, n_k) if causal else torch.full_like(begin, n_k)
+    if sliding_window > 0:
+        begin = torch.maximum(begin, places - (sliding_window - 1)).clamp(max=n_k)
+        end = torch.minimum(end, (places + sliding_window).clamp(0, n_k))
     if key_range is not None:
         begin = torch.maximum(begin, key_range[:, :1].clamp(0, n_k))
         end = torch.minimum(end, key_range[:, 1:].clamp(0, n_k))
     return begin, torch.maximum(begin, end)
 
 
-def _far_ranges(places, n_k, causal, window, sinks_end, key_range):
+def _far_ranges(places, n_k, causal, window, sinks_end, key_range, sliding_window):
     """The keys that a query may see and that the gate decides on, as at most two ranges of [B or 1, Nq] each.
 
     Under a causal mask the pair of a query with itself is kept whatever the gate says, so it is not among them.
     """
-    begin, end = _valid_range(places, n_k, causal, key_range)
+    begin, end = _valid_range(places, n_k, causal, key_range, sliding_window)
     begin_far = torch.maximum(begin, torch.as_tensor(sinks_end, device=places.device)).clamp(max=n_k)
     if causal:
         before = torch.minimum(end, places - (max(window, 1) - 1))
@@ -74,8 +77,9 @@ def _count_below(limits, bounds, ranks):
 
 @torch.no_grad()
 def kept_pairs(
-    a, b, *, tau=0.5, logit_tau=None, causal=False, window=0, sinks=0, key_range=None, q_offset=None, text_begin=None
-):
+    a, b, *, tau=0.5, logit_tau=None, causal=False, window=0, sinks=0, key_range=None, q_offset=None, text_begin=None,
+    sliding_window=0,
+):  # fmt: skip
     """Counts, exactly, the pairs that ``gated_attention`` keeps, in O(n log^2 n) time and O(n) memory.
 
     Args:
@@ -83,16 +87,16 @@ def kept_pairs(
         b: [B, Hkv, Nk] gate logits of the keys; Hq is a multiple of Hkv.
         tau: a number in [0, 1).
         logit_tau: [B, Hq], thresholds on a + b in place of tau, as the operator has them.
-        causal, window, sinks, key_range, q_offset, text_begin: as in ``torch_sluice.gated_attention``.
+        causal, window, sinks, key_range, q_offset, text_begin, sliding_window: as in ``torch_sluice.gated_attention``.
 
     Returns:
-        (kept, possible): int64 [B, Hq] and [B]: kept pairs per head, and pairs that the causal mask and the key range
-        allow. ``kept.sum() / (possible.sum() * Hq)`` is the density.
+        (kept, possible): int64 [B, Hq] and [B]: kept pairs per head, and pairs that causality, the key range and the
+        sliding window allow. ``kept.sum() / (possible.sum() * Hq)`` is the density.
     """
     batch, heads, n_q = a.shape
     n_k = b.shape[-1]
     places, sinks_end = query_places(n_q, n_k, q_offset, a.device), end_of_sinks(sinks, key_range, text_begin)
-    begin, end = _valid_range(places, n_k, causal, key_range)
+    begin, end = _valid_range(places, n_k, causal, key_range, sliding_window)
     possible = (end - begin).expand(batch, -1).sum(-1)
     kept = possible.unsqueeze(1).expand(batch, heads).clone()
     if not (batch and n_q and n_k):
@@ -108,27 +112,31 @@ def kept_pairs(
     first = sinks_end if key_range is None else torch.maximum(key_range[:, :1], torch.as_tensor(sinks_end))
     decided = (keys >= first).view(-1, 1, n_k)
     ranks = torch.where(decided, ranks, -1)  # below every bound
-    for number, (first, last) in enumerate(_far_ranges(places, n_k, causal, window, sinks_end, key_range)):
+    far_ranges = _far_ranges(places, n_k, causal, window, sinks_end, key_range, sliding_window)
+    for number, (first, last) in enumerate(far_ranges):
         far_kept = _count_below(last, bounds, ranks)
-        if number:  # the first range begins at the first key that the gate decides on
+        if number or sliding_window > 0:  # else the range begins at the first key that the gate decides on
             far_kept = far_kept - _count_below(first, bounds, ranks)
         kept -= ((last - first).unsqueeze(1) - far_kept).sum(-1)
     return kept, possible
 
 
-def sample_gate(a, b, *, tau=0.5, causal=False, window=0, sinks=0, key_range=None, q_offset=None, text_begin=None):
+def sample_gate(
+    a, b, *, tau=0.5, causal=False, window=0, sinks=0, key_range=None, q_offset=None, text_begin=None,
+    sliding_window=0, attn_mask=None,
+):  # fmt: skip
     """Mean gate and number of kept pairs, from a sample of the query rows.
 
     Exact while B * Hq * Nq * Nk is at most 2^19; beyond, over a stratified random sample of query rows that has about
     that many pairs, each row weighted by its number of far pairs.
 
-    Args: as in ``kept_pairs``.
+    Args: as in ``kept_pairs``; attn_mask: [B or 1, Hq or 1, Nq or 1, Nk or 1].
 
     Returns:
         (mean, kept, near, possible), scalars in the dtype of a: the mean of g_ij = sigmoid(a_i + b_j) over the far
         pairs of all heads, differentiable in a and b, 0 where there are none; the estimated number of kept pairs; and
-        the exact numbers of those that are kept whatever the gate says, and of those that the causal mask and the key
-        range allow, all three over all heads.
+        the exact numbers (with a mask: estimated alike) of those that are kept whatever the gate says, and of those
+        that may be looked at, all three over all heads.
     """
     batch, heads, n_q = a.shape
     heads_kv, n_k = b.shape[1:]
@@ -139,17 +147,26 @@ def sample_gate(a, b, *, tau=0.5, causal=False, window=0, sinks=0, key_range=Non
     places, sinks_end = query_places(n_q, n_k, q_offset, a.device), end_of_sinks(sinks, key_range, text_begin)
     far = torch.zeros(1, len(rows), n_k, dtype=torch.bool, device=a.device)
     far_total = 0
-    for first, last in _far_ranges(places, n_k, causal, window, sinks_end, key_range):
+    for first, last in _far_ranges(places, n_k, causal, window, sinks_end, key_range, sliding_window):
         far = far | ((keys >= first[:, rows].unsqueeze(-1)) & (keys < last[:, rows].unsqueeze(-1)))
         far_total = far_total + (last - first).expand(batch, -1).sum() * heads
-    begin, end = _valid_range(places, n_k, causal, key_range)
-    possible = (end - begin).expand(batch, -1).sum() * heads
+    far = far.unsqueeze(1)
+    if attn_mask is None:
+        begin, end = _valid_range(places, n_k, causal, key_range, sliding_window)
+        possible = (end - begin).expand(batch, -1).sum() * heads
+    else:
+        seen = dict(causal=causal, key_range=key_range, sliding_window=sliding_window)
+        visible = visible_pairs(places[:, rows], n_k, attn_mask=rows_of_mask(attn_mask, rows), **seen)
+        far = far & visible
+        far_total, possible = (x.expand(batch, heads, -1, -1).sum() * (n_q / len(rows)) for x in (far, visible))
 
     z = _clamp(a.index_select(2, rows)).reshape(batch, heads_kv, heads // heads_kv, -1, 1) + _clamp(b).reshape(
         batch, heads_kv, 1, 1, n_k
     )
-    weight = far.to(z.dtype).reshape(far.shape[0], 1, 1, *far.shape[1:])
-    count = (weight.sum() * (batch // weight.shape[0]) * heads).clamp(min=1)
+    weight = far.to(z.dtype)
+    of_heads = (1, 1) if weight.shape[1] == 1 else (heads_kv, heads // heads_kv)
+    weight = weight.reshape(weight.shape[0], *of_heads, *weight.shape[2:])
+    count = (weight.sum() * (z.shape[:3].numel() // weight.shape[:3].numel())).clamp(min=1)
     mean = (z.sigmoid() * weight).sum() / count
     with torch.no_grad():
         dropped = ((z < _logit(tau)) * weight).sum() / count

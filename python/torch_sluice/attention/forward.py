@@ -7,7 +7,7 @@ import torch
 
 from torch_sluice.attention.counterfactual import add_counterfactual_gradient
 from torch_sluice.attention.gate import PHASES
-from torch_sluice.functional import gated_attention
+from torch_sluice.functional import gated_attention, mask_of, slopes_of
 
 # Called as listener(gate, GateRecord) at each attention call, in training and evaluation; see torch_sluice.monitor.
 listeners: list = []
@@ -19,7 +19,7 @@ class GateRecord(NamedTuple):
     a: torch.Tensor
     b: torch.Tensor
     tau: float
-    near: dict[str, Any]  # causal, window, sinks, key_range, q_offset, text_begin
+    near: dict[str, Any]  # causal, window, sinks, key_range, q_offset, text_begin, sliding_window, attn_mask
 
 
 def add_sink_logits(out: torch.Tensor, lse: torch.Tensor, sink_logits: torch.Tensor) -> tuple:
@@ -35,7 +35,7 @@ def add_sink_logits(out: torch.Tensor, lse: torch.Tensor, sink_logits: torch.Ten
 
 def attend(
     gate, x, q, k, v, *, causal=False, window=0, sinks=0, scale=None, key_range=None, q_offset=None, text_begin=None,
-    key_x=None, logits=None, sink_logits=None,
+    attn_mask=None, alibi_slopes=None, softcap=0.0, sliding_window=0, key_x=None, logits=None, sink_logits=None,
 ):  # fmt: skip
     """Attention of q over k and v, restricted to the pairs that ``gate`` keeps.
 
@@ -53,8 +53,8 @@ def attend(
         gate: a ``Gate`` with Hq query heads and Hkv key heads.
         x: [B, Nq, dim], the input of the attention layer.
         q: [B, Hq, Nq, D]  k: [B, Hkv, Nk, D]  v: [B, Hkv, Nk, Dv], float32, bfloat16 or float16 (float64: slowly).
-        causal, window, sinks, scale, key_range, q_offset, text_begin: as in ``torch_sluice.gated_attention``. Pairs
-            within the window and the sinks are kept and not gated.
+        causal, window, sinks, scale, key_range, q_offset, text_begin, attn_mask, alibi_slopes, softcap, sliding_window:
+            as in ``torch_sluice.gated_attention``. Pairs within the window and the sinks are kept and not gated.
         key_x: [B, Nk, dim], what the keys were made of, if not x (cross attention).
         logits: (a [B, Hq, Nq], b [B, Hkv, Nk]) to use instead of gate(x), for callers that keep b of past keys beside
             their key-value cache; x is then not looked at and may be None.
@@ -72,17 +72,21 @@ def attend(
     phase = gate.phase if teaching else "hard"
     if phase not in PHASES:
         raise ValueError(f"gate.phase is {phase!r}, expected one of {PHASES}")
+    attn_mask = mask_of(attn_mask)
     near = dict(
-        causal=causal, window=window, sinks=sinks, key_range=key_range, q_offset=q_offset, text_begin=text_begin
-    )
+        causal=causal, window=window, sinks=sinks, key_range=key_range, q_offset=q_offset, text_begin=text_begin,
+        sliding_window=sliding_window, attn_mask=attn_mask,
+    )  # fmt: skip
     if gate.record is not None and teaching:
-        gate.record.append(GateRecord(a, b, gate.tau, near))
+        record = near if attn_mask is None else near | dict(attn_mask=attn_mask.detach())
+        gate.record.append(GateRecord(a, b, gate.tau, record))
     if listeners and not torch.compiler.is_compiling():
         for listener in tuple(listeners):
             listener(gate, GateRecord(a, b, gate.tau, near))
     if phase == "noise" and gate.noise > 0:
         a = a + gate.noise * torch.randn_like(a)
         b = b + gate.noise * torch.randn_like(b)
+    near = near | dict(alibi_slopes=alibi_slopes, softcap=softcap)
     if sink_logits is None and (phase == "hard" or gate.rows <= 0):
         return gated_attention(q, k, v, a, b, tau=gate.tau, scale=scale, **near)
     scale = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
@@ -92,4 +96,5 @@ def attend(
     if phase == "hard" or gate.rows <= 0:
         return out
     lse = lse.detach()
+    near["alibi_slopes"] = slopes_of(alibi_slopes, q, a.dtype)
     return add_counterfactual_gradient(out, lse, q, k, v, a, b, tau=gate.tau, rows=gate.rows, scale=scale, **near)

@@ -18,38 +18,41 @@ class PairCache:
     def __init__(self):
         self._known = {}
 
-    def count(self, q, k, a, b, *choice, causal, window, sinks, forward: bool) -> tuple[int, int]:
-        """(kept pairs, pairs that the causal mask and the key range allow). choice: logit_tau, key_range, q_offset and
-        text_begin of the operator."""
+    def count(self, q, k, a, b, *choice, forward: bool, causal, **near) -> tuple[int, int]:
+        """(kept pairs, pairs that may be looked at). choice: logit_tau, key_range, q_offset, text_begin and attn_mask
+        of the operator; near: window, sinks, sliding_window."""
         if a.device.type == "meta" or isinstance(a, torch._subclasses.FakeTensor):
             # Values are not known: count as if every pair were kept.
             n_q, n_k = q.shape[2], k.shape[2]
             pairs = q.shape[0] * q.shape[1] * (causal_pairs(n_q, n_k) if causal else n_q * n_k)
             return pairs, pairs
         places = tuple(None if x is None else x.data_ptr() for x in choice)
-        key = (a.data_ptr(), b.data_ptr(), a.shape, b.shape, causal, window, sinks, places)
+        key = (a.data_ptr(), b.data_ptr(), a.shape, b.shape, causal, *near.values(), places)
         if forward or key not in self._known:
-            self._known[key] = count_kept_pairs(a, b, *choice, causal=causal, window=window, sinks=sinks)
+            self._known[key] = count_kept_pairs(a, b, *choice, causal=causal, **near)
         return self._known[key]
 
 
 def _gated_attention(
-    q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, causal, window, sinks, scale, *, pairs
-) -> tuple[int, int]:
+    q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes, causal, window, sinks,
+    sliding_window, softcap, scale, *, pairs,
+) -> tuple[int, int]:  # fmt: skip
     """QK^T and PV: 2 D + 2 Dv operations a pair."""
     each = 2 * (q.shape[3] + v.shape[3])
-    near = dict(causal=causal, window=window, sinks=sinks)
-    return _times(each, pairs.count(q, k, a, b, logit_tau, key_range, q_offset, text_begin, **near, forward=True))
+    near = dict(causal=causal, window=window, sinks=sinks, sliding_window=sliding_window)
+    choice = (logit_tau, key_range, q_offset, text_begin, attn_mask)
+    return _times(each, pairs.count(q, k, a, b, *choice, **near, forward=True))
 
 
 def _gated_attention_backward(
-    dout, dlse, q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, out, lse, causal, window, sinks, scale,
-    *, pairs,
+    dout, dlse, q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes, out, lse, causal,
+    window, sinks, sliding_window, softcap, scale, mask_gradient, *, pairs,
 ) -> tuple[int, int]:  # fmt: skip
     """QK^T again, dQ, dK: 6 D; dP and dV: 4 Dv operations a pair."""
     each = 6 * q.shape[3] + 4 * v.shape[3]
-    near = dict(causal=causal, window=window, sinks=sinks)
-    return _times(each, pairs.count(q, k, a, b, logit_tau, key_range, q_offset, text_begin, **near, forward=False))
+    near = dict(causal=causal, window=window, sinks=sinks, sliding_window=sliding_window)
+    choice = (logit_tau, key_range, q_offset, text_begin, attn_mask)
+    return _times(each, pairs.count(q, k, a, b, *choice, **near, forward=False))
 
 
 def _times(each: int, pairs: tuple[int, int]) -> tuple[int, int]:

@@ -4,7 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_sluice.attention.density import kept_pairs
-from torch_sluice.places import end_of_sinks, query_places
+from torch_sluice.places import end_of_sinks, query_places, rows_of_mask, visible_pairs
 from torch_sluice.selection import GATE_LOGIT_LIMIT
 
 _FORWARD = torch.ops.sluice.gated_attention.default
@@ -14,8 +14,9 @@ _BY_SORTING = 1 << 19  # pairs of a head from which on sorting is quicker than l
 
 @torch.no_grad()
 def count_kept_pairs(
-    a, b, logit_tau=None, key_range=None, q_offset=None, text_begin=None, *, causal=False, window=0, sinks=0
-) -> tuple[int, int]:
+    a, b, logit_tau=None, key_range=None, q_offset=None, text_begin=None, attn_mask=None, *, causal=False, window=0,
+    sinks=0, sliding_window=0,
+) -> tuple[int, int]:  # fmt: skip
     """How many (query, key) pairs the operator computes and how many there are, over batch and query heads.
 
     Exact: the rule K_i of ops/sluice/gated_attention.h, row by row; long sequences are counted by sorting, where a pair
@@ -27,35 +28,34 @@ def count_kept_pairs(
         logit_tau: [B, Hq] or None (every pair is kept).
         key_range: [B, 2] int64 or None.
         q_offset, text_begin: [B] int64 or None.
-        causal, window, sinks: as in :func:`torch_sluice.gated_attention`.
+        attn_mask: [B or 1, Hq or 1, Nq or 1, Nk or 1] or None.
+        causal, window, sinks, sliding_window: as in :func:`torch_sluice.gated_attention`.
 
     Returns:
-        (kept, all) with all = the pairs inside the causal triangle and the key range.
+        (kept, all) with all = the pairs that causality, key range, sliding window and mask allow.
     """
     n_q, n_k = a.shape[-1], b.shape[-1]
-    if logit_tau is not None and n_q * n_k > _BY_SORTING:
-        near = dict(causal=causal, window=window, sinks=sinks)
-        near |= dict(key_range=key_range, q_offset=q_offset, text_begin=text_begin)
-        kept, possible = kept_pairs(a, b, logit_tau=logit_tau, **near)
+    seen = dict(causal=causal, key_range=key_range, sliding_window=sliding_window)
+    if logit_tau is not None and n_q * n_k > _BY_SORTING and attn_mask is None:
+        near = dict(window=window, sinks=sinks, q_offset=q_offset, text_begin=text_begin)
+        kept, possible = kept_pairs(a, b, logit_tau=logit_tau, **near, **seen)
         return int(kept.sum()), int(possible.sum()) * a.shape[1]
     keys = torch.arange(n_k, device=a.device)
     b = b.clamp(-GATE_LOGIT_LIMIT, GATE_LOGIT_LIMIT).repeat_interleave(a.shape[1] // max(b.shape[1], 1), 1)
-    valid_keys = torch.ones(a.shape[0], 1, 1, n_k, dtype=torch.bool, device=a.device)
     sinks_end = end_of_sinks(sinks, key_range, text_begin)
     sink_keys = keys < (sinks_end if isinstance(sinks_end, int) else sinks_end.view(-1, 1, 1, 1))
-    if key_range is not None:
-        begin, end = key_range.view(-1, 1, 1, 1, 2).unbind(-1)
-        valid_keys = (keys >= begin) & (keys < end)
-    places = query_places(n_q, n_k, q_offset, a.device)[:, None, :, None]
+    places = query_places(n_q, n_k, q_offset, a.device)
     kept = total = 0
     for start in range(0, n_q, _ROWS):
-        rows = a[..., start : start + _ROWS].clamp(-GATE_LOGIT_LIMIT, GATE_LOGIT_LIMIT)
-        position = places[:, :, start : start + _ROWS]
-        valid = valid_keys & (keys <= position) if causal else valid_keys.expand(-1, 1, rows.shape[-1], -1)
-        total += int(valid.sum()) * a.shape[1]
+        part = slice(start, start + _ROWS)
+        rows = a[..., part].clamp(-GATE_LOGIT_LIMIT, GATE_LOGIT_LIMIT)
+        valid = visible_pairs(places[:, part], n_k, attn_mask=rows_of_mask(attn_mask, part), **seen)
+        valid = valid.expand(*rows.shape, -1)
+        total += int(valid.sum())
         if logit_tau is None:
             kept = total
             continue
+        position = places[:, None, part, None]
         always = ((position - keys).abs() < window) | sink_keys
         if causal:
             always = always | (keys == position)
@@ -82,13 +82,14 @@ class KeptPairCounter(TorchDispatchMode):
 
     @property
     def density(self) -> float:
-        """Kept pairs / pairs in the causal triangle and the key range; 1 where no gated attention ran."""
+        """Kept pairs / pairs that may be looked at before a gate is asked; 1 where no gated attention ran."""
         return self.kept / self.total if self.total else 1.0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is _FORWARD:
-            *tensors, causal, window, sinks = args[3:12]
-            kept, total = count_kept_pairs(*tensors, causal=causal, window=window, sinks=sinks)
+            _, _, _, *tensors, _, causal, window, sinks, sliding_window, _, _ = args
+            near = dict(causal=causal, window=window, sinks=sinks, sliding_window=sliding_window)
+            kept, total = count_kept_pairs(*tensors, **near)
             self.kept += kept
             self.total += total
         return func(*args, **(kwargs or {}))
