@@ -67,8 +67,7 @@ def test_a_bias_in_a_step_of_decoding():
 
     expected = steps()
     swap_attention(model, **NEAR)
-    with pytest.warns(UserWarning, match="computed densely"):
-        torch.testing.assert_close(steps(), expected)
+    torch.testing.assert_close(steps(), expected, rtol=2e-4, atol=1e-3)  # scores of some hundreds
 
 
 def test_layers_that_take_no_gate():

@@ -1,10 +1,14 @@
 """Masks of swapped layers: windows that slide, and rows that see nothing."""
 
+import warnings
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from torch_sluice.swap.call import attend_open
+from torch_sluice.attention import Gate
+from torch_sluice.swap.call import GateOptions, attend_gated, attend_open
+from torch_sluice.swap.dense import dense_gated_attention
 from torch_sluice.swap.masks import read_mask
 
 N = 9
@@ -80,3 +84,67 @@ def test_shapes_that_torch_broadcasts():
     assert attend_open(q, k, v.double(), mask=None, causal=False, scale=None) is None
     assert attend_open(q, k, v, mask=torch.zeros(N, N), causal=False, scale=None) is None
     assert attend_open(q, k, v, mask=torch.zeros(2, 1, N, N, dtype=torch.long), causal=False, scale=None) is None
+
+
+@pytest.mark.parametrize("how", ["data", "numpy", "inference"])
+def test_a_mask_that_changed_in_silence_is_read_again(how):
+    """Writes that raise no version: what was read of a mask is compared with what it holds."""
+    if how == "inference":
+        with torch.inference_mode():
+            mask = torch.ones(1, 1, N, N, dtype=torch.bool).tril()
+    else:
+        mask = torch.ones(1, 1, N, N, dtype=torch.bool).tril()
+    assert read_mask(mask, 1, N, N, True).key_range is None
+    if how == "data":
+        mask.data[..., :2] = False
+    elif how == "numpy":
+        mask.numpy()[..., :2] = False
+    else:
+        with torch.inference_mode():
+            mask[..., :2] = False
+    assert read_mask(mask, 1, N, N, True).key_range.tolist() == [[2, N]]
+
+
+def masks_beyond_patterns():
+    causal = torch.ones(N, N, dtype=torch.bool).tril()
+    hole = causal.clone()
+    hole[4:, 2] = False
+    bias = torch.randn(1, 4, N, N).masked_fill(~causal, torch.finfo(torch.float32).min)
+    strided = causal & ((torch.arange(N)[:, None] - torch.arange(N)) % 3 != 1)
+    return dict(hole=hole[None, None], bias=bias, strided=strided[None, None])
+
+
+@pytest.mark.parametrize("sinks", [0, 2])
+@pytest.mark.parametrize("name", masks_beyond_patterns())
+def test_masks_beyond_patterns_are_the_operators(name, sinks):
+    """Values, weights and gradients are those of the dense formula, without a warning; dropped pairs teach."""
+    if name == "strided" and sinks:
+        pytest.skip("texts that begin at different keys of a row: computed densely")
+    torch.manual_seed(0)
+    mask = masks_beyond_patterns()[name]
+    gate = Gate(8, 4, 2, tau=0.5)
+    q, k, v = torch.randn(2, 4, N, 8), torch.randn(2, 2, N, 8), torch.randn(2, 2, N, 8)
+    a, b = torch.randn(2, 4, N), torch.randn(2, 2, N)
+    results = []
+    for dense in (False, True):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v, a, b)]
+        *qkv, one, other = leaves
+        if dense:
+            options = dict(mask=mask, keep_self=True, tau=0.5, window=1, sinks=sinks)
+            out, weights = dense_gated_attention(*qkv, one, other, **options)
+        else:
+            gate.eval()
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                out, compute = attend_gated(gate, (one, other), GateOptions(1, sinks), *qkv, mask=mask, causal=True)
+            weights = compute()
+        results.append((out, weights, *torch.autograd.grad(out.square().sum(), leaves)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+    gate.train()
+    gate.phase, gate.rows, gate.record = "straight_through", 1.0, []
+    leaves = [x.clone().requires_grad_() for x in (a, b)]
+    out, _ = attend_gated(gate, tuple(leaves), GateOptions(1, sinks), q, k, v, mask=mask, causal=True)
+    taught = torch.autograd.grad(out.square().sum(), leaves)
+    assert not torch.allclose(taught[0], results[0][5], atol=1e-3)
+    assert len(gate.record) == 1

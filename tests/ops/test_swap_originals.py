@@ -62,7 +62,6 @@ def operator_calls(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "options", "reason"),
     [
-        ("gemma2", {}, r"layers\.0\.self_attn and 1 more \(Gemma2Attention\): it caps its scores.* = 50"),
         ("bloom", {}, r"h\.0\.self_attention and 1 more \(BloomAttention\): it computes attention itself"),
         ("gpt2", dict(attn_implementation="eager"), r"\(GPT2Attention\): its forward does something else .*'eager'"),
         ("llama", dict(attn_implementation="flex_attention"), r"'flex_attention', expected 'sdpa' or 'eager'"),
@@ -76,6 +75,14 @@ def test_refused_at_the_swap(name, options, reason):
     assert [set(vars(m)) for m in model.modules()] == attributes
 
 
+def test_a_cap_that_the_function_leaves_out_is_refused():
+    model = make("llama")
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = 50.0
+    with pytest.raises(ValueError, match=r"'sdpa' leaves out the cap of its scores .* = 50"):
+        swap_attention(model)
+
+
 def test_a_cap_that_is_off_is_none(operator_calls):
     config = CONFIGS["gemma2"]()
     config.attn_logit_softcapping = None
@@ -83,6 +90,26 @@ def test_a_cap_that_is_off_is_none(operator_calls):
     expected = model(IDS).logits
     torch.testing.assert_close(swap_attention(model)(IDS).logits, expected)
     assert len(operator_calls) == 2
+
+
+@pytest.mark.parametrize("mask", [None, LEFT], ids=["whole", "padded"])
+def test_scores_that_are_capped(mask, operator_calls):
+    """Gemma 2: layers with a sliding window and without, and a cap that its function bends scores by."""
+    torch.manual_seed(0)
+    config = CONFIGS["gemma2"]()
+    config.attn_logit_softcapping, config.sliding_window = 0.05, 4
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        expected = model(IDS, attention_mask=mask).logits
+        swap_attention(model)
+        torch.testing.assert_close(model(IDS, attention_mask=mask).logits, expected)
+        assert len(operator_calls) == 2
+        swap_attention(restore(model), target_density=0.5, window=100, sinks=0)  # all pairs are near, and none gated
+        seen = slice(None) if mask is None else mask.bool()
+        torch.testing.assert_close(model(IDS, attention_mask=mask).logits[seen], expected[seen])
+    model.train()
+    model(IDS, attention_mask=mask).logits.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("what", ["scales", "ignores the mask", "raises"])
@@ -265,8 +292,8 @@ def test_position_bias(operator_calls):
         torch.testing.assert_close(swap_attention(model)(**inputs).logits, expected)
         assert len(operator_calls) == 2
         swap_attention(restore(model), target_density=0.5, window=64)
-        with pytest.warns(UserWarning, match="computed densely"):
-            torch.testing.assert_close(model(**inputs).logits, expected)
+        torch.testing.assert_close(model(**inputs).logits, expected)
+        assert len(operator_calls) > 2  # with a gate the bias is the operator's, too
 
 
 def test_weights_that_nobody_asked_for(operator_calls):

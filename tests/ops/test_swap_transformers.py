@@ -117,7 +117,7 @@ def test_the_operator_is_what_runs(name, monkeypatch):
     calls = []
 
     def counted(*arguments, **options):
-        calls.append(options["key_range"])
+        calls.append(options.get("key_range"))
         return original(*arguments, **options)
 
     original = call.gated_attention
@@ -214,7 +214,7 @@ def test_cache_that_was_filled_without_gates():
 @pytest.mark.filterwarnings("ignore:this attention mask is not")
 @pytest.mark.parametrize("mask", MASKS)
 def test_any_mask_with_gates(mask):
-    """A mask beyond padding is computed densely, with the same meaning: rows that it does not touch agree."""
+    """A mask of four dimensions has the same meaning as the padding that it is made of."""
     model = randomise_gates(swap_attention(make("llama"), target_density=0.5, window=2, sinks=0))
     keep = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril().expand(3, 1, -1, -1)
     if MASKS[mask] is not None:
@@ -248,8 +248,7 @@ def test_sliding_window_model():
     assert torch.equal(model.generate(IDS, **GENERATION), generated)
     restore(model)
     randomise_gates(swap_attention(model, target_density=0.5, window=2, sinks=0), 3.0)
-    with pytest.warns(UserWarning, match="computed densely"):
-        with_gates = model.generate(IDS, **GENERATION)
+    with_gates = model.generate(IDS, **GENERATION)
     assert torch.equal(with_gates, model.generate(IDS, use_cache=False, **GENERATION))
 
 
@@ -423,11 +422,19 @@ def test_modules_choose():
     torch.testing.assert_close(model(IDS).logits, make("llama")(IDS).logits)  # 12 tokens are all near
 
 
-@pytest.mark.parametrize("name", ["softcap", "s_aux"])
-def test_what_the_formula_lacks(name):
-    q = torch.randn(1, 2, 3, 4)
-    with pytest.raises(ValueError, match=f"does not support {name}"):
-        sluice_attention(torch.nn.Module(), q, q, q, None, **{name: 1.0})
+def test_what_a_layer_hands_over_by_name():
+    """A cap of scores and sink logits reach the operator; with what only the old way has, they are refused."""
+    q, sinks = torch.randn(1, 2, 3, 4), torch.randn(2)
+    layer, causal = torch.nn.Module(), torch.ones(3, 3, dtype=torch.bool).tril()
+    scores = 1.5 * torch.tanh(q @ q.mT / 3)
+    scores = torch.cat((scores.masked_fill(~causal, -torch.inf), sinks.view(1, 2, 1, 1).expand(-1, -1, 3, -1)), -1)
+    found, _ = sluice_attention(layer, q, q, q, None, softcap=1.5, s_aux=sinks, scaling=0.5)
+    torch.testing.assert_close(found.transpose(1, 2), scores.softmax(-1)[..., :3] @ q)
+    hole = causal.clone()
+    hole[2, 1] = False
+    for options in (dict(softcap=1.5), dict(s_aux=sinks)):
+        with pytest.raises(ValueError, match=f"does not support {next(iter(options))} together with"):
+            sluice_attention(layer, q, q, q, hole[None, None], **options)
 
 
 def test_mask_reading():

@@ -12,7 +12,7 @@ from torch_sluice.functional import gated_attention
 from torch_sluice.modes import MAX_HEAD_DIM
 from torch_sluice.swap.cache import GatedCache
 from torch_sluice.swap.dense import dense_gated_attention
-from torch_sluice.swap.masks import as_bool_mask, first_places, read_documents, read_mask
+from torch_sluice.swap.masks import as_bool_mask, first_places, operator_mask, read_documents, read_mask
 from torch_sluice.varlen import find_runs, join_runs, split_runs
 
 # Two logits of 20 make a gate of sigmoid(40), which is exactly 1 in float32.
@@ -32,10 +32,6 @@ def open_logits(heads: int, like: Tensor) -> Tensor:
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     number = torch.full((1, 1, 1), _OPEN_LOGIT, dtype=dtype, device=like.device)
     return number.expand(like.shape[0], heads, like.shape[2])
-
-
-def _shut_logits(heads: int, like: Tensor) -> Tensor:
-    return -open_logits(heads, like)
 
 
 def operator_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -65,19 +61,19 @@ def attend_open(
     causal: bool,
     scale: float | None,
     sinks: Tensor | None = None,
+    softcap: float | None = None,
     sliding_window: int | None = None,
 ) -> Tensor | None:
     """Plain attention by the operator, or None if it has no way to: the caller then does what it did before.
 
-    A sliding window is a gate that is shut, of which only the near pairs are kept. ``sinks`` [Hq] are scores of a key
-    without a value, one per head, that takes its share of every softmax, and all of it where no key is seen.
-    ``sliding_window`` is what the layer says, for a compiler that cannot look at the mask.
+    ``sinks`` [Hq] are scores of a key without a value, one per head, that takes its share of every softmax, and all of
+    it where no key is seen. ``softcap`` bends the scores. ``sliding_window`` is what the layer says, for a compiler
+    that cannot look at the mask.
     """
     if not operator_takes(q, k, v):
         return None
-    options = dict(causal=causal, scale=scale, key_range=None)
+    options = dict(causal=causal, scale=scale, softcap=softcap or 0.0)
     uniform = None
-    gates = open_logits
     if mask is not None:
         if mask.dim() != 4 or mask.shape[0] not in (1, q.shape[0]):
             return None
@@ -87,13 +83,10 @@ def attend_open(
         uniform = pattern.uniform
         if uniform is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             return None  # such rows pass a gradient on to q and k, through weights that are none of the operator's
-        options |= dict(causal=pattern.causal, key_range=pattern.key_range, q_offset=pattern.q_offset)
-        if pattern.window:
-            gates = _shut_logits
-            options |= dict(window=pattern.window, tau=0.5)
+        options |= pattern.options()
     out = gated_attention(
-        q, k, v, gates(q.shape[1], q), gates(k.shape[1], k), return_lse=sinks is not None, **options
-    )  # fmt: skip
+        q, k, v, open_logits(q.shape[1], q), open_logits(k.shape[1], k), return_lse=sinks is not None, **options
+    )
     if sinks is not None:
         out, _ = add_sink_logits(*out, sinks)
     elif uniform is not None:
@@ -122,6 +115,7 @@ def attend_gated(
     cache: GatedCache | None = None,
     sliding_window: int | None = None,
     sink_logits: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Callable[[], Tensor]]:
     """Attention of a layer with a gate; logits (a [B, Hq, Nq], b [B, heads of the gate, Nk]), sink_logits [Hq].
 
@@ -132,6 +126,7 @@ def attend_gated(
     if b.shape[1] != k.shape[1]:
         b = b.repeat_interleave(k.shape[1] // b.shape[1], 1)
     near = dict(window=options.window, sinks=options.sinks, scale=scale, sink_logits=sink_logits)
+    near["softcap"] = softcap or 0.0
     pattern = None
     if mask is not None:
         if mask.dim() != 4:
@@ -141,22 +136,26 @@ def attend_gated(
             )
         pattern = read_mask(mask, q.shape[0], q.shape[2], k.shape[2], causal, sliding_window)
         if pattern is not None:
+            near |= pattern.options()
             causal = pattern.causal
-            near |= dict(key_range=pattern.key_range, q_offset=pattern.q_offset)
     if cache is not None and options.sinks and not (mask is not None and pattern is None):
         sizes = (q.shape[0], q.shape[2], k.shape[2])
         places = (near.get("key_range"), near.get("q_offset"))
         near["text_begin"] = cache.text_begin(sizes, *places, sliding_window)
-    if mask is not None and (pattern is None or pattern.window):
-        documents = read_documents(mask, q.shape[0], q.shape[2], k.shape[2]) if pattern is None and causal else None
+    if mask is not None and pattern is None:
+        documents = read_documents(mask, q.shape[0], q.shape[2], k.shape[2]) if causal else None
         if documents is not None:
             return _attend_documents(gate, a, b, q, k, v, mask, documents, near)
-        return _attend_densely(gate, a, b, q, k, v, mask, causal, near)
+        pattern = operator_mask(mask, q.shape[0], q.shape[2], k.shape[2], causal, options.sinks)
+        if pattern is None:
+            return _attend_densely(gate, a, b, q, k, v, mask, causal, near)
+        near |= dict(attn_mask=pattern.attn_mask, key_range=pattern.key_range, q_offset=pattern.q_offset)
     near["causal"] = causal
     out = attend(gate, None, q, k, v, logits=(a, b), **near)
     if pattern is not None and pattern.uniform is not None and sink_logits is None:  # else the sink takes such a row
         out = _with_means(out, v, pattern.uniform)
-    return out, lambda: dense_gated_attention(q, k, v, a, b, tau=gate.tau, **near)[1]
+    seen = near.pop("attn_mask", None)
+    return out, lambda: dense_gated_attention(q, k, v, a, b, tau=gate.tau, mask=seen, **near)[1]
 
 
 def _check_gated(a: Tensor, b: Tensor, q: Tensor, k: Tensor, dropout: float) -> None:
@@ -182,7 +181,7 @@ def _attend_documents(gate, a, b, q, k, v, mask, lengths, near) -> tuple[Tensor,
     """Texts that are packed into rows: each is attended to alone, neighbours of the same length together."""
     runs = find_runs([(length, length) for length in lengths])
     columns = [split_runs(x.transpose(1, 2).flatten(0, 1), runs, False) for x in (q, k, v, a, b)]
-    near = {name: near[name] for name in ("window", "sinks", "scale", "sink_logits")}
+    near = {name: near[name] for name in ("window", "sinks", "scale", "sink_logits", "softcap")}
     outs = [
         attend(gate, None, *inputs, logits=logits, causal=True, **near)
         for *inputs, logits in ((q, k, v, (a, b)) for q, k, v, a, b in zip(*columns, strict=True))
@@ -194,8 +193,9 @@ def _attend_documents(gate, a, b, q, k, v, mask, lengths, near) -> tuple[Tensor,
 def _attend_densely(gate, a, b, q, k, v, mask, causal, near) -> tuple[Tensor, Callable[[], Tensor]]:
     """For masks that the operator does not take. The mask says who sees whom; a causal layer's token keeps itself."""
     warnings.warn(
-        "this attention mask is not the causal or full one with padding on the left or right: gated attention is "
-        "computed densely, which is exact, slow, and teaches the gate nothing about the pairs it drops",
+        "this attention mask shows a causal layer later keys, or texts within a row that begin at different keys, or a "
+        "compiler can't read it: gated attention is computed densely, which is exact, slow, and teaches the gate "
+        "nothing about the pairs it drops",
         stacklevel=3,
     )
     n_q, n_k = q.shape[2], k.shape[2]

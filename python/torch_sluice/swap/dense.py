@@ -6,6 +6,7 @@ from torch import Tensor
 from torch_sluice.functional import _logit
 from torch_sluice.places import query_places
 from torch_sluice.selection import GATE_LOGIT_LIMIT
+from torch_sluice.swap.masks import first_keys
 
 
 def dense_gated_attention(
@@ -26,6 +27,8 @@ def dense_gated_attention(
     q_offset: Tensor | None = None,
     text_begin: Tensor | None = None,
     sink_logits: Tensor | None = None,
+    softcap: float = 0.0,
+    sliding_window: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """``torch_sluice.gated_attention`` with a mask and with the weights, at the cost and memory of n_q * n_k pairs.
 
@@ -45,19 +48,27 @@ def dense_gated_attention(
     n_q, n_k = q.shape[2], k.shape[2]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     scores = (q.to(dtype) @ k.to(dtype).transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     limit = GATE_LOGIT_LIMIT
     z = a.to(dtype).clamp(-limit, limit).unsqueeze(-1) + b.to(dtype).clamp(-limit, limit).unsqueeze(-2)
 
     keys = torch.arange(n_k, device=q.device)
     distance = query_places(n_q, n_k, q_offset, q.device)[:, None, :, None] - keys
-    first = text_begin
-    first = _first_keys(mask, key_range, n_q, n_k) if first is None else first.view(-1, 1, 1, 1)
+    if text_begin is not None or key_range is not None:
+        first = (key_range[:, 0] if text_begin is None else text_begin).view(-1, 1, 1, 1)
+    elif mask is not None:
+        first = first_keys(mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min, n_q, n_k)
+    else:
+        first = 0
     near = (distance.abs() < window) | (keys - first < sinks)
     kept = near | ~(z < _logit(tau))
     if causal or keep_self:
         kept = kept | (distance == 0)
     if causal:
         kept = kept & (distance >= 0)
+    if sliding_window:
+        kept = kept & (distance.abs() < sliding_window)
     if key_range is not None:
         begin, end = key_range.view(-1, 1, 1, 2).unbind(-1)
         kept = kept & (keys >= begin.unsqueeze(-1)) & (keys < end.unsqueeze(-1))
@@ -75,22 +86,3 @@ def dense_gated_attention(
     softmax = scores.softmax(-1)[..., :n_k].masked_fill(~kept, 0)
     weights = softmax * torch.where(near, 1.0, z.sigmoid())
     return (weights @ v.to(dtype)).to(v.dtype), weights
-
-
-def _first_keys(mask: Tensor | None, key_range: Tensor | None, n_q: int, n_k: int) -> Tensor | int:
-    """The place of the first key of each query's sequence, that broadcasts to [B, Hq, Nq, Nk]: sinks count from it.
-
-    A mask tells sequences apart: what a query can reach in any number of steps, from a query to the first key that it
-    sees and on from there, is one. So documents that are packed into a row have sinks of their own, and a sliding
-    window has those of the whole text, of which most queries see none.
-    """
-    if mask is None:
-        return 0 if key_range is None else key_range[:, :1].view(-1, 1, 1, 1)
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
-    seen = seen.expand(*seen.shape[:2], n_q if n_q == n_k else seen.shape[2], n_k)
-    first = torch.where(seen.any(-1), seen.to(torch.uint8).argmax(-1), n_k)
-    if n_q != n_k:
-        return first.amin(-1)[..., None, None]
-    for _ in range(max(1, n_k).bit_length()):
-        first = torch.minimum(first, first.gather(-1, first.clamp(max=max(0, n_k - 1))))
-    return first.unsqueeze(-1)

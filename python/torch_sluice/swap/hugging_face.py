@@ -48,14 +48,20 @@ def sluice_attention(module, query, key, value, attention_mask=None, dropout=0.0
     out = None
     if not dropout and not original.wants_more(options) and _adds_nothing(bias):
         q, k, v = query, key, value
-        sinks = module.sinks if original.sinks else None
+        sinks, cap = _sink_logits(module, original, options), options.get("softcap")
         if attention_mask is None and is_causal:
             k, v = _cut_to_queries(q, k, v)
         if not (attention_mask is None and is_causal and q.shape[2] > k.shape[2]):
-            given = dict(mask=attention_mask, causal=is_causal, scale=scaling)
+            given = dict(mask=attention_mask, causal=is_causal, scale=scaling, softcap=cap)
             out = attend_open(q, k, v, sinks=sinks, sliding_window=options.get("sliding_window"), **given)
 
     def compute_the_old_way():
+        for name in ("softcap", "s_aux") if original.by_name else ():
+            if options.get(name) is not None:
+                raise ValueError(
+                    f"attn_implementation='sluice' does not support {name} together with dropout, a position bias, or "
+                    "a mask beyond padding and windows; try 'eager'"
+                )
         return original.function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
 
     if out is None:
@@ -92,6 +98,13 @@ def _check_call(module, original, options) -> None:
             )
 
 
+def _sink_logits(module, original, options):
+    """[Hq], scores of keys without a value: the layer's, or those that a layer which was not swapped hands over."""
+    if original.by_name:
+        return options.get("s_aux")
+    return module.sinks if original.sinks else None
+
+
 def _adds_nothing(bias) -> bool:
     if bias is None:
         return True
@@ -120,7 +133,7 @@ def _attend_gated(module, logits, original, qkv, mask, bias, given, options):
     cache = b if isinstance(b, GatedCache) else None
     b = (b if cache is None else cache.b)[:, :, : k.shape[2]]
     given = dict(mask=mask, cache=cache, sliding_window=options.get("sliding_window"), **given)
-    given["sink_logits"] = module.sinks if original.sinks else None
+    given |= dict(sink_logits=_sink_logits(module, original, options), softcap=options.get("softcap"))
     out, weights = attend_gated(module.sluice_gate, (a, b), module.sluice_options, q, k, v, **given)
     out = out.transpose(1, 2).contiguous()
     if not original.is_eager:

@@ -1,5 +1,6 @@
 """Reads a dense attention mask back into what the operator takes: causal or not, valid keys, the queries' places."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,11 @@ class MaskPattern(NamedTuple):
     q_offset: Tensor | None = None  # [B], the key at whose place the first query sits; None: the last at the last key
     window: int = 0  # a query sees keys at a distance below this only; 0: at any
     uniform: Tensor | None = None  # [B, H or 1, Nq], rows that look at all keys alike: see rows_without_keys
+
+    def options(self) -> dict:
+        """What gated_attention takes for it."""
+        places = dict(causal=self.causal, key_range=self.key_range, q_offset=self.q_offset)
+        return places | dict(sliding_window=self.window)
 
 
 def as_bool_mask(mask: Tensor) -> Tensor | None:
@@ -121,6 +127,75 @@ def _read(mask: Tensor, n_q: int, n_k: int, causal: bool) -> MaskPattern | None:
     return None
 
 
+def _remember(mask: Tensor, name: str, key: tuple, compute: Callable):
+    """What was computed of a mask, which the layers of a model share, as long as it holds the numbers that it held.
+
+    They are compared: writes through .data or NumPy, and those in inference mode, raise no version.
+    """
+    shown = mask.detach()
+    for dim, stride in enumerate(mask.stride()):
+        if stride == 0 and mask.shape[dim] > 1:
+            shown = shown.narrow(dim, 0, 1)
+    memo = getattr(mask, name, None)
+    if memo is None or memo[0] != key or not torch.equal(memo[1], shown):
+        memo = (key, shown.clone(), compute())
+        setattr(mask, name, memo)
+    return memo[2]
+
+
+class OperatorMask(NamedTuple):
+    """A mask beyond the patterns, as the operator takes it."""
+
+    attn_mask: Tensor  # [B or 1, H or 1, Nq or 1, Nk], booleans or numbers; -inf where a pair is hidden
+    key_range: Tensor | None  # [B, 2], where the texts begin, if sinks are wanted
+    q_offset: Tensor | None  # [B]
+    uniform: Tensor | None  # see rows_without_keys
+
+
+def operator_mask(mask: Tensor, batch: int, n_q: int, n_k: int, causal: bool, sinks: int) -> OperatorMask | None:
+    """None where the operator can't say the same: a causal layer that is shown later keys, or queries of one row whose
+    texts begin at different keys, while sinks are wanted."""
+    if torch.compiler.is_compiling() or mask.shape[-1] != n_k or not mask.numel():
+        return None
+    is_bool = mask.dtype == torch.bool
+    least = None if is_bool else torch.finfo(mask.dtype).min
+    allowed = mask if is_bool else mask.detach() > least
+    key_range = q_offset = None
+    if causal:
+        if n_q < n_k:
+            q_offset = first_places(allowed, n_q, n_k).expand(batch)
+        places = query_places(n_q, n_k, q_offset, mask.device)[:, None, :, None]
+        if bool((allowed & (torch.arange(n_k, device=mask.device) > places)).any()):
+            return None
+    if sinks:
+        first = first_keys(allowed, n_q, n_k).flatten(1)
+        if bool((first != first[:, :1]).any()):
+            return None
+        begin = first[:, 0].clamp(max=n_k).expand(batch)
+        key_range = torch.stack((begin, torch.full_like(begin, n_k)), -1)
+    if is_bool:
+        return OperatorMask(mask, key_range, q_offset, None)
+    uniform = rows_without_keys(mask.detach())
+    hidden = ~allowed
+    return OperatorMask(mask.masked_fill(hidden, -torch.inf), key_range, q_offset, uniform if uniform.any() else None)
+
+
+def first_keys(seen: Tensor, n_q: int, n_k: int) -> Tensor:
+    """The place of the first key of each query's sequence, that broadcasts to [B, Hq, Nq, Nk]: sinks count from it.
+
+    A mask of booleans tells sequences apart: what a query can reach in any number of steps, from a query to the first
+    key that it sees and on from there, is one. So documents that are packed into a row have sinks of their own, and a
+    sliding window has those of the whole text, of which most queries see none.
+    """
+    seen = seen.expand(*seen.shape[:2], n_q if n_q == n_k else seen.shape[2], n_k)
+    first = torch.where(seen.any(-1), seen.to(torch.uint8).argmax(-1), n_k)
+    if n_q != n_k:
+        return first.amin(-1)[..., None, None]
+    for _ in range(max(1, n_k).bit_length()):
+        first = torch.minimum(first, first.gather(-1, first.clamp(max=max(0, n_k - 1))))
+    return first.unsqueeze(-1)
+
+
 def read_mask(
     mask: Tensor, batch: int, n_q: int, n_k: int, causal: bool, window: int | None = None
 ) -> MaskPattern | None:
@@ -146,14 +221,7 @@ def read_mask(
         )
         pattern = MaskPattern(causal, key_range, offset, window, rows_without_keys(mask))
         return _expand(pattern, batch)
-    if mask.is_inference():  # counts no versions, so what was read once may have changed
-        pattern = _read(mask, n_q, n_k, causal)
-    else:
-        key = (mask._version, n_q, n_k, causal)
-        memo = getattr(mask, "_sluice_pattern", None)
-        if memo is None or memo[0] != key:
-            memo = mask._sluice_pattern = (key, _read(mask, n_q, n_k, causal))
-        pattern = memo[1]
+    pattern = _remember(mask, "_sluice_pattern", (n_q, n_k, causal), lambda: _read(mask, n_q, n_k, causal))
     return None if pattern is None else _expand(pattern, batch)
 
 
@@ -162,13 +230,7 @@ def read_documents(mask: Tensor, batch: int, n_q: int, n_k: int) -> tuple[int, .
     the other; None if it is another mask. It is kept with the mask, as its pattern is."""
     if torch.compiler.is_compiling() or n_q != n_k or mask.shape[1] != 1 or mask.shape[2:] != (n_q, n_k):
         return None
-    if mask.is_inference():
-        lengths = _read_documents(mask)
-    else:
-        memo = getattr(mask, "_sluice_documents", None)
-        if memo is None or memo[0] != mask._version:
-            memo = mask._sluice_documents = (mask._version, _read_documents(mask))
-        lengths = memo[1]
+    lengths = _remember(mask, "_sluice_documents", (), lambda: _read_documents(mask))
     return lengths if lengths is None or mask.shape[0] == batch else lengths * batch
 
 

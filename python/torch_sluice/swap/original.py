@@ -16,7 +16,7 @@ _EAGER = "eager_attention_forward"
 # What every attention function takes, and what it is given for other kernels than the plain formula.
 _UNDERSTOOD = {"attention_mask", "scaling", "dropout", "position_bias", "is_causal", "sliding_window", "kwargs"}
 # Arguments that change what is computed: an implementation that is chosen by name alone must refuse them.
-_CHANGING = ("softcap", "s_aux", "sinks", "indices", "block_indices")
+_CHANGING = ("sinks", "indices", "block_indices")
 
 
 class Original(NamedTuple):
@@ -26,6 +26,7 @@ class Original(NamedTuple):
     implementation: str  # "sdpa" or "eager": it says what no mask means, and whether weights are given back
     sinks: bool = False  # the function adds the scores of ``module.sinks`` [heads] to every softmax
     reads: tuple[str, ...] = ()  # names of further arguments that change its result
+    caps: bool = False  # the function takes softcap, and bends its scores by it
     by_name: bool = False  # nobody swapped the layer: its model was given attn_implementation="sluice"
 
     @property
@@ -50,7 +51,7 @@ def by_name() -> Original:
     """For layers that were given ``attn_implementation="sluice"`` and no swap: the function of "sdpa" and its masks."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    return Original(sdpa_attention_forward, "sdpa", reads=_CHANGING, by_name=True)
+    return Original(sdpa_attention_forward, "sdpa", reads=_CHANGING, caps=True, by_name=True)
 
 
 def asks_for_table(module: nn.Module) -> bool:
@@ -111,8 +112,11 @@ def original_of(module: nn.Module) -> Original | str:
     if isinstance(function, str):
         return function
     cap = getattr(module, "attn_logit_softcapping", None)
-    if cap is not None:
-        return f"it caps its scores (attn_logit_softcapping = {cap}), which the operator does not"
+    if cap is not None and implementation == "sdpa":
+        return (
+            f"its attn_implementation 'sdpa' leaves out the cap of its scores (attn_logit_softcapping = {cap}): call "
+            "model.set_attn_implementation('eager') first, which has it"
+        )
     return _classify(module, function, "eager" if implementation is None else implementation)
 
 
@@ -146,19 +150,22 @@ def _classify(module: nn.Module, function: Callable, implementation: str) -> Ori
     reads = _argument_names(function)
     name = f"{function.__module__}.{function.__name__}"
     sinks = getattr(module, "sinks", None)
+    caps = "softcap" in reads
     for candidate in (None, sinks) if isinstance(sinks, Tensor) else (None,):
         try:
-            same = _is_attention_with(candidate, module, function)
+            same = _is_attention_with(candidate, None, module, function)
+            caps = same and caps and _is_attention_with(candidate, 1.5, module, function)
         except Exception as error:  # whatever it stumbles over, it isn't what it was taken for
             return f"its attention function {name} could not be tried on small tensors: {type(error).__name__}: {error}"
         if same:
-            return Original(function, implementation, candidate is not None, reads)
+            reads = tuple(name for name in reads if not (caps and name == "softcap"))
+            return Original(function, implementation, candidate is not None, reads, caps)
     return f"its attention function {name} is not plain attention: tried on small random tensors, its results differ"
 
 
 @torch.no_grad()
-def _is_attention_with(sinks: Tensor | None, module: nn.Module, function: Callable) -> bool:
-    """Whether function is softmax(scale * q k^T + mask, with sinks) v, tried with a mask and without."""
+def _is_attention_with(sinks: Tensor | None, cap: float | None, module: nn.Module, function: Callable) -> bool:
+    """Whether function is softmax(cap(scale * q k^T) + mask, with sinks) v, tried with a mask and without."""
     heads, groups = head_counts(module)
     heads = heads or 2 * groups if sinks is None else sinks.numel()
     devices = (p.device for p in module.parameters() if p.device.type != "meta")
@@ -172,8 +179,11 @@ def _is_attention_with(sinks: Tensor | None, module: nn.Module, function: Callab
     bias = draw(2, 1, 3, 5)
     dropped = bias.masked_fill(torch.tensor([False, False, True, False, True]).to(device), torch.finfo(bias.dtype).min)
     scores = 0.7 * q @ k.repeat_interleave(groups, 1).transpose(-1, -2)
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
     for mask in (bias, dropped, None):
         options = dict(scaling=0.7, dropout=0.0, is_causal=False, sliding_window=1)
+        options |= {} if cap is None else dict(softcap=cap)
         biased = scores if mask is None else scores + mask
         if sinks is not None:
             biased = torch.cat((biased, sinks.to(biased).view(1, -1, 1, 1).expand(2, -1, 3, 1)), dim=-1)
