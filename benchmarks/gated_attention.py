@@ -55,7 +55,7 @@ class Case:
         return high
 
     def run_sluice(self, q, k, v, a, b):
-        options = (*[None] * 5, self.causal, 0, 0, 0, 0.0, self.scale)
+        options = (*[None] * 7, self.causal, 0, 0, 0, 0.0, 0.0, self.scale)
         out, _ = torch.ops.sluice.gated_attention(q, k, v, a, b, self.logit_tau, *options)
         return out
 

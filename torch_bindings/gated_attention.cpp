@@ -76,7 +76,7 @@ const int64_t *integers_of(const OptionalTensor &tensor) {
 // Tensors that the args point into must outlive the call, hence the copies here.
 struct Inputs {
   Tensor q, k, v, a, b;
-  OptionalTensor logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes;
+  OptionalTensor logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes, output_gate, dropout_seed;
   sl_executor executor;
   sl_gated_attention_args args{};
   ScalarType dtype, gate_dtype;
@@ -85,8 +85,9 @@ struct Inputs {
 Inputs check_inputs(const Tensor &q, const Tensor &k, const Tensor &v, const Tensor &a, const Tensor &b,
                     const OptionalTensor &logit_tau, const OptionalTensor &key_range, const OptionalTensor &q_offset,
                     const OptionalTensor &text_begin, const OptionalTensor &attn_mask,
-                    const OptionalTensor &alibi_slopes, bool causal, int64_t window, int64_t sinks,
-                    int64_t sliding_window, double softcap, double scale) {
+                    const OptionalTensor &alibi_slopes, const OptionalTensor &output_gate,
+                    const OptionalTensor &dropout_seed, bool causal, int64_t window, int64_t sinks,
+                    int64_t sliding_window, double softcap, double dropout_p, double scale) {
   if (q.dim() != 4) fail("q is " + describe(q) + ", expected [batch, heads_q, n_q, head_dim]");
   if (k.dim() != 4) fail("k is " + describe(k) + ", expected [batch, heads_kv, n_k, head_dim]");
   if (v.dim() != 4) fail("v is " + describe(v) + ", expected [batch, heads_kv, n_k, head_dim_v]");
@@ -105,13 +106,20 @@ Inputs check_inputs(const Tensor &q, const Tensor &k, const Tensor &v, const Ten
   if (text_begin) check_tensor("text_begin", *text_begin, {B}, ScalarType::Long, "[batch]", q);
   if (attn_mask) check_mask(*attn_mask, {B, Hq, Nq, Nk}, q);
   if (alibi_slopes) check_tensor("alibi_slopes", *alibi_slopes, {B, Hq}, gate_dtype, "[batch, heads_q]", q);
+  int64_t gate_channels = 0;
+  if (output_gate) {
+    gate_channels = output_gate->dim() == 4 && output_gate->size(3) == 1 ? 1 : Dv;
+    check_tensor("output_gate", *output_gate, {B, Hq, Nq, gate_channels}, dtype,
+                 "[batch, heads_q, n_q, 1 or head_dim_v]", q);
+  }
+  if (dropout_seed) check_tensor("dropout_seed", *dropout_seed, {1}, ScalarType::Long, "[1]", q);
 
   sl_gated_attention_args sizes{};
   sizes.dtype = c_dtype;
   sizes.batch = B, sizes.heads_q = Hq, sizes.heads_kv = Hkv, sizes.n_q = Nq, sizes.n_k = Nk;
   sizes.head_dim = D, sizes.head_dim_v = Dv;
   sizes.causal = causal, sizes.window = window, sizes.sinks = sinks, sizes.scale = scale;
-  sizes.sliding_window = sliding_window, sizes.softcap = softcap;
+  sizes.sliding_window = sliding_window, sizes.softcap = softcap, sizes.dropout_p = dropout_p;
   // Checks the numbers before anything is copied: an expanded tensor can be larger than memory.
   size_t workspace_bytes = 0;
   check_status(sl_gated_attention_workspace_size(&sizes, &workspace_bytes));
@@ -127,10 +135,13 @@ Inputs check_inputs(const Tensor &q, const Tensor &k, const Tensor &v, const Ten
             text_begin,
             attn_mask,
             alibi_slopes,
+            output_gate,
+            dropout_seed,
             torch_executor(),
             sizes,
             dtype,
             gate_dtype};
+  if (output_gate) in.output_gate = with_dense_rows(*output_gate);
   for (OptionalTensor *tensor : {&in.logit_tau, &in.key_range, &in.q_offset, &in.text_begin, &in.alibi_slopes}) {
     if (*tensor) *tensor = torch::stable::contiguous(**tensor);
   }
@@ -140,6 +151,9 @@ Inputs check_inputs(const Tensor &q, const Tensor &k, const Tensor &v, const Ten
   args.logit_tau = in.logit_tau ? in.logit_tau->const_data_ptr() : nullptr;
   args.key_range = integers_of(in.key_range);
   args.q_offset = integers_of(in.q_offset), args.text_begin = integers_of(in.text_begin);
+  if (in.output_gate) args.output_gate = view4(*in.output_gate);
+  args.output_gate_channels = gate_channels;
+  args.dropout_seed = integers_of(in.dropout_seed);
   args.alibi_slopes = in.alibi_slopes ? in.alibi_slopes->const_data_ptr() : nullptr;
   if (in.attn_mask && in.attn_mask->numel()) {
     bool is_bool = in.attn_mask->scalar_type() == ScalarType::Bool;
@@ -170,11 +184,12 @@ sl_status run_backward(const sl_gated_attention_args &args, const Tensor &q) {
 
 std::tuple<Tensor, Tensor> gated_attention(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, OptionalTensor logit_tau,
                                            OptionalTensor key_range, OptionalTensor q_offset, OptionalTensor text_begin,
-                                           OptionalTensor attn_mask, OptionalTensor alibi_slopes, bool causal,
+                                           OptionalTensor attn_mask, OptionalTensor alibi_slopes,
+                                           OptionalTensor output_gate, OptionalTensor dropout_seed, bool causal,
                                            int64_t window, int64_t sinks, int64_t sliding_window, double softcap,
-                                           double scale) {
-  Inputs in = check_inputs(q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes, causal,
-                           window, sinks, sliding_window, softcap, scale);
+                                           double dropout_p, double scale) {
+  Inputs in = check_inputs(q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes,
+                           output_gate, dropout_seed, causal, window, sinks, sliding_window, softcap, dropout_p, scale);
   sl_gated_attention_args &args = in.args;
   args.executor = &in.executor;
   size_t bytes = 0;
@@ -188,13 +203,14 @@ std::tuple<Tensor, Tensor> gated_attention(Tensor q, Tensor k, Tensor v, Tensor 
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_attention_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_attention_backward(
     Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, OptionalTensor logit_tau,
     OptionalTensor key_range, OptionalTensor q_offset, OptionalTensor text_begin, OptionalTensor attn_mask,
-    OptionalTensor alibi_slopes, Tensor out, Tensor lse, bool causal, int64_t window, int64_t sinks,
-    int64_t sliding_window, double softcap, double scale, bool mask_gradient) {
-  Inputs in = check_inputs(q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes, causal,
-                           window, sinks, sliding_window, softcap, scale);
+    OptionalTensor alibi_slopes, OptionalTensor output_gate, OptionalTensor dropout_seed, Tensor out, Tensor lse,
+    bool causal, int64_t window, int64_t sinks, int64_t sliding_window, double softcap, double dropout_p, double scale,
+    bool mask_gradient) {
+  Inputs in = check_inputs(q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes,
+                           output_gate, dropout_seed, causal, window, sinks, sliding_window, softcap, dropout_p, scale);
   if (mask_gradient && (!attn_mask || attn_mask->scalar_type() == ScalarType::Bool)) {
     fail("mask_gradient is true, expected false without an attn_mask of numbers");
   }
@@ -221,13 +237,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_attention_backw
   Tensor dv = empty({args.batch, args.heads_kv, args.n_k, args.head_dim_v}, in.dtype, q);
   Tensor da = empty({args.batch, args.heads_q, args.n_q}, in.gate_dtype, q);
   Tensor db = empty({args.batch, args.heads_kv, args.n_k}, in.gate_dtype, q);
+  std::vector<int64_t> gate_shape = {0};
+  if (in.output_gate) gate_shape = {args.batch, args.heads_q, args.n_q, args.output_gate_channels};
+  Tensor doutput_gate = empty(gate_shape, in.dtype, q);
+  if (in.output_gate) args.doutput_gate = view4(doutput_gate);
   Tensor workspace = empty({static_cast<int64_t>(bytes)}, ScalarType::Byte, q);
   args.dout = view4(dout_rows), args.out = view4(out_rows), args.lse = view3(lse);
   if (dlse) args.dlse = view3(*dlse);
   args.dq = view4(dq), args.dk = view4(dk), args.dv = view4(dv), args.da = view3(da), args.db = view3(db);
   args.workspace = workspace.mutable_data_ptr(), args.workspace_size = bytes;
   check_status(run_backward(args, q));
-  return {dq, dk, dv, da, db, dattn_mask};
+  return {dq, dk, dv, da, db, dattn_mask, doutput_gate};
 }
 
 }  // namespace sluice

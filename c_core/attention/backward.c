@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "attention/backward_queries.h"
+#include "attention/output_gate.h"
 #include "runtime/executor.h"
 #include "runtime/status.h"
 
@@ -19,6 +20,7 @@ typedef struct backward_pass {
   char *head_memory, *worker_memory;
   size_t mask_bytes; /* of a key head */
   char *mask_memory;
+  void *output_gate_memory;
   sl_key_head *key_heads; /* [wave] */
   int64_t first;          /* of the wave at hand */
   atomic_int status;      /* of the heads that the formula had to serve */
@@ -78,6 +80,7 @@ static void lay_out(backward_pass *pass, sl_arena *arena, const sl_attention_pla
   pass->head_memory = sl_arena_take(arena, pass->wave, pass->head_bytes);
   pass->worker_memory = sl_arena_take(arena, workers, pass->worker_bytes);
   pass->mask_memory = sl_arena_take(arena, pass->wave, pass->mask_bytes);
+  pass->output_gate_memory = sl_arena_take(arena, 1, sl_output_gate_bytes(args));
 }
 
 sl_status sl_attention_backward_workspace(const sl_attention_plan *plan, size_t *bytes) {
@@ -193,6 +196,7 @@ static sl_status run_reference(const sl_attention_plan *plan, const sl_key_head 
     args.dattn_mask = sl_mask_gradient_of_head(plan, batch, query_head, head->mask_gradient);
     args.dattn_mask.head_stride = head_stride;
   }
+  args.dropout_first_row += (batch * args.heads_q + query_head) * args.n_q;
   args.batch = args.heads_kv = 1;
   args.heads_q = plan->group;
   args.q = part4(args.q, args.dtype, batch, query_head);
@@ -200,6 +204,10 @@ static sl_status run_reference(const sl_attention_plan *plan, const sl_key_head 
   args.v = part4(args.v, args.dtype, batch, kv);
   args.out = part4(args.out, args.dtype, batch, query_head);
   args.dout = part4(args.dout, args.dtype, batch, query_head);
+  if (args.output_gate.data) {
+    args.output_gate = part4(args.output_gate, args.dtype, batch, query_head);
+    args.doutput_gate = part4(args.doutput_gate, args.dtype, batch, query_head);
+  }
   args.dq = part4(args.dq, args.dtype, batch, query_head);
   args.dk = part4(args.dk, args.dtype, batch, kv);
   args.dv = part4(args.dv, args.dtype, batch, kv);
@@ -232,6 +240,9 @@ sl_status sl_attention_run_backward(const sl_attention_plan *plan) {
   lay_out(&pass, &arena, plan);
   SL_REQUIRE(args->workspace && !arena.overflow && arena.used <= args->workspace_size, SL_OUT_OF_MEMORY,
              "workspace_size is %zu, expected at least %zu", args->workspace ? args->workspace_size : 0, arena.used);
+  sl_attention_plan with_dout = *plan;
+  with_dout.dout = sl_output_gate_differentiate(args, pass.output_gate_memory);
+  pass.plan = &with_dout;
   sl_mask_gradient_clear(plan);
   for (pass.first = 0; pass.first < pass.heads; pass.first += pass.wave) {
     int64_t heads = smaller(pass.wave, pass.heads - pass.first);

@@ -3,6 +3,7 @@
 #include <math.h>
 
 #include "attention/backward_queries.h"
+#include "attention/dropout.h"
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -33,6 +34,21 @@ typedef struct block_context {
 
 static const void *element_at(const void *base, int64_t index, const sl_attention_kernel *kernel) {
   return (const char *)base + (size_t)index * kernel->element_size;
+}
+
+/* d_rj times e_rj before the softmax's gradient, and times the weights behind it, as dv takes them. */
+static void drop_out(const sl_backward_worker *worker, const sl_attention_plan *plan, const sl_gradient_rows *rows,
+                     const int32_t *keys, int64_t count, bool weights) {
+  const sl_gated_attention_args *args = plan->args;
+  if (args->dropout_p == 0) return;
+  const sl_staircase *staircase = &worker->staircase;
+  const int32_t *lengths = staircase->block_lengths;
+  float *tile = weights ? worker->weights : worker->dout_values, scale = sl_dropout_scale(args);
+  sl_dropout_clear(args, rows->query.batch, rows->query.head, rows->query.token, keys, count, lengths, tile,
+                   staircase->score_stride, sizeof(float));
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t j = 0; j < lengths[r]; ++j) tile[r * staircase->score_stride + j] *= scale;
+  }
 }
 
 static void add_block(void *context, sl_staircase *staircase, const sl_key_chunk *keys, int64_t start, int64_t count,
@@ -73,7 +89,9 @@ static void add_block(void *context, sl_staircase *staircase, const sl_key_chunk
                                    .mean = rows->mean,
                                    .da = rows->da,
                                    .db = block->chunk->db + start};
+  drop_out(worker, plan, rows, keys->index + start, count, false);
   kernel->softmax_gradient_tile(&tile);
+  drop_out(worker, plan, rows, keys->index + start, count, true);
   if (plan->bends_scores) {
     sl_mask_gradient_add(&worker->mask_gradient, &rows->query, keys->index + start, count, lengths,
                          worker->score_gradient, stride);
@@ -119,7 +137,7 @@ static void add_self_pairs(sl_backward_worker *worker, const sl_attention_plan *
   sl_token_rows q = sl_attention_token_rows(args, &args->q, queries->batch, queries->head, args->head_dim);
   sl_token_rows k = sl_attention_token_rows(args, &args->k, queries->batch, queries->head_kv, args->head_dim);
   sl_token_rows v = sl_attention_token_rows(args, &args->v, queries->batch, queries->head_kv, args->head_dim_v);
-  sl_token_rows dout = sl_attention_token_rows(args, &args->dout, queries->batch, queries->head, args->head_dim_v);
+  sl_token_rows dout = sl_attention_token_rows(args, &plan->dout, queries->batch, queries->head, args->head_dim_v);
   const float one = 1;
   int64_t offset = sl_attention_q_offset(args, queries->batch);
   for (int64_t i = 0; i < queries->count; ++i) {
@@ -139,7 +157,11 @@ static void add_self_pairs(sl_backward_worker *worker, const sl_attention_plan *
     float p = exp2f(plan->scale_log2e * score - queries->lse_log2[i]);
     float b = sl_attention_clamp_logit(*sl_attention_at3(&args->b, queries->batch, queries->head_kv, key));
     float odds = queries->exp_minus_a[i] * expf(-b), gate = 1 / (1 + odds);
+    sl_dropout_row dropout = sl_dropout_of_row(args, queries->batch, queries->head, query);
+    float stays = sl_dropout_keeps(&dropout, key) ? sl_dropout_scale(args) : 0;
+    e *= stays;
     float weight = p * gate, score_gradient = p * (gate * e - queries->mean[i]), dz = weight * e * (odds * gate);
+    weight *= stays;
     if (worker->mask_gradient.data) {
       const sl_attention_mask *mask = &worker->mask_gradient;
       ((float *)mask->data)[query * mask->query_stride + key * mask->key_stride] += score_gradient;

@@ -3,6 +3,9 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include "attention/dropout.h"
+#include "attention/element.h"
+#include "attention/output_gate.h"
 #include "attention/pair_score.h"
 #include "attention/rows.h"
 #include "runtime/number.h"
@@ -14,22 +17,6 @@ typedef struct exact_row {
   int64_t batch, head, head_kv, query, position;
   float a, tau;
 } exact_row;
-
-static double load(sl_dtype dtype, const void *data, int64_t index) {
-  if (dtype == SL_BF16) return sl_bf16_to_float(((const uint16_t *)data)[index]);
-  if (dtype == SL_F16) return sl_f16_to_float(((const uint16_t *)data)[index]);
-  return ((const float *)data)[index];
-}
-
-static void store(sl_dtype dtype, void *data, int64_t index, double value) {
-  if (dtype == SL_BF16) {
-    ((uint16_t *)data)[index] = sl_float_to_bf16((float)value);
-  } else if (dtype == SL_F16) {
-    ((uint16_t *)data)[index] = sl_float_to_f16((float)value);
-  } else {
-    ((float *)data)[index] = (float)value;
-  }
-}
 
 /* Whether the pair is kept, and its gate. */
 static bool keep_pair(const exact_row *row, int64_t key, double *gate) {
@@ -45,8 +32,8 @@ static bool keep_pair(const exact_row *row, int64_t key, double *gate) {
 static double score_pair(const exact_row *row, int64_t key) {
   double dot = 0;
   for (int64_t c = 0; c < row->q.channels; ++c) {
-    dot += load(row->args->dtype, row->q.data, row->query * row->q.token_stride + c) *
-           load(row->args->dtype, row->k.data, key * row->k.token_stride + c);
+    dot += sl_element_load(row->args->dtype, row->q.data, row->query * row->q.token_stride + c) *
+           sl_element_load(row->args->dtype, row->k.data, key * row->k.token_stride + c);
   }
   double bend;
   return sl_attention_bend_score(row->args, row->batch, row->head, row->query, row->position, key,
@@ -55,12 +42,14 @@ static double score_pair(const exact_row *row, int64_t key) {
 
 /* Adds the values under the softmax; stops as soon as every channel is NaN. */
 static void add_values(const exact_row *row, double maximum, double sum, double *out) {
+  sl_dropout_row dropout = sl_dropout_of_row(row->args, row->batch, row->head, row->query);
   for (int64_t key = row->bounds.begin; key < row->bounds.end; ++key) {
     double gate;
-    if (!keep_pair(row, key, &gate)) continue;
+    if (!keep_pair(row, key, &gate) || !sl_dropout_keeps(&dropout, (int32_t)key)) continue;
+    gate *= (double)sl_dropout_scale(row->args);
     double weight = exp(score_pair(row, key) - maximum) / sum * gate;
     for (int64_t c = 0; c < row->v.channels; ++c) {
-      out[c] += weight * load(row->args->dtype, row->v.data, key * row->v.token_stride + c);
+      out[c] += weight * sl_element_load(row->args->dtype, row->v.data, key * row->v.token_stride + c);
     }
     if (isnan(weight)) return;
   }
@@ -94,8 +83,12 @@ void sl_attention_compute_row(const sl_gated_attention_args *args, int64_t batch
     add_values(&row, maximum == -INFINITY ? 0 : maximum, sum > 0 ? sum : 1, out);
   }
   sl_token_rows target = sl_attention_token_rows(args, &args->out, batch, head, args->head_dim_v);
+  float gates[SL_ATTENTION_MAX_HEAD_DIM];
+  for (int64_t c = 0; c < args->head_dim_v; ++c) gates[c] = 1;
+  sl_output_gate_apply(args, batch, head, query, gates);
+  for (int64_t c = 0; c < args->head_dim_v; ++c) out[c] *= (double)gates[c];
   for (int64_t c = 0; c < args->head_dim_v; ++c) {
-    store(args->dtype, (void *)(uintptr_t)target.data, query * target.token_stride + c, out[c]);
+    sl_element_store(args->dtype, (void *)(uintptr_t)target.data, query * target.token_stride + c, out[c]);
   }
   if (args->lse.data) {
     double lse = isnan(sum) ? NAN : sum > 0 ? maximum + log(sum) : -INFINITY;

@@ -3,6 +3,7 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include "attention/dropout.h"
 #include "attention/forward.h"
 #include "attention/pair_score.h"
 #include "attention/rows.h"
@@ -18,6 +19,7 @@ typedef struct few_row {
   sl_query_rows rows; /* one row: state and output */
   int64_t position;
   float query[SL_ATTENTION_MAX_HEAD_DIM];
+  sl_dropout_row dropout;
   int64_t kept;
   int32_t key[KEYS];
   float gate[KEYS];
@@ -63,7 +65,7 @@ static void attend_to_kept(few_row *row, const sl_attention_plan *plan, const sl
   for (int64_t i = 0; i < row->kept; ++i) {
     float weight = exp2f(scale * row->score[i] - shift);
     *sum += weight;
-    row->score[i] = weight * row->gate[i];
+    row->score[i] = sl_dropout_keeps(&row->dropout, row->key[i]) ? weight * row->gate[i] : 0;
   }
   plan->kernel->add_rows(out, row->score, v, row->key, row->kept);
 }
@@ -85,6 +87,7 @@ static void run_row(void *context, int64_t worker, int64_t task) {
   row.rows.maximum = &maximum;
   row.rows.sum = &sum;
   row.rows.out = out;
+  row.dropout = sl_dropout_of_row(args, batch, head, query);
   row.position = query + sl_attention_q_offset(args, batch);
   sl_token_rows q = sl_attention_token_rows(args, &args->q, batch, head, args->head_dim);
   sl_token_rows k = sl_attention_token_rows(args, &args->k, batch, row.rows.head_kv, args->head_dim);

@@ -93,7 +93,7 @@ void sl_gradient_rows_load(sl_gradient_rows *rows, const sl_attention_plan *plan
     rows->da[r] = 0;
   }
   sl_token_rows q = sl_attention_token_rows(args, &args->q, queries->batch, queries->head, args->head_dim);
-  sl_token_rows dout = sl_attention_token_rows(args, &args->dout, queries->batch, queries->head, args->head_dim_v);
+  sl_token_rows dout = sl_attention_token_rows(args, &plan->dout, queries->batch, queries->head, args->head_dim_v);
   kernel->pack_rows(query->packed, plan->row_stride, &q, query->token, count, plan->factor);
   kernel->pack_rows(rows->dout, plan->row_stride_v, &dout, query->token, count, 1);
   kernel->pack_depths(rows->q_depths, rows->capacity, &q, query->token, count);

@@ -27,6 +27,7 @@ typedef struct sl_attention_plan {
                                        are bent, log2(e): then the bent score has the scale in it, */
   float scale;                      /* which is factor * scale */
   bool bends_scores;                /* there is a cap, a slope or a mask */
+  sl_tensor4 dout;                  /* of the backward: the gradient of the output before its gate */
 } sl_attention_plan;
 
 sl_attention_plan sl_attention_make_plan(const sl_gated_attention_args *args, const sl_attention_kernel *kernel);

@@ -6,30 +6,12 @@
 
 #include <sluice/gated_attention.h>
 
+#include "attention/dropout.h"
+#include "attention/element.h"
 #include "attention/pair_score.h"
 #include "attention/validate.h"
 #include "runtime/number.h"
 #include "runtime/status.h"
-
-static double load(sl_dtype dtype, const void *data, int64_t index) {
-  switch (dtype) {
-    case SL_F32: return ((const float *)data)[index];
-    case SL_BF16: return sl_bf16_to_float(((const uint16_t *)data)[index]);
-    case SL_F16: return sl_f16_to_float(((const uint16_t *)data)[index]);
-    case SL_F64: return ((const double *)data)[index];
-    default: return 0; /* refused by validation */
-  }
-}
-
-static void store(sl_dtype dtype, void *data, int64_t index, double value) {
-  switch (dtype) {
-    case SL_F32: ((float *)data)[index] = (float)value; break;
-    case SL_BF16: ((uint16_t *)data)[index] = sl_float_to_bf16((float)value); break;
-    case SL_F16: ((uint16_t *)data)[index] = sl_float_to_f16((float)value); break;
-    case SL_F64: ((double *)data)[index] = value; break;
-    default: break; /* refused by validation */
-  }
-}
 
 static int64_t offset4(const sl_tensor4 *tensor, int64_t batch, int64_t head, int64_t token) {
   return batch * tensor->batch_stride + head * tensor->head_stride + token * tensor->token_stride;
@@ -50,18 +32,21 @@ typedef struct query_row {
   const sl_gated_attention_args *args;
   sl_dtype gate_dtype;
   int64_t batch, head, head_kv, query, position;
-  double *score; /* [n_k]: s_ij, then P_ij; 0 for dropped pairs */
-  double *gate;  /* [n_k]: g_ij */
-  double *bend;  /* [n_k]: dr_ij / ds_ij */
-  char *kept;    /* [n_k] */
-  char *near;    /* [n_k] */
+  double *score;   /* [n_k]: s_ij, then P_ij; 0 for dropped pairs */
+  double *gate;    /* [n_k]: g_ij */
+  double *bend;    /* [n_k]: dr_ij / ds_ij */
+  double *dropout; /* [n_k]: d_ij */
+  char *kept;      /* [n_k] */
+  char *near;      /* [n_k] */
   double lse;
 } query_row;
 
 static double gate_sum(const query_row *row, int64_t key) {
   const sl_gated_attention_args *args = row->args;
-  double a = clamp_logit(load(row->gate_dtype, args->a.data, offset3(&args->a, row->batch, row->head, row->query)));
-  double b = clamp_logit(load(row->gate_dtype, args->b.data, offset3(&args->b, row->batch, row->head_kv, key)));
+  double a =
+      clamp_logit(sl_element_load(row->gate_dtype, args->a.data, offset3(&args->a, row->batch, row->head, row->query)));
+  double b =
+      clamp_logit(sl_element_load(row->gate_dtype, args->b.data, offset3(&args->b, row->batch, row->head_kv, key)));
   return row->gate_dtype == SL_F64 ? a + b : (double)((float)a + (float)b);
 }
 
@@ -71,9 +56,12 @@ static void choose_keys(query_row *row) {
   int64_t key_begin = args->key_range ? args->key_range[2 * row->batch] : 0;
   int64_t key_end = args->key_range ? args->key_range[2 * row->batch + 1] : args->n_k;
   int64_t text_begin = args->text_begin ? args->text_begin[row->batch] : key_begin;
-  double threshold =
-      args->logit_tau ? load(row->gate_dtype, args->logit_tau, row->batch * args->heads_q + row->head) : -INFINITY;
+  double threshold = args->logit_tau
+                         ? sl_element_load(row->gate_dtype, args->logit_tau, row->batch * args->heads_q + row->head)
+                         : -INFINITY;
+  sl_dropout_row dropout = sl_dropout_of_row(args, row->batch, row->head, row->query);
   for (int64_t key = 0; key < args->n_k; ++key) {
+    row->dropout[key] = sl_dropout_keeps(&dropout, (int32_t)key) ? 1 / (1 - args->dropout_p) : 0;
     int valid = key >= key_begin && key < key_end &&
                 sl_attention_pair_is_seen(args, row->batch, row->head, row->query, position, key);
     double z = gate_sum(row, key);
@@ -94,7 +82,8 @@ static void compute_softmax(query_row *row) {
     int64_t k_offset = offset4(&args->k, row->batch, row->head_kv, key);
     double dot = 0;
     for (int64_t d = 0; d < args->head_dim; ++d) {
-      dot += load(args->dtype, args->q.data, q_offset + d) * load(args->dtype, args->k.data, k_offset + d);
+      dot += sl_element_load(args->dtype, args->q.data, q_offset + d) *
+             sl_element_load(args->dtype, args->k.data, k_offset + d);
     }
     row->score[key] = sl_attention_bend_score(args, row->batch, row->head, row->query, row->position, key,
                                               dot * args->scale, row->bend + key);
@@ -121,9 +110,10 @@ static sl_status make_row(const sl_gated_attention_args *args, query_row *row) {
   row->score = malloc(keys * sizeof(double));
   row->gate = malloc(keys * sizeof(double));
   row->bend = malloc(keys * sizeof(double));
+  row->dropout = malloc(keys * sizeof(double));
   row->kept = malloc(keys);
   row->near = malloc(keys);
-  return row->score && row->gate && row->bend && row->kept && row->near
+  return row->score && row->gate && row->bend && row->dropout && row->kept && row->near
              ? SL_OK
              : sl_fail(SL_OUT_OF_MEMORY, "no memory for a row of n_k = %lld keys", (long long)args->n_k);
 }
@@ -132,6 +122,7 @@ static void free_row(query_row *row) {
   free(row->score);
   free(row->gate);
   free(row->bend);
+  free(row->dropout);
   free(row->kept);
   free(row->near);
 }
@@ -146,6 +137,14 @@ static void place_row(query_row *row, int64_t batch, int64_t head, int64_t query
   compute_softmax(row);
 }
 
+/* sigmoid(o) of one channel; 1 without a gate. */
+static double output_gate(const sl_gated_attention_args *args, int64_t batch, int64_t head, int64_t query,
+                          int64_t channel) {
+  if (!args->output_gate.data) return 1;
+  int64_t offset = offset4(&args->output_gate, batch, head, query) + (args->output_gate_channels == 1 ? 0 : channel);
+  return 1 / (1 + exp(-sl_element_load(args->dtype, args->output_gate.data, offset)));
+}
+
 sl_status sl_gated_attention_reference(const sl_gated_attention_args *args) {
   SL_CHECK(sl_gated_attention_validate(args, SL_FORWARD_TENSORS));
   query_row row;
@@ -158,13 +157,14 @@ sl_status sl_gated_attention_reference(const sl_gated_attention_args *args) {
           double sum = 0;
           for (int64_t key = 0; key < args->n_k; ++key) {
             if (!row.kept[key]) continue;
-            double value = load(args->dtype, args->v.data, offset4(&args->v, batch, row.head_kv, key) + d);
-            sum += row.score[key] * row.gate[key] * value;
+            double value = sl_element_load(args->dtype, args->v.data, offset4(&args->v, batch, row.head_kv, key) + d);
+            sum += row.score[key] * row.gate[key] * row.dropout[key] * value;
           }
-          store(args->dtype, args->out.data, offset4(&args->out, batch, head, query) + d, sum);
+          sum *= output_gate(args, batch, head, query, d);
+          sl_element_store(args->dtype, args->out.data, offset4(&args->out, batch, head, query) + d, sum);
         }
         if (args->lse.data) {
-          store(row.gate_dtype, args->lse.data, offset3(&args->lse, batch, head, query), row.lse);
+          sl_element_store(row.gate_dtype, args->lse.data, offset3(&args->lse, batch, head, query), row.lse);
         }
       }
     }
@@ -189,7 +189,7 @@ static void clear_mask_gradient(const sl_gated_attention_args *args, sl_dtype dt
     for (int64_t head = 0; head < (mask->head_stride ? args->heads_q : 1); ++head) {
       for (int64_t query = 0; query < (mask->query_stride ? args->n_q : 1); ++query) {
         for (int64_t key = 0; key < (mask->key_stride ? args->n_k : 1); ++key) {
-          store(dtype, mask->data, mask_gradient_offset(mask, batch, head, query, key), 0);
+          sl_element_store(dtype, mask->data, mask_gradient_offset(mask, batch, head, query, key), 0);
         }
       }
     }
@@ -199,7 +199,22 @@ static void clear_mask_gradient(const sl_gated_attention_args *args, sl_dtype dt
 static void add_mask_gradient(const query_row *row, int64_t key, double ds) {
   const sl_attention_mask *mask = &row->args->dattn_mask;
   int64_t offset = mask_gradient_offset(mask, row->batch, row->head, row->query, key);
-  store(row->gate_dtype, mask->data, offset, load(row->gate_dtype, mask->data, offset) + ds);
+  sl_element_store(row->gate_dtype, mask->data, offset, sl_element_load(row->gate_dtype, mask->data, offset) + ds);
+}
+
+static void store_output_gate_gradient(const query_row *row) {
+  const sl_gated_attention_args *args = row->args;
+  int64_t out = offset4(&args->out, row->batch, row->head, row->query);
+  int64_t dout = offset4(&args->dout, row->batch, row->head, row->query);
+  int64_t target = offset4(&args->doutput_gate, row->batch, row->head, row->query);
+  double sum = 0;
+  for (int64_t d = 0; args->output_gate.data && d < args->head_dim_v; ++d) {
+    double gate = output_gate(args, row->batch, row->head, row->query, d);
+    double gradient = sl_element_load(args->dtype, args->dout.data, dout + d) *
+                      sl_element_load(args->dtype, args->out.data, out + d) * (1 - gate);
+    sum = args->output_gate_channels == 1 ? sum + gradient : gradient;
+    sl_element_store(args->dtype, args->doutput_gate.data, target + (args->output_gate_channels == 1 ? 0 : d), sum);
+  }
 }
 
 static void add_row_gradients(const query_row *row, double *dq, key_gradients sums) {
@@ -211,10 +226,11 @@ static void add_row_gradients(const query_row *row, double *dq, key_gradients su
   int64_t a_offset = offset3(&args->a, row->batch, row->head, row->query);
   double mean = 0, da = 0;
   for (int64_t d = 0; d < Dv; ++d) {
-    mean += load(args->dtype, args->dout.data, dout_offset + d) * load(args->dtype, args->out.data, out_offset + d);
+    mean += sl_element_load(args->dtype, args->dout.data, dout_offset + d) *
+            sl_element_load(args->dtype, args->out.data, out_offset + d);
   }
   if (args->dlse.data) {
-    mean -= load(row->gate_dtype, args->dlse.data, offset3(&args->dlse, row->batch, row->head, row->query));
+    mean -= sl_element_load(row->gate_dtype, args->dlse.data, offset3(&args->dlse, row->batch, row->head, row->query));
   }
   for (int64_t d = 0; d < D; ++d) dq[d] = 0;
   for (int64_t key = 0; key < args->n_k; ++key) {
@@ -223,16 +239,17 @@ static void add_row_gradients(const query_row *row, double *dq, key_gradients su
     int64_t k_offset = offset4(&args->k, row->batch, row->head_kv, key);
     double p = row->score[key], g = row->gate[key], e = 0;
     for (int64_t d = 0; d < Dv; ++d) {
-      double dout = load(args->dtype, args->dout.data, dout_offset + d);
-      e += dout * load(args->dtype, args->v.data, v_offset + d);
+      double dout = sl_element_load(args->dtype, args->dout.data, dout_offset + d) *
+                    output_gate(args, row->batch, row->head, row->query, d) * row->dropout[key];
+      e += dout * sl_element_load(args->dtype, args->v.data, v_offset + d);
       sums.dv[key * Dv + d] += p * g * dout;
     }
     double ds = p * (g * e - mean);
     if (args->dattn_mask.data) add_mask_gradient(row, key, ds);
     ds *= row->bend[key] * args->scale;
     for (int64_t d = 0; d < D; ++d) {
-      dq[d] += ds * load(args->dtype, args->k.data, k_offset + d);
-      sums.dk[key * D + d] += ds * load(args->dtype, args->q.data, q_offset + d);
+      dq[d] += ds * sl_element_load(args->dtype, args->k.data, k_offset + d);
+      sums.dk[key * D + d] += ds * sl_element_load(args->dtype, args->q.data, q_offset + d);
     }
     if (row->near[key]) continue;
     double dz = p * e * g * (1 - g);
@@ -240,11 +257,11 @@ static void add_row_gradients(const query_row *row, double *dq, key_gradients su
     sums.db[key] += dz;
   }
   for (int64_t d = 0; d < D; ++d) {
-    store(args->dtype, args->dq.data, offset4(&args->dq, row->batch, row->head, row->query) + d, dq[d]);
+    sl_element_store(args->dtype, args->dq.data, offset4(&args->dq, row->batch, row->head, row->query) + d, dq[d]);
   }
-  double a = load(row->gate_dtype, args->a.data, a_offset);
-  store(row->gate_dtype, args->da.data, offset3(&args->da, row->batch, row->head, row->query),
-        fabs(a) > (double)SL_GATE_LOGIT_LIMIT ? 0 : da);
+  double a = sl_element_load(row->gate_dtype, args->a.data, a_offset);
+  sl_element_store(row->gate_dtype, args->da.data, offset3(&args->da, row->batch, row->head, row->query),
+                   fabs(a) > (double)SL_GATE_LOGIT_LIMIT ? 0 : da);
 }
 
 static void store_key_gradients(const query_row *row, key_gradients sums) {
@@ -253,11 +270,11 @@ static void store_key_gradients(const query_row *row, key_gradients sums) {
   for (int64_t key = 0; key < args->n_k; ++key) {
     int64_t dk_offset = offset4(&args->dk, row->batch, row->head_kv, key);
     int64_t dv_offset = offset4(&args->dv, row->batch, row->head_kv, key);
-    double b = load(row->gate_dtype, args->b.data, offset3(&args->b, row->batch, row->head_kv, key));
-    for (int64_t d = 0; d < D; ++d) store(args->dtype, args->dk.data, dk_offset + d, sums.dk[key * D + d]);
-    for (int64_t d = 0; d < Dv; ++d) store(args->dtype, args->dv.data, dv_offset + d, sums.dv[key * Dv + d]);
-    store(row->gate_dtype, args->db.data, offset3(&args->db, row->batch, row->head_kv, key),
-          fabs(b) > (double)SL_GATE_LOGIT_LIMIT ? 0 : sums.db[key]);
+    double b = sl_element_load(row->gate_dtype, args->b.data, offset3(&args->b, row->batch, row->head_kv, key));
+    for (int64_t d = 0; d < D; ++d) sl_element_store(args->dtype, args->dk.data, dk_offset + d, sums.dk[key * D + d]);
+    for (int64_t d = 0; d < Dv; ++d) sl_element_store(args->dtype, args->dv.data, dv_offset + d, sums.dv[key * Dv + d]);
+    sl_element_store(row->gate_dtype, args->db.data, offset3(&args->db, row->batch, row->head_kv, key),
+                     fabs(b) > (double)SL_GATE_LOGIT_LIMIT ? 0 : sums.db[key]);
   }
 }
 
@@ -284,6 +301,7 @@ sl_status sl_gated_attention_backward_reference(const sl_gated_attention_args *a
         for (int64_t query = 0; query < args->n_q; ++query) {
           place_row(&row, batch, head, query);
           add_row_gradients(&row, dq, parts);
+          store_output_gate_gradient(&row);
         }
       }
       store_key_gradients(&row, parts);

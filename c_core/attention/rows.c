@@ -5,6 +5,8 @@
 #include <string.h>
 
 #include "attention/chunk.h"
+#include "attention/dropout.h"
+#include "attention/output_gate.h"
 #include "attention/score_bend.h"
 #include "runtime/number.h"
 
@@ -73,6 +75,8 @@ static void attend_to_self(sl_query_rows *rows, const sl_attention_plan *plan, i
     float gate = 1 / (1 + rows->exp_minus_a[r] * expf(-b));
     rows->maximum[r] = score;
     rows->sum[r] = isfinite(score) ? 1 : NAN;
+    sl_dropout_row dropout = sl_dropout_of_row(args, rows->batch, rows->head, rows->token[r]);
+    if (!sl_dropout_keeps(&dropout, key)) continue;
     plan->kernel->add_rows(rows->out + r * plan->row_stride_v, &gate, &v, &key, 1);
   }
 }
@@ -160,11 +164,12 @@ static bool all_finite(const float *values, int64_t count) {
 
 void sl_query_rows_store(sl_query_rows *rows, const sl_attention_plan *plan) {
   const sl_gated_attention_args *args = plan->args;
-  float factors[SL_ATTENTION_MAX_CHUNK];
+  float factors[SL_ATTENTION_MAX_CHUNK], dropout_scale = sl_dropout_scale(args);
   for (int64_t r = 0; r < rows->count; ++r) {
     float sum = rows->sum[r];
     bool empty = rows->maximum[r] == -INFINITY && sum == 0;
-    factors[r] = empty ? 0 : 1 / sum;
+    factors[r] = empty ? 0 : dropout_scale / sum;
+    sl_output_gate_apply(args, rows->batch, rows->head, rows->token[r], rows->out + r * plan->row_stride_v);
     if (!args->lse.data) continue;
     double lse = (double)plan->scale_log2e * 0.6931471805599453 * (double)rows->maximum[r] + log((double)sum);
     *sl_attention_at3(&args->lse, rows->batch, rows->head, rows->token[r]) = empty ? -INFINITY : (float)lse;
@@ -175,7 +180,7 @@ void sl_query_rows_store(sl_query_rows *rows, const sl_attention_plan *plan) {
   plan->kernel->store_rows(target, out->token_stride, args->head_dim_v, rows->token, rows->count, rows->out,
                            plan->row_stride_v, factors);
   for (int64_t r = 0; r < rows->count; ++r) {
-    bool sound = (factors[r] == 0 && rows->sum[r] == 0) || (factors[r] > 0 && factors[r] <= 1.5f);
+    bool sound = (factors[r] == 0 && rows->sum[r] == 0) || (factors[r] > 0 && factors[r] <= 1.5f * dropout_scale);
     if (sound && all_finite(rows->out + r * plan->row_stride_v, args->head_dim_v)) continue;
     sl_attention_compute_row(args, rows->batch, rows->head, rows->token[r]);
   }

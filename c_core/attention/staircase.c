@@ -3,6 +3,8 @@
 
 #include <math.h>
 
+#include "attention/dropout.h"
+
 void sl_staircase_take(sl_staircase *staircase, sl_arena *arena, const sl_attention_plan *plan) {
   int64_t rows = plan->far_tile > plan->tile ? plan->far_tile : plan->tile;
   *staircase = (sl_staircase){.plan = plan, .score_stride = sl_round_up(plan->block, SL_ATTENTION_STRIDE)};
@@ -126,6 +128,8 @@ static void attend_block(void *context, sl_staircase *staircase, const sl_key_ch
                           .out_stride = plan->row_stride_v,
                           .out_width = plan->width_v};
   kernel->softmax_tile(&tile);
+  sl_dropout_clear(plan->args, rows->batch, rows->head, rows->token, chunk->index + start, count, lengths,
+                   staircase->weights, staircase->score_stride, kernel->element_size);
   kernel->multiply_nn(count, lengths, staircase->weights, staircase->score_stride, depths, chunk->capacity,
                       plan->width_v, rows->out, plan->row_stride_v);
 }

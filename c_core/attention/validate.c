@@ -48,6 +48,12 @@ static sl_status check_sizes(const sl_gated_attention_args *args) {
   SL_REQUIRE(!overflow, SL_OUT_OF_RANGE,
              "batch * heads_q * tokens is %lld * %lld * %lld, expected a product of at most 2^46",
              (long long)args->batch, (long long)args->heads_q, (long long)tokens);
+  SL_REQUIRE(args->dropout_p >= 0 && args->dropout_p < 1, SL_INVALID_ARGUMENT,
+             "dropout_p is %g, expected a number in [0, 1)", args->dropout_p);
+  SL_REQUIRE(
+      !args->output_gate.data || args->output_gate_channels == 1 || args->output_gate_channels == args->head_dim_v,
+      SL_INVALID_ARGUMENT, "output_gate_channels is %lld, expected 1 or head_dim_v = %lld",
+      (long long)args->output_gate_channels, (long long)args->head_dim_v);
   SL_REQUIRE(!args->dattn_mask.data || args->n_q <= largest_product / (args->n_k + 1), SL_OUT_OF_RANGE,
              "n_q * n_k is %lld * %lld, expected a product of at most 2^46 where attn_mask has a gradient",
              (long long)args->n_q, (long long)args->n_k);
@@ -124,6 +130,8 @@ sl_status sl_gated_attention_validate(const sl_gated_attention_args *args, sl_at
   SL_CHECK(check_key_range(args));
   SL_CHECK(check_places(args));
   SL_CHECK(check_masks(args, tensors));
+  SL_REQUIRE(args->dropout_seed || args->dropout_p == 0, SL_INVALID_ARGUMENT,
+             "dropout_seed is NULL, expected a number where dropout_p is %g", args->dropout_p);
   if (tensors == SL_FORWARD_TENSORS) return SL_OK;
   SL_CHECK(check_pointer("lse", args->lse.data, queries));
   SL_CHECK(check_pointer("dout", args->dout.data, queries));
@@ -131,5 +139,6 @@ sl_status sl_gated_attention_validate(const sl_gated_attention_args *args, sl_at
   SL_CHECK(check_pointer("dk", args->dk.data, keys));
   SL_CHECK(check_pointer("dv", args->dv.data, keys));
   SL_CHECK(check_pointer("da", args->da.data, queries));
+  if (args->output_gate.data) SL_CHECK(check_pointer("doutput_gate", args->doutput_gate.data, queries));
   return check_pointer("db", args->db.data, keys);
 }

@@ -12,7 +12,7 @@
  *   K_i  = { j valid : near_ij  or  not (z_ij < logit_tau)  or  (causal and j = p_i) }
  *          where valid means key_begin <= j < key_end (key_range; 0 and n_k without), m_ij > -inf, if causal j <= p_i,
  *          and with a sliding window |p_i - j| < sliding_window
- *   out_i = sum over j in K_i of softmax over K_i (s_i)_j * g_ij * v_j
+ *   out_i = sigmoid(o_i) * sum over j in K_i of softmax over K_i (s_i)_j * d_ij * g_ij * v_j
  *   lse_i = log sum over j in K_i of exp(s_ij)            (of the softmax alone: the gate is not in it)
  *
  * PLACES  Positions are places in the text, one offset per batch entry; without them the keys end with the last query:
@@ -30,11 +30,18 @@
  *   sliding_window cuts: what is farther away is seen by nobody, sinks included. window, in contrast, only says which
  *                  pairs the gate has no say in.
  *
+ * BEHIND THE SOFTMAX, each left out by default (then sigmoid(o_i) and d_ij are 1):
+ *   output_gate    o_i, logits of a gate on the output, one per query and head, or one for each channel (arXiv
+ *                  2505.06708; Qwen's head-wise and element-wise gates).
+ *   dropout        d_ij is 0 with probability dropout_p, else 1 / (1 - dropout_p). Which it is depends on dropout_seed,
+ *                  batch entry, query head, query and key alone: not on threads, tiles or tiers. lse is not touched.
+ *
  * With logit_tau = -inf (tau = 0), window = 0 and sinks = 0 this is the seed's formula to the letter.
  * A row with an empty K_i gives out_i = 0 and lse_i = -inf, and zero gradients.
  *
- * GRADIENT, with P = softmax, D_i = <dout_i, out_i> - dlse_i, e_ij = <dout_i, v_j>:
- *   dv_j = sum_i P_ij g_ij dout_i                 ds_ij = P_ij (g_ij e_ij - D_i)
+ * GRADIENT, with P = softmax, D_i = <dout_i, out_i> - dlse_i, y_i = dout_i sigmoid(o_i), e_ij = d_ij <y_i, v_j>:
+ *   do_i = dout_i out_i (1 - sigmoid(o_i)), summed over the channels of one logit
+ *   dv_j = sum_i P_ij g_ij d_ij y_i               ds_ij = P_ij (g_ij e_ij - D_i)
  *   dr_ij = ds_ij (1 - tanh^2(r_ij / softcap)), or ds_ij where softcap is 0
  *   dq_i = scale sum_j dr_ij k_j                  dk_j  = scale sum_i dr_ij q_i
  *   dm = ds, summed over what m is broadcast over; alibi_slopes have no gradient
@@ -44,29 +51,34 @@
  *
  * OPERATORS
  *   sluice::gated_attention(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? logit_tau, Tensor? key_range,
- *                           Tensor? q_offset, Tensor? text_begin, Tensor? attn_mask, Tensor? alibi_slopes, bool causal,
- *                           int window, int sinks, int sliding_window, float softcap, float scale)
+ *                           Tensor? q_offset, Tensor? text_begin, Tensor? attn_mask, Tensor? alibi_slopes,
+ *                           Tensor? output_gate, Tensor? dropout_seed, bool causal, int window, int sinks,
+ *                           int sliding_window, float softcap, float dropout_p, float scale)
  *                           -> (Tensor out, Tensor lse)
  *   sluice::gated_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b,
  *                           Tensor? logit_tau, Tensor? key_range, Tensor? q_offset, Tensor? text_begin,
- *                           Tensor? attn_mask, Tensor? alibi_slopes, Tensor out, Tensor lse, bool causal, int window,
- *                           int sinks, int sliding_window, float softcap, float scale, bool mask_gradient)
- *                           -> (Tensor dq, Tensor dk, Tensor dv, Tensor da, Tensor db, Tensor dattn_mask)
+ *                           Tensor? attn_mask, Tensor? alibi_slopes, Tensor? output_gate, Tensor? dropout_seed,
+ *                           Tensor out, Tensor lse, bool causal, int window, int sinks, int sliding_window,
+ *                           float softcap, float dropout_p, float scale, bool mask_gradient)
+ *                           -> (Tensor dq, Tensor dk, Tensor dv, Tensor da, Tensor db, Tensor dattn_mask,
+ *                               Tensor doutput_gate)
  *
  * SHAPES  q [B, Hq, Nq, D]  k [B, Hkv, Nk, D]  v [B, Hkv, Nk, Dv]  a [B, Hq, Nq]  b [B, Hkv, Nk]
  *         logit_tau [B, Hq] (absent: tau = 0)   key_range [B, 2] int64, begin and end (absent: all keys)
  *         q_offset, text_begin [B] int64 (absent: see PLACES)   alibi_slopes [B, Hq] (absent: 0)
  *         attn_mask [B or 1, Hq or 1, Nq or 1, Nk or 1] (absent: 0)   dattn_mask like attn_mask, or empty where
  *         mask_gradient is false
+ *         output_gate [B, Hq, Nq, 1 or Dv] (absent: 1)   doutput_gate like output_gate, or empty
+ *         dropout_seed [1] int64 (absent: no dropout)
  *         out [B, Hq, Nq, Dv]  lse, dlse [B, Hq, Nq] (dlse absent: 0).
  *         Hq is a multiple of Hkv; query head h reads key head h / (Hq / Hkv).
  *         1 <= D, Dv <= 256. B, Nq may be 0 (empty results); Nk may be 0 (all rows empty).
- * DTYPES  q, k, v, out, dout, dq, dk, dv: one of float32, bfloat16, float16, float64. a, b, logit_tau,
- *         alibi_slopes, lse, dlse, da, db, dattn_mask: float32, with float64 inputs float64. attn_mask: bool, float32,
- *         bfloat16, float16 or float64, rounded to the former. Half-precision inputs are multiplied exactly and summed
- *         in float32. window, sinks, sliding_window: tokens; 0 is none.
- *         softcap: finite, >= 0, in units of a score; 0 is none.
- * STRIDES any; only the last dimension of q, k, v, out and dout and their gradients must be contiguous (stride 1).
+ * DTYPES  q, k, v, output_gate, out, dout, dq, dk, dv, doutput_gate: one of float32, bfloat16, float16, float64.
+ *         a, b, logit_tau, alibi_slopes, lse, dlse, da, db, dattn_mask: float32, with float64 inputs float64.
+ *         attn_mask: bool, float32, bfloat16, float16 or float64, rounded to the former. Half-precision inputs are
+ *         multiplied exactly and summed in float32. window, sinks, sliding_window: tokens; 0 is none.
+ *         softcap: finite, >= 0, in units of a score; 0 is none. dropout_p: in [0, 1).
+ * STRIDES any; only the last dimension of q, k, v, output_gate, out and dout and their gradients must be contiguous.
  * ERRORS  SL_INVALID_ARGUMENT, SL_OUT_OF_RANGE, SL_OUT_OF_MEMORY (workspace_size too small), SL_UNSUPPORTED (dtype).
  * DETERMINISM  the same inputs give the same bits, whatever the number of threads.
  */
@@ -78,17 +90,17 @@
 #include <sluice/executor.h>
 #include <sluice/types.h>
 
-#define SL_GATED_ATTENTION_SCHEMA                                                                 \
-  "gated_attention(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? logit_tau, "         \
-  "Tensor? key_range, Tensor? q_offset, Tensor? text_begin, Tensor? attn_mask, "                  \
-  "Tensor? alibi_slopes, bool causal, int window, int sinks, int sliding_window, float softcap, " \
-  "float scale) -> (Tensor out, Tensor lse)"
-#define SL_GATED_ATTENTION_BACKWARD_SCHEMA                                                                      \
-  "gated_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, "      \
-  "Tensor? logit_tau, Tensor? key_range, Tensor? q_offset, Tensor? text_begin, Tensor? attn_mask, "             \
-  "Tensor? alibi_slopes, Tensor out, Tensor lse, bool causal, int window, int sinks, int sliding_window, "      \
-  "float softcap, float scale, bool mask_gradient) -> (Tensor dq, Tensor dk, Tensor dv, Tensor da, Tensor db, " \
-  "Tensor dattn_mask)"
+#define SL_GATED_ATTENTION_SCHEMA                                                                         \
+  "gated_attention(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? logit_tau, "                 \
+  "Tensor? key_range, Tensor? q_offset, Tensor? text_begin, Tensor? attn_mask, "                          \
+  "Tensor? alibi_slopes, Tensor? output_gate, Tensor? dropout_seed, bool causal, int window, int sinks, " \
+  "int sliding_window, float softcap, float dropout_p, float scale) -> (Tensor out, Tensor lse)"
+#define SL_GATED_ATTENTION_BACKWARD_SCHEMA                                                                       \
+  "gated_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, "       \
+  "Tensor? logit_tau, Tensor? key_range, Tensor? q_offset, Tensor? text_begin, Tensor? attn_mask, "              \
+  "Tensor? alibi_slopes, Tensor? output_gate, Tensor? dropout_seed, Tensor out, Tensor lse, bool causal, "       \
+  "int window, int sinks, int sliding_window, float softcap, float dropout_p, float scale, bool mask_gradient) " \
+  "-> (Tensor dq, Tensor dk, Tensor dv, Tensor da, Tensor db, Tensor dattn_mask, Tensor doutput_gate)"
 
 /* |a| and |b| are clamped to this, so that exp(-a) * exp(-b) stays finite in float32. */
 #define SL_GATE_LOGIT_LIMIT 40.0f
@@ -131,6 +143,12 @@ typedef struct sl_gated_attention_args {
   int64_t window, sinks, sliding_window; /* >= 0 */
   double softcap;                        /* finite, >= 0 */
   double scale;                          /* finite */
+  sl_tensor4 output_gate;                /* data NULL: none */
+  int64_t output_gate_channels;          /* 1 or head_dim_v */
+  double dropout_p;                      /* in [0, 1) */
+  const int64_t *dropout_seed;           /* one number; not read where dropout_p is 0 */
+  int64_t dropout_first_row;             /* the number of the first (batch, head, query) row: 0, or its place in a call
+                                            of which this one is a part */
   sl_tensor4 out;                        /* written by the forward, read by the backward */
   sl_tensor3 lse;                        /* written by the forward (data may be NULL there), read by the backward */
 
@@ -139,6 +157,7 @@ typedef struct sl_gated_attention_args {
   sl_tensor3 dlse;              /* read; data NULL: 0 */
   sl_tensor4 dq, dk, dv;        /* written */
   sl_tensor3 da, db;            /* written */
+  sl_tensor4 doutput_gate;      /* written, where there is an output_gate */
   sl_attention_mask dattn_mask; /* written, in the dtype of a; where a stride is 0, summed over that dimension */
 
   void *workspace; /* 64-byte aligned; its content on entry does not matter */

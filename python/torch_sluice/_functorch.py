@@ -10,7 +10,8 @@ from torch.autograd import forward_ad
 
 _FORWARD = torch.ops.sluice.gated_attention.default
 _BACKWARD = torch.ops.sluice.gated_attention_backward.default
-TENSORS, MASK = 11, 9  # of the forward's arguments: how many are tensors, and the place of attn_mask
+ARGUMENTS, TENSORS = 20, 13  # of the forward: how many there are, and how many are tensors
+MASK, OUTPUT_GATE, SEED = 9, 11, 12  # their places
 FORWARD_MODE = (
     "sluice::gated_attention has no forward-mode derivative (torch.func.jvp, jacfwd, torch.autograd.forward_ad): use "
     "reverse mode (torch.func.grad, vjp, jacrev)"
@@ -20,6 +21,11 @@ SECOND_ORDER = "sluice::gated_attention_backward has no derivative: gated attent
 
 def map_operator(operator, info, in_dims: tuple, *arguments) -> tuple[tuple, tuple]:
     """(outputs, dimensions) of ``operator`` over a mapped dimension, folded into the batch: a rule for vmap."""
+    seed = SEED if len(arguments) == ARGUMENTS else SEED + 2  # of the backward dout and dlse go first
+    if arguments[seed] is not None:
+        raise NotImplementedError(
+            "sluice::gated_attention has no dropout under torch.func.vmap, expected dropout_p = 0"
+        )
     size, folded, batch = info.batch_size, [], None
     for argument, dim in zip(arguments, in_dims, strict=True):
         if isinstance(argument, Tensor):
@@ -78,9 +84,10 @@ class _Forward(torch.autograd.Function):
         mask, wants_mask = tensors[MASK], ctx.needs_input_grad[MASK]
         if wants_mask and not mask.is_cpu:  # there, sums over what it is broadcast over have no order of their own
             tensors[MASK] = mask.expand(*tensors[0].shape[:3], tensors[1].shape[2])
-        *gradients, dmask = _Backward.apply(dout, dlse, *tensors, out, lse, *ctx.options, wants_mask)
+        *gradients, dmask, dgate = _Backward.apply(dout, dlse, *tensors, out, lse, *ctx.options, wants_mask)
         dmask = dmask.sum_to_size(mask.shape).to(mask.dtype) if wants_mask else None
-        return *gradients, *(None,) * (MASK - 5), dmask, *(None,) * (TENSORS - MASK - 1 + len(ctx.options))
+        dgate = None if tensors[OUTPUT_GATE] is None else dgate
+        return *gradients, *(None,) * (MASK - 5), dmask, None, dgate, None, *(None,) * len(ctx.options)
 
     @staticmethod
     def jvp(ctx, *tangents):

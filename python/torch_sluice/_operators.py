@@ -29,7 +29,9 @@ def _check_shape(name, tensor, expected, meaning):
         )
 
 
-def _check_inputs(q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes):
+def _check_inputs(
+    q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes, output_gate, dropout_seed
+):
     """The shape checks of the native operator, for tracing with fake tensors."""
     for name, tensor, meaning in (
         ("q", q, "[batch, heads_q, n_q, head_dim]"),
@@ -65,14 +67,22 @@ def _check_inputs(q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, att
             )
     if alibi_slopes is not None:
         _check_shape("alibi_slopes", alibi_slopes, (batch, heads_q), "[batch, heads_q]")
+    if output_gate is not None:
+        channels = 1 if output_gate.dim() == 4 and output_gate.shape[3] == 1 else v.shape[3]
+        _check_shape(
+            "output_gate", output_gate, (batch, heads_q, n_q, channels), "[batch, heads_q, n_q, 1 or head_dim_v]"
+        )
+    if dropout_seed is not None:
+        _check_shape("dropout_seed", dropout_seed, (1,), "[1]")
 
 
 @register_fake("gated_attention")
 def _fake_forward(
-    q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes, causal, window, sinks,
-    sliding_window, softcap, scale,
+    q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes, output_gate, dropout_seed,
+    causal, window, sinks, sliding_window, softcap, dropout_p, scale,
 ):  # fmt: skip
-    _check_inputs(q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes)
+    places = (key_range, q_offset, text_begin)
+    _check_inputs(q, k, v, a, b, logit_tau, *places, attn_mask, alibi_slopes, output_gate, dropout_seed)
     batch, heads_q, n_q, _ = q.shape
     out = q.new_empty((batch, heads_q, n_q, v.shape[3]))
     lse = q.new_empty((batch, heads_q, n_q), dtype=_gate_dtype(q.dtype))
@@ -81,12 +91,14 @@ def _fake_forward(
 
 @register_fake("gated_attention_backward")
 def _fake_backward(
-    dout, dlse, q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes, out, lse, causal,
-    window, sinks, sliding_window, softcap, scale, mask_gradient,
+    dout, dlse, q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes, output_gate,
+    dropout_seed, out, lse, causal, window, sinks, sliding_window, softcap, dropout_p, scale, mask_gradient,
 ):  # fmt: skip
-    _check_inputs(q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes)
+    places = (key_range, q_offset, text_begin)
+    _check_inputs(q, k, v, a, b, logit_tau, *places, attn_mask, alibi_slopes, output_gate, dropout_seed)
     dattn_mask = q.new_empty(attn_mask.shape if mask_gradient else (0,), dtype=_gate_dtype(q.dtype))
-    return *(tensor.new_empty(tensor.shape) for tensor in (q, k, v, a, b)), dattn_mask
+    doutput_gate = q.new_empty((0,) if output_gate is None else output_gate.shape)
+    return *(tensor.new_empty(tensor.shape) for tensor in (q, k, v, a, b)), dattn_mask, doutput_gate
 
 
 for _operator, _kernel in ((_FORWARD, _functorch.forward), (_BACKWARD, _functorch.backward)):
@@ -101,13 +113,15 @@ def _register_autocast(device_type: str, key_name: str) -> None:
     key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key_name))
 
     def forward(q, k, v, a, b, *rest):
+        *tensors, gate, seed = rest[: _functorch.TENSORS - 5]
         check_tensors(q=q, k=k, v=v, a=a, b=b)
         dtype = torch.get_autocast_dtype(device_type)
         q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
         if q.dtype != torch.float64:
             a, b = (x.float() if x.is_floating_point() else x for x in (a, b))
         with torch._C._ExcludeDispatchKeyGuard(key):
-            return _FORWARD(q, k, v, a, b, *rest)
+            gate = gate if gate is None else gate.to(q.dtype)
+            return _FORWARD(q, k, v, a, b, *tensors, gate, seed, *rest[_functorch.TENSORS - 5 :])
 
     _library.impl("gated_attention", forward, key_name)
 

@@ -78,6 +78,29 @@ def slopes_of(alibi_slopes: Tensor | None, q: Tensor, dtype: torch.dtype) -> Ten
     return alibi_slopes.to(q.device, dtype).expand(shape)
 
 
+def gate_of(output_gate: Tensor | None, q: Tensor, v: Tensor) -> Tensor | None:
+    """The operator's output gate [B, Hq, Nq, 1 or Dv] for one of that shape, or [B, Hq, Nq]."""
+    if output_gate is None:
+        return None
+    rows, channels = q.shape[:3], v.shape[-1]
+    shapes = (rows, (*rows, 1), (*rows, channels))
+    if not isinstance(output_gate, Tensor) or output_gate.shape not in shapes or not output_gate.is_floating_point():
+        is_tensor = isinstance(output_gate, Tensor)
+        found = f"{output_gate.dtype} {list(output_gate.shape)}" if is_tensor else type(output_gate).__name__
+        raise ValueError(
+            f"output_gate is {found}, expected floating-point logits [batch, heads_q, n_q] = {list(rows)}, or with one "
+            f"more dimension of 1 or head_dim_v = {channels}"
+        )
+    return (output_gate if output_gate.dim() == 4 else output_gate.unsqueeze(-1)).to(q.dtype)
+
+
+def seed_of(dropout_p: float, q: Tensor) -> Tensor | None:
+    """Drawn from torch's generator, so that torch.manual_seed makes dropout come again."""
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p is {dropout_p}, expected a number in [0, 1)")
+    return torch.randint(2**62, (1,), device=q.device) if dropout_p else None
+
+
 def _run(arguments: tuple) -> tuple[Tensor, Tensor]:
     try:
         q, k, v, a, b = arguments[:5]
@@ -85,10 +108,11 @@ def _run(arguments: tuple) -> tuple[Tensor, Tensor]:
             return _functorch.transformed(*arguments)
         if forward_ad._current_level >= 0:
             return _operator(*arguments)
-        mask = arguments[_functorch.MASK]
+        mask, gate = arguments[_functorch.MASK], arguments[_functorch.OUTPUT_GATE]
         if torch.is_grad_enabled() and (
             q.requires_grad or k.requires_grad or v.requires_grad or a.requires_grad or b.requires_grad
             or (mask is not None and mask.requires_grad)
+            or (gate is not None and gate.requires_grad)
         ):  # fmt: skip
             return _operator(*arguments)
         # Nothing to differentiate: go past the autograd kernel, which is Python and costs some microseconds.
@@ -123,6 +147,8 @@ def gated_attention(
     alibi_slopes: Tensor | None = None,
     softcap: float = 0.0,
     sliding_window: int = 0,
+    output_gate: Tensor | None = None,
+    dropout_p: float = 0.0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Attention in which a separable gate picks the pairs of query and key that are worth computing.
@@ -176,6 +202,12 @@ def gated_attention(
         softcap: scores are bent into (-softcap, softcap) before anything is added (Gemma 2); 0: they are not.
         sliding_window: a query sees keys at a distance below this only, sinks included; 0: at any. In contrast to
             ``window``, it cuts.
+        output_gate: logits of a gate on the output, by whose sigmoid it is multiplied: [B, Hq, Nq], a number per head,
+            or [B, Hq, Nq, Dv], one for each channel (Qwen's head-wise and element-wise gates), converted to the dtype
+            of q.
+        dropout_p: share in [0, 1) of the pairs' weights that are set to 0, as of ``scaled_dot_product_attention``; the
+            others are divided by ``1 - dropout_p``. Which they are is drawn from torch's generator, whatever the number
+            of threads. On the CPU.
         return_lse: also return ``lse_i = log sum_{j in K_i} exp(s_ij)``, [B, Hq, Nq] in the dtype of the
             gates, -inf for an empty row; of a gradient to it each kept pair takes its share of the softmax, the gates
             none. Of ``"post"`` it is that of all pairs, of ``"log"`` that of the gated scores. With it parts of the
@@ -185,10 +217,10 @@ def gated_attention(
     Returns:
         out [B, Hq, Nq, Dv] in the dtype of q; with ``return_lse`` the tuple (out, lse).
 
-    Gradients flow to q, k, v, a, b and attn_mask; dropped pairs have none. They are of first order and reverse mode, by
-    autograd or torch.func (``grad``, ``vjp``, ``vmap``); second order and forward mode raise NotImplementedError. Under
-    autocast q, k and v take the autocast dtype and the gates float32. The same inputs give the same bits, whatever the
-    number of threads.
+    Gradients flow to q, k, v, a, b, attn_mask and output_gate; dropped pairs have none. They are of first order and
+    reverse mode, by autograd or torch.func (``grad``, ``vjp``, ``vmap``); second order and forward mode raise
+    NotImplementedError. Under autocast q, k and v take the autocast dtype and the gates float32. The same inputs give
+    the same bits, whatever the number of threads.
 
     Raises:
         ValueError: an argument of a wrong shape, dtype, device or value; the message names it.
@@ -216,7 +248,12 @@ def gated_attention(
         scale = 1 / math.sqrt(max(q.shape[3], 1))
     places = (key_range, q_offset, text_begin)
     of_scores = (mask_of(attn_mask), slopes_of(alibi_slopes, q, dtype))
-    arguments = (q, k, v, a, b, logit_tau, *places, *of_scores, causal, window, sinks, sliding_window, softcap, scale)
+    output_gate = gate_of(output_gate, q, v)
+    behind = (output_gate if q.is_cpu else None, seed_of(dropout_p, q))
+    numbers = (causal, window, sinks, sliding_window, softcap, dropout_p, scale)
+    arguments = (q, k, v, a, b, logit_tau, *places, *of_scores, *behind, *numbers)
     run = _run_compiled if torch.compiler.is_compiling() else _run
     out, lse = run(arguments) if mode == "select" else run_mode(mode, run, arguments)
+    if output_gate is not None and not q.is_cpu:
+        out = out * output_gate.sigmoid()
     return (out, lse) if return_lse else out

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from torch_sluice._functorch import OUTPUT_GATE
+
 MODES = ("select", "post", "log")
 MAX_HEAD_DIM = 256
 Operator = Callable[[tuple], tuple[Tensor, Tensor]]
@@ -19,20 +21,22 @@ Operator = Callable[[tuple], tuple[Tensor, Tensor]]
 
 def run_mode(mode: str, run: Operator, arguments: tuple) -> tuple[Tensor, Tensor]:
     """(out, lse) of a mode, by the operator ``run`` and its arguments (``ops/sluice/gated_attention.h``)."""
-    if mode == "post":
-        return _run_post(run, *arguments)
-    if mode == "log":
-        return _run_log(run, *arguments)
-    return run(arguments)
+    if mode == "select":
+        return run(arguments)
+    gate = arguments[OUTPUT_GATE]
+    arguments = (*arguments[:OUTPUT_GATE], None, *arguments[OUTPUT_GATE + 1 :])
+    out, lse = (_run_post if mode == "post" else _run_log)(run, *arguments)
+    return (out if gate is None else out * gate.sigmoid()), lse
 
 
 def _run_post(run: Operator, q, k, v, a, b, logit_tau, *options):
-    *of_scores, _, _, sliding_window, softcap, scale = options  # but for window and sinks
+    *of_scores, _, _, causal, _, _, sliding_window, softcap, _, scale = options
     out, lse = run((q, k, v, a, b, logit_tau, *options))
     if logit_tau is None:  # nothing is dropped
         return out, lse
     nothing = v.new_zeros(1, 1, 1, 1).expand(*v.shape[:3], 1)
-    _, lse_of_all = run((q, k, nothing, a.detach(), b.detach(), None, *of_scores, 0, 0, sliding_window, softcap, scale))
+    rest = (*of_scores, None, None, causal, 0, 0, sliding_window, softcap, 0.0, scale)
+    _, lse_of_all = run((q, k, nothing, a.detach(), b.detach(), None, *rest))
     share = (lse - lse_of_all).masked_fill(lse == -torch.inf, -torch.inf).exp()
     return out * share.unsqueeze(-1).to(out.dtype), lse_of_all
 
@@ -42,12 +46,14 @@ def _run_log(run: Operator, q, k, v, a, b, *options):
     if dtype in (torch.bfloat16, torch.float16):  # the sum, which all of a row is divided by, would be rounded
         q, k, v = q.float(), k.float(), v.float()
     ones = v.new_ones(1, 1, 1, 1).expand(*v.shape[:3], 1)
-    if width < MAX_HEAD_DIM:
+    *tensors, _, causal, window, sinks, sliding_window, softcap, dropout_p, scale = options
+    if width < MAX_HEAD_DIM and not dropout_p:
         out, lse = run((q, k, torch.cat((v, ones), -1), a, b, *options))
         out, total = out[..., :width], out[..., width:]
     else:
         out, lse = run((q, k, v, a, b, *options))
-        total, _ = run((q, k, ones, a, b, *options))
+        whole = (*tensors, None, causal, window, sinks, sliding_window, softcap, 0.0, scale)
+        total, _ = run((q, k, ones, a, b, *whole))
     total = total.masked_fill((lse == -torch.inf).unsqueeze(-1), 1)
     return (out / total).to(dtype), lse + total.squeeze(-1).log().to(lse.dtype)
 

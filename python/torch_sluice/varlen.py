@@ -58,6 +58,8 @@ def gated_attention_varlen(
     alibi_slopes: Tensor | None = None,
     softcap: float = 0.0,
     sliding_window: int = 0,
+    output_gate: Tensor | None = None,
+    dropout_p: float = 0.0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``torch_sluice.gated_attention`` of packed sequences, in the layout of ``torch.nn.attention.varlen``.
@@ -74,6 +76,7 @@ def gated_attention_varlen(
         cu_seqlens_k: the same of the keys; default cu_seqlens_q. Where they differ and ``causal`` is set, the last
             query of a sequence sits at its last key.
         tau, density, alibi_slopes: as in ``gated_attention``, where B is S.
+        output_gate: [Tq, Hq] or [Tq, Hq, Dv] logits.
         The others: as in ``gated_attention``.
 
     Returns:
@@ -102,15 +105,21 @@ def gated_attention_varlen(
             f"cu_seqlens_k has {len(lengths_k)} sequences, expected those of cu_seqlens_q, {len(lengths_q)}"
         )
     runs, first, outs, lses = find_runs(list(zip(lengths_q, lengths_k, strict=True))), 0, [], []
+    gates = [None] * len(runs)
+    if output_gate is not None:
+        if not isinstance(output_gate, Tensor) or output_gate.shape not in (q.shape[:2], (*q.shape[:2], v.shape[2])):
+            found = list(output_gate.shape) if isinstance(output_gate, Tensor) else type(output_gate).__name__
+            raise ValueError(f"output_gate is {found}, expected [tokens, heads_q] or [tokens, heads_q, head_dim_v]")
+        gates = split_runs(output_gate, runs, False)
     columns = (split_runs(x, runs, of_keys) for x, of_keys in ((q, 0), (k, 1), (v, 1), (a, 0), (b, 1)))
     of_sequences = _chosen_for(len(lengths_q), q.shape[1])
-    for run, *inputs in zip(runs, *columns, strict=True):
+    for run, gate, *inputs in zip(runs, gates, *columns, strict=True):
         last = first + run.count
         out, lse = gated_attention(
             *inputs, causal=causal, mode=mode, tau=of_sequences("tau", tau, first, last),
             density=of_sequences("density", density, first, last), window=window, sinks=sinks, scale=scale,
             alibi_slopes=of_sequences("alibi_slopes", alibi_slopes, first, last), softcap=softcap,
-            sliding_window=sliding_window, return_lse=True,
+            sliding_window=sliding_window, output_gate=gate, dropout_p=dropout_p, return_lse=True,
         )  # fmt: skip
         outs.append(out)
         lses.append(lse)

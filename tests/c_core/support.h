@@ -220,6 +220,8 @@ struct AttentionShape {
   int64_t sliding_window = 0;
   double softcap = 0;
   bool alibi = false;
+  int64_t output_gate = 0;  // channels: 1 or head_dim_v; 0: none
+  double dropout = 0;
   std::optional<sl_dtype> mask;  // numbers or booleans, some of them -inf or false; none: no mask
   std::array<bool, 4> mask_is_broadcast = {false, false, false, false};  // over batch, heads, queries, keys
 
@@ -236,6 +238,8 @@ struct AttentionShape {
     if (sliding_window) out << " sliding_window=" << sliding_window;
     if (softcap > 0) out << " softcap=" << softcap;
     if (alibi) out << " alibi";
+    if (output_gate) out << " output_gate=" << output_gate;
+    if (dropout > 0) out << " dropout=" << dropout;
     if (mask) out << " mask " << sl_dtype_name(*mask) << " broadcast";
     for (int i = 0; mask && i < 4; ++i) out << " " << mask_is_broadcast[static_cast<size_t>(i)];
     return out.str();
@@ -256,11 +260,13 @@ struct AttentionShape {
     lse_gradient = random.chance(0.5);
   }
 
-  // Now and then: a mask, a cap, a slope, a window that cuts.
+  // Now and then: a mask, a cap, a slope, a window that cuts, a gate on the output, dropout.
   void bend_at_random(Random random) {
     if (random.chance(0.25)) sliding_window = random.pick<int64_t>({1, 3, 17, 90, 300, int64_t{1} << 40});
     if (random.chance(0.25)) softcap = random.pick<double>({0.5, 3, 50});
     alibi = random.chance(0.25);
+    if (random.chance(0.3)) output_gate = random.pick<int64_t>({1, head_dim_v});
+    if (random.chance(0.2)) dropout = random.pick<double>({0.1, 0.6});
     if (random.chance(0.4)) mask = random.pick<sl_dtype>({SL_F32, SL_BOOL, SL_BF16, SL_F16, SL_F64});
     for (bool &broadcast : mask_is_broadcast) broadcast = random.chance(0.4);
   }
@@ -294,6 +300,7 @@ class AttentionProblem {
       alibi_slopes = Tensor(gate, {B, Hq, 1, 1});
       alibi_slopes.fill([&] { return random.uniform(0, 0.5); });
     }
+    if (shape.output_gate) output_gate = inputs(Hq, shape.n_q, shape.output_gate);
     if (shape.mask) {
       mask = Tensor(*shape.mask, mask_shape());
       bool is_bool = *shape.mask == SL_BOOL;
@@ -338,6 +345,7 @@ class AttentionProblem {
     dv = Tensor(shape_.dtype, {B, Hkv, Nk, shape_.head_dim_v}, shape_.layout);
     da = Tensor(gate_dtype(), {B, Hq, Nq, 1}, shape_.layout);
     db = Tensor(gate_dtype(), {B, Hkv, Nk, 1}, shape_.layout);
+    if (shape_.output_gate) doutput_gate = Tensor(shape_.dtype, {B, Hq, Nq, shape_.output_gate}, shape_.layout);
     if (has_mask_gradient()) dmask = Tensor(gate_dtype(), mask_shape());
   }
   bool has_mask_gradient() const { return shape_.mask && *shape_.mask != SL_BOOL; }
@@ -359,6 +367,9 @@ class AttentionProblem {
     if (shape_.mask) args.attn_mask = view_mask(mask);
     if (has_mask_gradient()) args.dattn_mask = view_mask(dmask);
     args.alibi_slopes = shape_.alibi ? alibi_slopes.data() : nullptr;
+    if (shape_.output_gate) args.output_gate = output_gate.view4(), args.doutput_gate = doutput_gate.view4();
+    args.output_gate_channels = shape_.output_gate;
+    args.dropout_p = shape_.dropout, args.dropout_seed = &dropout_seed;
     args.softcap = shape_.softcap, args.sliding_window = shape_.sliding_window;
     args.causal = shape_.causal, args.window = shape_.window, args.sinks = shape_.sinks, args.scale = shape_.scale;
     args.out = out.view4(), args.lse = lse.view3();
@@ -381,17 +392,34 @@ class AttentionProblem {
   std::string damage() const {
     std::string names;
     if (!workspace_intact_) names += " workspace";
-    const std::pair<const char *, const Tensor *> all[] = {
-        {"q", &q},     {"k", &k},     {"v", &v},       {"a", &a},       {"b", &b},        {"logit_tau", &logit_tau},
-        {"out", &out}, {"lse", &lse}, {"dout", &dout}, {"dlse", &dlse}, {"dq", &dq},      {"dk", &dk},
-        {"dv", &dv},   {"da", &da},   {"db", &db},     {"mask", &mask}, {"dmask", &dmask}};
+    const std::pair<const char *, const Tensor *> all[] = {{"q", &q},
+                                                           {"k", &k},
+                                                           {"v", &v},
+                                                           {"a", &a},
+                                                           {"b", &b},
+                                                           {"logit_tau", &logit_tau},
+                                                           {"out", &out},
+                                                           {"lse", &lse},
+                                                           {"dout", &dout},
+                                                           {"dlse", &dlse},
+                                                           {"dq", &dq},
+                                                           {"dk", &dk},
+                                                           {"dv", &dv},
+                                                           {"da", &da},
+                                                           {"db", &db},
+                                                           {"mask", &mask},
+                                                           {"dmask", &dmask},
+                                                           {"output_gate", &output_gate},
+                                                           {"doutput_gate", &doutput_gate}};
     for (auto &[name, tensor] : all) {
       if (!tensor->intact()) names += std::string(" ") + name;
     }
     return names;
   }
 
-  Tensor q, k, v, a, b, logit_tau, alibi_slopes, mask, out, lse, dout, dlse, dq, dk, dv, da, db, dmask;
+  Tensor q, k, v, a, b, logit_tau, alibi_slopes, mask, output_gate, out, lse, dout, dlse, dq, dk, dv, da, db, dmask,
+      doutput_gate;
+  int64_t dropout_seed = 77;
 
  private:
   sl_status run(const sl_executor *executor, sl_status (*measure)(const sl_gated_attention_args *, size_t *),

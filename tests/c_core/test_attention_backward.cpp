@@ -32,9 +32,13 @@ struct Gradient {
   const char *name;
   Tensor AttentionProblem::*tensor;
 };
-const Gradient kGradients[] = {{"dq", &AttentionProblem::dq}, {"dk", &AttentionProblem::dk},
-                               {"dv", &AttentionProblem::dv}, {"da", &AttentionProblem::da},
-                               {"db", &AttentionProblem::db}, {"dmask", &AttentionProblem::dmask}};
+const Gradient kGradients[] = {{"dq", &AttentionProblem::dq},
+                               {"dk", &AttentionProblem::dk},
+                               {"dv", &AttentionProblem::dv},
+                               {"da", &AttentionProblem::da},
+                               {"db", &AttentionProblem::db},
+                               {"dmask", &AttentionProblem::dmask},
+                               {"doutput_gate", &AttentionProblem::doutput_gate}};
 
 std::vector<std::vector<double>> gradients_of(const AttentionProblem &problem) {
   std::vector<std::vector<double>> all;
@@ -59,12 +63,15 @@ void expect_reference(AttentionProblem &problem, const sl_executor *executor = n
   auto got = gradients_of(problem);
   bool single = problem.shape().dtype == SL_F32;
   for (size_t i = 0; i < want.size(); ++i) {
-    // What is summed over queries and keys cancels.
+    // Differences are compared with the terms that cancelled: sums over queries and keys, and dout times the output's
+    // gate, which is rounded to the dtype as torch rounds it; dropout makes all of them larger.
     double summed = want[i].empty() ? 1 : problem.pairs() / static_cast<double>(want[i].size());
-    bool of_mask = kGradients[i].tensor == &AttentionProblem::dmask;
-    Distance distance = measure_distance(got[i], want[i], of_mask ? 0.1 * std::sqrt(std::fmax(summed, 1)) : 0.1);
+    double least = single || !problem.shape().output_gate ? 0.1 : 2;
+    if (problem.shape().dropout > 0) least /= 1 - problem.shape().dropout;
+    if (kGradients[i].tensor == &AttentionProblem::dmask) least *= std::sqrt(std::fmax(summed, 1));
+    Distance distance = measure_distance(got[i], want[i], least);
     EXPECT_TRUE(distance.same_specials) << kGradients[i].name;
-    EXPECT_LT(distance.relative_maximum, single ? 3e-5 : 0.02) << kGradients[i].name;
+    EXPECT_LT(distance.relative_maximum, single ? 4e-5 : 0.02) << kGradients[i].name;
     EXPECT_LT(distance.relative_rms, single ? 1e-5 : 0.005) << kGradients[i].name;
   }
 }

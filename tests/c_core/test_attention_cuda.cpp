@@ -86,6 +86,7 @@ AttentionShape random_shape(Random &random) {
   if (static_cast<int64_t>(shape.key_range.size()) != 2 * shape.batch) shape.key_range.clear();
   shape.place_at_random(random);
   shape.bend_at_random(random);
+  shape.output_gate = 0, shape.dropout = 0;
   if (shape.mask && *shape.mask != SL_BOOL) shape.mask_is_broadcast = {};
   shape.layout = random.pick<Layout>({Layout::kDense, Layout::kTokenMajor, Layout::kPadded});
   return shape;

@@ -133,6 +133,6 @@ def test_under_transforms_and_compiled():
 def test_a_wrong_gradient_is_named():
     q, k, v, a, b = random_inputs()
     out, lse = gated_attention(q, k, v, a, b, return_lse=True)
-    rest = (q, k, v, a, b, *[None] * 6, out, lse, False, 0, 0, 0, 0.0, 0.25, False)
+    rest = (q, k, v, a, b, *[None] * 8, out, lse, False, 0, 0, 0, 0.0, 0.0, 0.25, False)
     with pytest.raises((ValueError, RuntimeError), match=r"dlse is .*expected \[batch, heads_q, n_q\]"):
         torch.ops.sluice.gated_attention_backward(out, lse[:, :, 1:], *rest)

@@ -19,9 +19,11 @@ def operator_arguments(dtype, with_optional, device):
     text_begin = torch.tensor([-1, 2], device=device) if with_optional else None
     attn_mask = torch.randn(1, 4, 6, 9, device=device) if with_optional else None
     alibi_slopes = torch.full_like(logit_tau, 0.1) if with_optional else None
+    output_gate = torch.randn(2, 4, 6, 16, device=device).to(dtype) if with_optional and device == "cpu" else None
+    dropout_seed = torch.tensor([5]) if output_gate is not None else None
     of_scores = (7, 3.0) if with_optional else (0, 0.0)
-    tensors = (logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes)
-    return *inputs, *tensors, True, 2, 1, *of_scores, 0.25
+    tensors = (logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes, output_gate, dropout_seed)
+    return *inputs, *tensors, True, 2, 1, *of_scores, 0.0 if dropout_seed is None else 0.3, 0.25
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -30,7 +32,7 @@ def operator_arguments(dtype, with_optional, device):
 def test_opcheck_forward(dtype, with_optional, device):
     arguments = operator_arguments(dtype, with_optional, device)
     torch.library.opcheck(FORWARD, arguments)
-    learning = (0, 1, 2, 3, 4, 9) if with_optional else (0, 1, 2, 3, 4)
+    learning = (0, 1, 2, 3, 4, 9, 11) if with_optional and arguments[11] is not None else (0, 1, 2, 3, 4)
     torch.library.opcheck(FORWARD, [x.requires_grad_() if i in learning else x for i, x in enumerate(arguments)])
 
 
@@ -41,7 +43,7 @@ def test_opcheck_backward(dtype, with_optional, device):
     arguments = operator_arguments(dtype, with_optional, device)
     out, lse = FORWARD(*arguments)
     dlse = torch.randn_like(lse) if with_optional else None
-    tensors, options = arguments[:11], arguments[11:]
+    tensors, options = arguments[:13], arguments[13:]
     torch.library.opcheck(BACKWARD, (torch.randn_like(out), dlse, *tensors, out, lse, *options, with_optional))
 
 

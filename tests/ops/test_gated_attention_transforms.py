@@ -69,10 +69,10 @@ def test_vmap_in_vmap_over_nothing_and_of_thresholds():
 def test_the_operator_itself_under_vmap():
     q, k, v, a, b = draw()
     run = torch.ops.sluice.gated_attention
-    found = vmap(lambda q: run(q, k, v, a, b, *[None] * 6, False, 0, 0, 0, 0.0, 0.3)[0])(torch.stack((q, -q)))
-    assert torch.equal(found[1], run(-q, k, v, a, b, None, None, None, None, False, 0, 0, 0.3)[0])
+    found = vmap(lambda q: run(q, k, v, a, b, *[None] * 8, False, 0, 0, 0, 0.0, 0.0, 0.3)[0])(torch.stack((q, -q)))
+    assert torch.equal(found[1], run(-q, k, v, a, b, *[None] * 8, False, 0, 0, 0, 0.0, 0.0, 0.3)[0])
     with pytest.raises(NotImplementedError, match=r"call torch_sluice\.gated_attention instead"):
-        grad(lambda q: run(q, k, v, a, b, *[None] * 6, False, 0, 0, 0, 0.0, 0.3)[0].sum())(q)
+        grad(lambda q: run(q, k, v, a, b, *[None] * 8, False, 0, 0, 0, 0.0, 0.0, 0.3)[0].sum())(q)
 
 
 def test_jacobian_in_reverse():
@@ -83,7 +83,7 @@ def test_jacobian_in_reverse():
 
 
 def by_operator(q, *rest):
-    return torch.ops.sluice.gated_attention(q, *rest, *[None] * 6, False, 0, 0, 0, 0.0, 0.3)[0]
+    return torch.ops.sluice.gated_attention(q, *rest, *[None] * 8, False, 0, 0, 0, 0.0, 0.0, 0.3)[0]
 
 
 @pytest.mark.parametrize("run", [gated_attention, by_operator])

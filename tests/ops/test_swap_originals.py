@@ -214,7 +214,8 @@ def test_a_layer_with_sinks_takes_a_gate(padded):
     assert any(gradient.any() for name, gradient in zip(names, results[0][1:], strict=True) if name.endswith(".sinks"))
 
 
-def attend_densely(gate, x, q, k, v, *, logits, **options):
+def attend_densely(gate, x, q, k, v, *, logits, dropout_p=0.0, **options):
+    assert dropout_p == 0
     return dense_gated_attention(q, k, v, *logits, tau=gate.tau, **options)[0]
 
 

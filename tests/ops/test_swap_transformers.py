@@ -411,9 +411,18 @@ def test_dropout():
     torch.manual_seed(1)
     assert torch.equal(model(IDS).logits, expected)  # open gates: the way of "sdpa", dropout and all
     restore(model)
-    swap_attention(model, target_density=0.5)
-    with pytest.raises(ValueError, match=r"the attention dropout is 0\.5, expected 0"):
-        model(IDS)
+    randomise_gates(swap_attention(model, target_density=0.5, window=2, sinks=0))
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(model(IDS).logits)
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+    outs[0].square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in gate_parameters(model))
+    hole = torch.ones(TOKENS, TOKENS, dtype=torch.bool)[None, None]  # shows later tokens: computed densely
+    with pytest.raises(ValueError, match=r"the attention dropout is 0\.5, expected 0 with a mask that"):
+        model(IDS, attention_mask=hole)
 
 
 def test_modules_choose():

@@ -7,7 +7,8 @@ import torch
 
 def formula(
     q, k, v, a, b, *, causal=False, tau=0.0, window=0, sinks=0, scale=None, key_range=None, q_offset=None,
-    text_begin=None, attn_mask=None, alibi_slopes=None, softcap=0.0, sliding_window=0, choice_dtype=None,
+    text_begin=None, attn_mask=None, alibi_slopes=None, softcap=0.0, sliding_window=0, output_gate=None,
+    choice_dtype=None,
 ):  # fmt: skip
     """out and lse, in the precision of q.
 
@@ -60,15 +61,21 @@ def formula(
         out = weights @ v
     else:  # a dropped pair must not bring in its NaN as 0 * NaN
         out = (weights[..., None] * v[:, :, None]).masked_fill(~kept[..., None], 0).sum(-2)
+    if output_gate is not None:
+        out = out * output_gate.to(dtype).sigmoid()
     lse = scores.to(gate_dtype).masked_fill(~kept, -math.inf).logsumexp(-1)
     return out, lse
 
 
 def formula_with_gradients(inputs, dout, *, exact=False, **options):
     """(out, lse, dq, dk, dv, da, db) of the formula in the precision of the inputs, or in float64 (``exact``); behind
-    them dattn_mask, if there is one of numbers."""
+    them doutput_gate and dattn_mask, where there is one (of numbers)."""
     choice_dtype = inputs[3].dtype
     leaves = [(x.double() if exact else x.clone()).requires_grad_() for x in map(torch.Tensor.detach, inputs)]
+    if options.get("output_gate") is not None:
+        gate = options["output_gate"].detach()
+        options["output_gate"] = (gate.double() if exact else gate.clone()).requires_grad_()
+        leaves.append(options["output_gate"])
     mask = options.get("attn_mask")
     if mask is not None and mask.dtype != torch.bool:
         options["attn_mask"] = (mask.detach().double() if exact else mask.detach().clone()).requires_grad_()

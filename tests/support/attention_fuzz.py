@@ -72,6 +72,9 @@ def draw_options(draw, sizes):
     if draw.random() < 0.15:
         slopes = torch.rand(heads, generator=torch.Generator().manual_seed(draw.randrange(1 << 30)))
         options["alibi_slopes"] = slopes if draw.random() < 0.5 else slopes.expand(batch, heads)
+    if draw.random() < 0.15:
+        shape = (batch, heads, n_q, draw.choice((1, sizes["head_dim_v"])))
+        options["output_gate"] = torch.randn(shape, generator=torch.Generator().manual_seed(draw.randrange(1 << 30)))
     if draw.random() < 0.3:
         options["attn_mask"] = draw_mask(draw, (batch, heads, n_q, n_k))
     if draw.random() < 0.25:
@@ -138,9 +141,12 @@ def check_call(seed):
     try:
         leaves = [x.detach().requires_grad_() for x in inputs]
         mask, names = options.get("attn_mask"), NAMES
+        if "output_gate" in options:
+            leaves.append(options["output_gate"].to(inputs[0].dtype).requires_grad_())
+            options, names = options | dict(output_gate=leaves[-1]), (*NAMES, "doutput_gate")
         if mask is not None and mask.dtype != torch.bool:
             leaves.append(mask.detach().requires_grad_())
-            options, names = options | dict(attn_mask=leaves[-1]), (*NAMES, "dattn_mask")
+            options, names = options | dict(attn_mask=leaves[-1]), (*names, "dattn_mask")
         out, lse = gated_attention(*leaves[:5], return_lse=True, **options)
         found = out.detach(), lse, *torch.autograd.grad(out, leaves, dout)
         again = gated_attention(*inputs, **options)
@@ -178,6 +184,7 @@ def check_call(seed):
                 "out": each * float(v.abs().amax()) * k.shape[2] ** 0.5 if right.numel() and v.numel() else 0.0,
                 "dv": each * float(dout.abs().amax()) * summed if dout.numel() else 0.0,
                 "dq": cancels, "dk": cancels * summed, "da": gate, "db": gate * summed,
+                "doutput_gate": 4 * cancels,
                 "dattn_mask": of_score * max(1.0, math.sqrt(right.numel() and pairs / right.numel())),
             }.get(name, 0.0)  # fmt: skip
             if name == "lse":

@@ -11,7 +11,7 @@ ops = torch.ops.sluice
 def attention_inputs():
     q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
     places = torch.tensor([[0, 5]]), torch.tensor([0]), torch.tensor([0])
-    of_scores = torch.randn(1, 1, 5, 5), torch.ones(1, 2)
+    of_scores = torch.randn(1, 1, 5, 5), torch.ones(1, 2), torch.randn(1, 2, 5, 1), torch.tensor([3])
     return [q, k, v, torch.randn(1, 2, 5), torch.randn(1, 2, 5), torch.zeros(1, 2), *places, *of_scores]
 
 
@@ -31,10 +31,10 @@ CALLS = {
         *(torch.ones(1, 2, 4, 4), *packed_weight(3, 18), torch.ones(3), 3),
         *([3, 3], [1, 1], [1, 1], [1, 1], 1, 8, 0, 8, 0.0),
     ],
-    "gated_attention": lambda: [*attention_inputs(), True, 0, 0, 0, 0.0, 0.3],
+    "gated_attention": lambda: [*attention_inputs(), True, 0, 0, 0, 0.0, 0.1, 0.3],
     "gated_attention_backward": lambda: [
         *(torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5), *attention_inputs()),
-        *(torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5), True, 0, 0, 0, 0.0, 0.3, True),
+        *(torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5), True, 0, 0, 0, 0.0, 0.1, 0.3, True),
     ],
     "gru_dynamic": lambda: [
         *(torch.ones(5, 9), torch.ones(3, 4), *packed_weight(12, 9), *packed_weight(12, 4)),

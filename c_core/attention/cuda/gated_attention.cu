@@ -16,6 +16,9 @@ constexpr unsigned BLOCK_THREADS = BLOCK_WARPS * WARP;
 /* The values of key_range and of the offsets are on the device: everything else is checked here. */
 sl_status validate(const sl_gated_attention_args *args, sl_attention_tensors tensors) {
   if (!args) return sl_gated_attention_validate(args, tensors);
+  SL_REQUIRE(!args->output_gate.data, SL_UNSUPPORTED,
+             "output_gate is given, expected none on CUDA: multiply the output by its sigmoid");
+  SL_REQUIRE(args->dropout_p == 0, SL_UNSUPPORTED, "dropout_p is %g, expected 0 on CUDA", args->dropout_p);
   sl_gated_attention_args visible = *args;
   visible.key_range = visible.q_offset = visible.text_begin = nullptr;
   return sl_gated_attention_validate(&visible, tensors);

@@ -35,7 +35,8 @@ def add_sink_logits(out: torch.Tensor, lse: torch.Tensor, sink_logits: torch.Ten
 
 def attend(
     gate, x, q, k, v, *, causal=False, window=0, sinks=0, scale=None, key_range=None, q_offset=None, text_begin=None,
-    attn_mask=None, alibi_slopes=None, softcap=0.0, sliding_window=0, key_x=None, logits=None, sink_logits=None,
+    attn_mask=None, alibi_slopes=None, softcap=0.0, sliding_window=0, dropout_p=0.0, key_x=None,
+    logits=None, sink_logits=None,
 ):  # fmt: skip
     """Attention of q over k and v, restricted to the pairs that ``gate`` keeps.
 
@@ -53,8 +54,9 @@ def attend(
         gate: a ``Gate`` with Hq query heads and Hkv key heads.
         x: [B, Nq, dim], the input of the attention layer.
         q: [B, Hq, Nq, D]  k: [B, Hkv, Nk, D]  v: [B, Hkv, Nk, Dv], float32, bfloat16 or float16 (float64: slowly).
-        causal, window, sinks, scale, key_range, q_offset, text_begin, attn_mask, alibi_slopes, softcap, sliding_window:
-            as in ``torch_sluice.gated_attention``. Pairs within the window and the sinks are kept and not gated.
+        causal, window, sinks, scale, key_range, q_offset, text_begin, attn_mask, alibi_slopes, softcap, sliding_window,
+            dropout_p: as in ``torch_sluice.gated_attention``. Pairs within the window and the sinks are kept and not
+            gated.
         key_x: [B, Nk, dim], what the keys were made of, if not x (cross attention).
         logits: (a [B, Hq, Nq], b [B, Hkv, Nk]) to use instead of gate(x), for callers that keep b of past keys beside
             their key-value cache; x is then not looked at and may be None.
@@ -88,9 +90,9 @@ def attend(
         b = b + gate.noise * torch.randn_like(b)
     near = near | dict(alibi_slopes=alibi_slopes, softcap=softcap)
     if sink_logits is None and (phase == "hard" or gate.rows <= 0):
-        return gated_attention(q, k, v, a, b, tau=gate.tau, scale=scale, **near)
+        return gated_attention(q, k, v, a, b, tau=gate.tau, scale=scale, dropout_p=dropout_p, **near)
     scale = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
-    out, lse = gated_attention(q, k, v, a, b, tau=gate.tau, scale=scale, return_lse=True, **near)
+    out, lse = gated_attention(q, k, v, a, b, tau=gate.tau, scale=scale, dropout_p=dropout_p, return_lse=True, **near)
     if sink_logits is not None:
         out, lse = add_sink_logits(out, lse, sink_logits)
     if phase == "hard" or gate.rows <= 0:

@@ -34,8 +34,8 @@ class PairCache:
 
 
 def _gated_attention(
-    q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes, causal, window, sinks,
-    sliding_window, softcap, scale, *, pairs,
+    q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes, output_gate, dropout_seed,
+    causal, window, sinks, sliding_window, softcap, dropout_p, scale, *, pairs,
 ) -> tuple[int, int]:  # fmt: skip
     """QK^T and PV: 2 D + 2 Dv operations a pair."""
     each = 2 * (q.shape[3] + v.shape[3])
@@ -45,8 +45,8 @@ def _gated_attention(
 
 
 def _gated_attention_backward(
-    dout, dlse, q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes, out, lse, causal,
-    window, sinks, sliding_window, softcap, scale, mask_gradient, *, pairs,
+    dout, dlse, q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes, output_gate,
+    dropout_seed, out, lse, causal, window, sinks, sliding_window, softcap, dropout_p, scale, mask_gradient, *, pairs,
 ) -> tuple[int, int]:  # fmt: skip
     """QK^T again, dQ, dK: 6 D; dP and dV: 4 Dv operations a pair."""
     each = 6 * q.shape[3] + 4 * v.shape[3]

@@ -87,7 +87,7 @@ class KeptPairCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is _FORWARD:
-            _, _, _, *tensors, _, causal, window, sinks, sliding_window, _, _ = args
+            _, _, _, *tensors, _, _, _, causal, window, sinks, sliding_window, _, _, _ = args
             near = dict(causal=causal, window=window, sinks=sinks, sliding_window=sliding_window)
             kept, total = count_kept_pairs(*tensors, **near)
             self.kept += kept

@@ -122,7 +122,7 @@ def attend_gated(
     Returns (out [B, Hq, Nq, Dv], what computes the weights softmax * gate [B, Hq, Nq, Nk]).
     """
     a, b = logits
-    _check_gated(a, b, q, k, dropout)
+    _check_gated(a, b, q, k)
     if b.shape[1] != k.shape[1]:
         b = b.repeat_interleave(k.shape[1] // b.shape[1], 1)
     near = dict(window=options.window, sinks=options.sinks, scale=scale, sink_logits=sink_logits)
@@ -145,25 +145,20 @@ def attend_gated(
     if mask is not None and pattern is None:
         documents = read_documents(mask, q.shape[0], q.shape[2], k.shape[2]) if causal else None
         if documents is not None:
-            return _attend_documents(gate, a, b, q, k, v, mask, documents, near)
+            return _attend_documents(gate, a, b, q, k, v, mask, documents, near, dropout)
         pattern = operator_mask(mask, q.shape[0], q.shape[2], k.shape[2], causal, options.sinks)
         if pattern is None:
-            return _attend_densely(gate, a, b, q, k, v, mask, causal, near)
+            return _attend_densely(gate, a, b, q, k, v, mask, causal, near, dropout)
         near |= dict(attn_mask=pattern.attn_mask, key_range=pattern.key_range, q_offset=pattern.q_offset)
     near["causal"] = causal
-    out = attend(gate, None, q, k, v, logits=(a, b), **near)
+    out = attend(gate, None, q, k, v, logits=(a, b), dropout_p=dropout, **near)
     if pattern is not None and pattern.uniform is not None and sink_logits is None:  # else the sink takes such a row
         out = _with_means(out, v, pattern.uniform)
     seen = near.pop("attn_mask", None)
     return out, lambda: dense_gated_attention(q, k, v, a, b, tau=gate.tau, mask=seen, **near)[1]
 
 
-def _check_gated(a: Tensor, b: Tensor, q: Tensor, k: Tensor, dropout: float) -> None:
-    if dropout > 0:
-        raise ValueError(
-            f"the attention dropout is {dropout}, expected 0: which pairs a gated layer drops is its gate's to choose. "
-            "Set the attention dropout of the model (attn_pdrop, attention_dropout, dropout) to 0"
-        )
+def _check_gated(a: Tensor, b: Tensor, q: Tensor, k: Tensor) -> None:
     if b.shape[-1] != k.shape[2] or a.shape[-1] != q.shape[2]:
         raise ValueError(
             f"the layer attends from {q.shape[2]} to {k.shape[2]} tokens, and its gate saw {a.shape[-1]} and "
@@ -177,21 +172,26 @@ def _check_gated(a: Tensor, b: Tensor, q: Tensor, k: Tensor, dropout: float) -> 
         )
 
 
-def _attend_documents(gate, a, b, q, k, v, mask, lengths, near) -> tuple[Tensor, Callable[[], Tensor]]:
+def _attend_documents(gate, a, b, q, k, v, mask, lengths, near, dropout) -> tuple[Tensor, Callable[[], Tensor]]:
     """Texts that are packed into rows: each is attended to alone, neighbours of the same length together."""
     runs = find_runs([(length, length) for length in lengths])
     columns = [split_runs(x.transpose(1, 2).flatten(0, 1), runs, False) for x in (q, k, v, a, b)]
     near = {name: near[name] for name in ("window", "sinks", "scale", "sink_logits", "softcap")}
     outs = [
-        attend(gate, None, *inputs, logits=logits, causal=True, **near)
+        attend(gate, None, *inputs, logits=logits, causal=True, dropout_p=dropout, **near)
         for *inputs, logits in ((q, k, v, (a, b)) for q, k, v, a, b in zip(*columns, strict=True))
     ]
     out = join_runs(outs).unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
     return out, lambda: dense_gated_attention(q, k, v, a, b, mask=mask, keep_self=True, tau=gate.tau, **near)[1]
 
 
-def _attend_densely(gate, a, b, q, k, v, mask, causal, near) -> tuple[Tensor, Callable[[], Tensor]]:
+def _attend_densely(gate, a, b, q, k, v, mask, causal, near, dropout) -> tuple[Tensor, Callable[[], Tensor]]:
     """For masks that the operator does not take. The mask says who sees whom; a causal layer's token keeps itself."""
+    if dropout > 0:
+        raise ValueError(
+            f"the attention dropout is {dropout}, expected 0 with a mask that the operator does not take: set the "
+            "attention dropout of the model (attn_pdrop, attention_dropout, dropout) to 0"
+        )
     warnings.warn(
         "this attention mask shows a causal layer later keys, or texts within a row that begin at different keys, or a "
         "compiler can't read it: gated attention is computed densely, which is exact, slow, and teaches the gate "
