@@ -110,6 +110,20 @@ def test_a_state_dict_goes_through_a_file_without_code(name):
     assert torch.equal(run(fresh, x), run(layer, x))
 
 
+def test_a_state_dict_is_assigned_as_that_of_a_plain_layer():
+    layer, original, x = quantized("linear")
+    expected = run(original, x)
+    into = quantized("linear")[0]
+    into.load_state_dict(original.state_dict(), assign=True)  # floats: the layer is an ordinary one again
+    assert type(into.weight) is nn.Parameter
+    assert torch.equal(run(into, x), expected)
+    empty = copy.deepcopy(original).requires_grad_(True).to("meta")
+    with pytest.raises(RuntimeError, match=r'named "weight".*requires_grad_\(True\) .*model.requires_grad_\(False\)'):
+        empty.load_state_dict(layer.state_dict(), assign=True)
+    empty.requires_grad_(False).load_state_dict(layer.state_dict(), assign=True)
+    assert torch.equal(run(empty, x), run(layer, x))
+
+
 def test_tied_weights_stay_tied():
     model, _ = tied()
     ids = torch.arange(5)

@@ -206,7 +206,10 @@ def call(function: Callable, args: tuple, kwargs: dict[str, Any]):
     if function is Tensor.requires_grad_ and (args[1:] or kwargs.values() or (True,)) != (False,):
         wanted = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
         if wanted:
-            raise RuntimeError(f"requires_grad_(True) was asked of a quantised weight: {_ADVICE}")
+            raise RuntimeError(
+                f"requires_grad_(True) was asked of a quantised weight: {_ADVICE}. A model that is to hold it, as by "
+                "load_state_dict(assign=True), must ask for no gradient: call model.requires_grad_(False) before"
+            )
     if function is Tensor.data_ptr:
         return args[0].packed.data_ptr()  # so that who looks for shared memory finds it
     if function is Tensor.share_memory_:
