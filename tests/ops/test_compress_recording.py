@@ -11,7 +11,7 @@ from support.compress_moves import MOVES
 from torch import nn
 
 from torch_sluice.compress import recording
-from torch_sluice.compress.recording import keeping_recordings, recording_for
+from torch_sluice.compress.recording import Recording, keeping_recordings, recording_for
 from torch_sluice.compress.slicing import VALUES
 from torch_sluice.compress.tracer import trace
 
@@ -109,6 +109,24 @@ def test_what_is_kept_has_bounds(limit, most, monkeypatch):
     with keeping_recordings():
         for some, wanted in zip(draws(model, inputs), expected, strict=True):
             check_equal(trace(model, inputs, some)[1], wanted)
+
+
+def test_inputs_share_the_room_for_what_is_kept(monkeypatch):
+    """What one of them leaves another can take, and what is no longer kept is given back."""
+    model, inputs = make("fused, heads first")
+    with keeping_recordings():
+        trace(model, inputs)
+        needed = recording_for(model, inputs).bytes - Recording(model).bytes
+    monkeypatch.setattr(recording, "_MOST_BYTES", 2 * needed)
+    with keeping_recordings():
+        for _ in range(3):
+            trace(model, inputs)
+        assert recording_for(model, inputs).bytes == needed + Recording(model).bytes
+        another, third = inputs.clone(), inputs.clone()
+        trace(model, another)
+        assert recording_for(model, another).bytes == recording_for(model, inputs).bytes
+        trace(model, third)
+        assert recording_for(model, third).bytes == Recording(model).bytes
 
 
 def test_what_is_kept_is_a_small_share_of_the_weights():

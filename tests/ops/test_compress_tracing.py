@@ -193,6 +193,29 @@ def test_a_proof_runs_on_all_of_the_inputs_that_it_is_given(monkeypatch):
     assert sum(bool((x == inputs + n).all()) for x in seen for n in (1, 2)) >= 2
 
 
+def test_layers_without_whose_units_nothing_runs_are_found_without_following_channels(monkeypatch):
+    """Half of the layers cannot be cut; the others are proved together, and not by halves of all."""
+
+    class Written(nn.Module):
+        def __init__(self, fixed):
+            super().__init__()
+            self.fixed, self.up, self.down = fixed, nn.Linear(8, 24), nn.Linear(24, 8)
+
+        def forward(self, x):
+            y = self.up(x)
+            return x + self.down((y.view(-1, 4, 6).flatten(1) if self.fixed else y).relu())
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Written(number % 2 == 1) for number in range(16))).eval()
+    followed = []
+    monkeypatch.setattr(verify, "trace", lambda *args: followed.append(args) or trace(*args))
+    groups, notes = find_groups(model, torch.randn(4, 8))
+    assert sorted(group.name for group in groups) == sorted(f"{number}.up" for number in range(0, 16, 2))
+    for number in range(1, 16, 2):
+        assert any(note.startswith(f"{number}.up: stays, because the model does not run without") for note in notes)
+    assert len(followed) < 10
+
+
 def test_following_costs_one_run_and_keeps_outputs():
     for name in ("shuffle", "lstm", "fused, three last"):
         model, inputs, _ = make(name)

@@ -23,7 +23,7 @@ from torch_sluice.compress.labels import Axes, varying
 from torch_sluice.compress.slicing import VALUES
 
 _MOST_INPUTS = 4  # of which recordings are kept at a time
-_MOST_BYTES = 1 << 24  # of axes in a recording: more are followed again in each run
+_MOST_BYTES = 1 << 26  # of axes in all recordings: more are followed again in each run
 _MOST_OPERATORS = 1 << 14
 _MOST_NUMBERS = 1 << 22  # of couplings, beyond those of parameters
 _PICKING = ("index_select", "gather", "take_along_dim")
@@ -51,10 +51,26 @@ def axes_of_parameters(couplings: Couplings) -> dict[str, Axes]:
     return by_name
 
 
+class Room:
+    """Bytes of axes that recordings may hold together, beside those of parameters."""
+
+    def __init__(self, left: float | None = None):
+        self.left = _MOST_BYTES if left is None else left
+
+    def take(self, size: int) -> bool:
+        """Whether there are so many; they are taken then."""
+        fits = size <= self.left
+        self.left -= size if fits else 0
+        return fits
+
+    def give(self, size: int) -> None:
+        self.left += size
+
+
 class Recording:
     """Of runs of a model on one input: all of it, and as if some channels had left."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, room: "Room | None" = None):
         self.couplings = Couplings(model)
         self._tensors = describe_tensors(model)
         self._known: dict[Hashable, list[list[Noted] | None]] = {}  # one for each time that a run comes upon it
@@ -63,9 +79,9 @@ class Recording:
         self._lists: dict[tuple, KeptAxes] = {}
         self.bytes = self._operators = 0
         self.followed = 0  # operators for which a rule had to be asked, in all runs
-        self._most_bytes: float = math.inf
+        self._room = Room(math.inf)
         self.parameters = {name: self.keep(axes) for name, axes in axes_of_parameters(self.couplings).items()}
-        self._most_bytes = self.bytes + _MOST_BYTES
+        self._room, self._bytes_of_parameters = room or Room(), self.bytes
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether it can go on: the model has the same parameters, and there is room."""
@@ -78,6 +94,10 @@ class Recording:
         self.couplings.forget_notes()
         self._times.clear()
 
+    def close(self) -> None:
+        """Gives its room back."""
+        self._room.give(self.bytes - self._bytes_of_parameters)
+
     def keep(self, axes: Axes) -> Axes:
         """The same axes, as KeptAxes unless there is no more room."""
         if not axes:
@@ -88,7 +108,7 @@ class Recording:
             name = (tuple(axis.shape), _digest(values))
             known = self._arrays.get(name)
             if known is None:
-                if self.bytes + values.nbytes > self._most_bytes:
+                if not self._room.take(values.nbytes):
                     return axes
                 self.bytes += values.nbytes
                 known = self._arrays[name] = values.clone()  # and not all that it is a part of
@@ -202,13 +222,18 @@ class _Recordings:
 
     def __init__(self):
         self._known: list[tuple[Any, Recording]] = []
+        self._room = Room()
 
     def of(self, model: nn.Module, inputs: Any, new: bool) -> Recording:
         found = next((recording for known, recording in self._known if known is inputs), None)
         self._known = [(known, recording) for known, recording in self._known if known is not inputs]
         if new or found is None or not found.is_of(model):
-            found = Recording(model)
-        self._known = [*self._known, (inputs, found)][-_MOST_INPUTS:]
+            if found is not None:
+                found.close()
+            found = Recording(model, self._room)
+        self._known.append((inputs, found))
+        while len(self._known) > _MOST_INPUTS:
+            self._known.pop(0)[1].close()
         return found
 
 

@@ -119,10 +119,15 @@ def _sift(model, groups: list[ChannelGroup], inputs, report, draws: int | None =
         rest = [group for group in part if not any(group is other for other in whole)]
         if rest:
             work.insert(0, rest)  # last: most leave with units that are proved by then
-        if _difference(model, whole, inputs, draws) is None:
+        reason = _difference(model, whole, inputs, draws)
+        if reason is None:
             held += whole
         elif len(whole) > 1:
-            work += [whole[len(whole) // 2 :], whole[: len(whole) // 2]]
+            able = whole
+            if reason.startswith(_DOES_NOT_RUN):
+                able = [group for group in whole if _runs_without(model, group, inputs, draws)]
+            half = len(whole) // 2
+            work += [able] if len(able) < len(whole) else [whole[half:], whole[:half]]
     return held
 
 
@@ -183,6 +188,16 @@ def _difference_without(model, groups: list[ChannelGroup], units: list[list[int]
     return difference_of_cut(model, lost, sizes, example, *([order] if order else []))
 
 
+def _runs_without(model, group: ChannelGroup, inputs: list[Any], draws: int | None) -> bool:
+    """Whether the model runs when units of this group alone are cut: seen without following any channel."""
+    for number, (example, removals) in enumerate(islice(_draws([group], inputs), draws)):
+        lost, sizes = _cut_of([group], _random_units([group], removals, number))
+        order = order_for([group], model, lost, sizes)
+        if _run_cut(model, lost, sizes, example, order)[1] is not None:
+            return False
+    return True
+
+
 def _cut_of(groups: list[ChannelGroup], units: list[list[int]]) -> tuple[Lost, list]:
     """What goes with these units of each group, and what counts them."""
     lost, sizes = {}, []
@@ -225,18 +240,9 @@ def _draws(groups: list[ChannelGroup], inputs: list[Any]) -> Iterator[tuple[Any,
 def difference_of_cut(model: nn.Module, lost: Lost, sizes, inputs: Any, order: Order | None = None) -> str | None:
     """What is wrong with this cut, in this order, on these inputs, as part of a sentence, or None."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        try:
-            undo = cut_in_order(model, lost, sizes, order or {})
-        except Exception as error:
-            return f"it cannot be cut ({describe_error(error)})"
-        try:
-            with evaluating(model), torch.no_grad():
-                outputs = float_outputs(call_model(model, inputs))
-        except Exception as error:
-            return f"{_DOES_NOT_RUN} ({describe_error(error)})"
-        finally:
-            undo()
+        outputs, reason = _run_cut(model, lost, sizes, inputs, order)
+        if reason is not None:
+            return reason
         torch.manual_seed(0)
         try:
             _, expected, _ = trace(model, inputs, lost)
@@ -248,6 +254,23 @@ def difference_of_cut(model: nn.Module, lost: Lost, sizes, inputs: Any, order: O
     if difference <= _tolerance(expected):
         return None
     return f"without some of it the outputs differ by {difference:.2g} of the largest from what they are with it silent"
+
+
+def _run_cut(model: nn.Module, lost: Lost, sizes, inputs: Any, order: Order | None) -> tuple[list[Tensor], str | None]:
+    """The outputs of the model without these channels, or why there are none, as part of a sentence."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            undo = cut_in_order(model, lost, sizes, order or {})
+        except Exception as error:
+            return [], f"it cannot be cut ({describe_error(error)})"
+        try:
+            with evaluating(model), torch.no_grad():
+                return float_outputs(call_model(model, inputs)), None
+        except Exception as error:
+            return [], f"{_DOES_NOT_RUN} ({describe_error(error)})"
+        finally:
+            undo()
 
 
 def _tolerance(outputs: list[Tensor]) -> float:
