@@ -1,7 +1,7 @@
 """How well a share of a metric is known: a ratio of sums over samples or blocks, and what it is at least."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 CONFIDENCE = 0.95  # one-sided
 _NORMAL = 1.6449  # the quantile of a normal distribution at CONFIDENCE
 _MOST_TIMES = 50.0  # exponent
+_JUMP, _STILL = 0.1, 1e-3  # of the mean scale, that a sample that jumps loses at least; of that, the others at most
 _NORMAL_SPREAD = 3.0  # the mean square of squares of a normal variable, by the square of their mean
 # Of Student's t with 1, 2, .. degrees of freedom.
 _STUDENT = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.796, 1.782, 1.771, 1.761, 1.753)
@@ -23,6 +24,7 @@ class Score:
     samples: int = 0  # behind both
     reason: str | None = None  # why it fails
     known: bool = True  # whether `low` is a bound
+    jump: float = 0.0  # what `low` takes a sample to lose that was not seen (largest_jump)
 
 
 def failed(reason: str) -> Score:
@@ -82,6 +84,27 @@ def rare_share(scales: Tensor) -> float:
     """
     total = float(scales.sum())
     return max(0.0, float(scales.square().sum()) / total**2 - _NORMAL_SPREAD / len(scales)) if total > 0 else 0.0
+
+
+def largest_jump(losses: Tensor, scales: Tensor) -> float:
+    """What a sample lost, by the mean scale, while most others lost next to nothing; 0 where none did. float64 [n].
+
+    A model that ranks, as detectors take the best of their queries, gives other outputs altogether where it takes
+    another. Where a candidate is seen to do so, that none of n samples did with the next is no certainty.
+    """
+    mean = float(scales.mean())
+    if len(losses) < 2 or not mean > 0:
+        return 0.0
+    most, middle = float(losses.max()) / mean, float(losses.median()) / mean
+    return most if most >= _JUMP and middle <= _STILL * most else 0.0
+
+
+def with_jump(score: Score, jump: float) -> Score:
+    """The score, its bound with a sample that lost so much and was not seen."""
+    if not score.known or score.samples < 2 or not jump > score.jump or not math.isfinite(score.low):
+        return score
+    share = (jump - score.jump) / score.samples
+    return replace(score, low=score.low - share * (1 + student_quantile(score.samples - 1)), jump=jump)
 
 
 def score_losses(losses: Tensor, scales: Tensor, unit: float = 0.0, samples: int | None = None) -> Score:

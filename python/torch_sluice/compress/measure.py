@@ -16,7 +16,7 @@ from torch import nn
 
 from torch_sluice.compress.blocks import Blocks, Metric, noised, run_metric
 from torch_sluice.compress.calling import call_model, describe_error, evaluating, float_outputs, seeded
-from torch_sluice.compress.estimate import Score, failed, ratio_error, score_losses
+from torch_sluice.compress.estimate import Score, failed, largest_jump, ratio_error, score_losses, with_jump
 from torch_sluice.compress.outputs import Agreement, Fidelity, run_original
 from torch_sluice.compress.remember import MOST_BYTES, Calls, remembering
 from torch_sluice.compress.report import count_bytes
@@ -59,6 +59,7 @@ class Measure:
         folds: numbers of the folds that data could be divided into; one: not at all.
         notes: sentences about the data and the metric.
         seconds: that measuring the original on all data took; predicted_seconds: before it has been done.
+        jump: what a sample lost at most with a candidate that left most others as they are (estimate.largest_jump).
         remembers: whether what the original returns is small enough to be kept, so that it need run but once.
     """
 
@@ -91,6 +92,7 @@ class Measure:
             self._comparison = Agreement(metric.dim)
         self.name = "metric" if self._comparison is None else self._comparison.name
         self._blocks = self._closeness = None
+        self.jump = 0.0
         self.predicted_seconds = 0.0  # of a run over all data
         self._output_bytes = math.inf  # of all data
         ready = self._comparison is not None
@@ -348,7 +350,13 @@ class Measure:
         losses, scales = (torch.cat(parts) for parts in zip(*taken["values"], strict=True))
         if float(scales.sum()) == 0:
             return Score(1.0, 1.0, len(losses)) if float(losses.sum()) == 0 else failed("its outputs are not 0")
-        return score_losses(losses, scales, self._comparison.unit * self.samples / len(losses))
+        self._look_for_jump(self._comparison, losses, scales)
+        score = score_losses(losses, scales, self._comparison.unit * self.samples / len(losses))
+        return with_jump(score, self.jump)
+
+    def _look_for_jump(self, comparison: Any, losses: torch.Tensor, scales: torch.Tensor) -> None:
+        if isinstance(comparison, Fidelity) and self.fidelity:
+            self.jump = max(self.jump, largest_jump(losses, scales))
 
     def _compare_outputs(self, original: nn.Module) -> "tuple[Fidelity, list[int]] | None":
         """How the outputs of a few pieces are compared: of the last fold, so that what is compared may be fitted to
@@ -392,6 +400,7 @@ class Measure:
                         break
         except Exception as error:
             return math.inf, describe_error(error)
+        self._look_for_jump(comparison, losses, scales)
         lost, whole = float(losses.sum()), float(scales.sum())
         value = lost / whole if whole else (0.0 if lost == 0 else math.inf)
         return (value, None) if math.isfinite(value) else (math.inf, "its outputs are not finite")

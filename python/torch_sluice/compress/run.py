@@ -22,7 +22,7 @@ from torch_sluice.compress.calling import (
 from torch_sluice.compress.candidates import Layers, Stage, Workshop
 from torch_sluice.compress.changes import describe_changes
 from torch_sluice.compress.compensation import reading_layers
-from torch_sluice.compress.estimate import Score, failed
+from torch_sluice.compress.estimate import Score, failed, with_jump
 from torch_sluice.compress.first_pass import PLENTY, FirstPass, moment_seconds, run_first
 from torch_sluice.compress.graph import ChannelGroup, find_groups
 from torch_sluice.compress.latency import compare_latency, measure_latency
@@ -124,6 +124,10 @@ class Run:
             stage, result, score = quantise(self, stages, score)
         if result is None:
             stage, score = self._confirm(stages[: stages.index(stage) + 1], score)
+        if result is not None or stage is not stages[0]:
+            score = with_jump(score, self.measure.jump)  # candidates that came after it may have shown more
+            if score.low < settings.keep - SLACK:
+                stage, result = stages[0], None
         if self.pruner is not None:
             describe_pruning(self, stage.kept, {curve.group: curve for curve in curves})
         return self._report(stage, result, score)
@@ -305,6 +309,11 @@ class Run:
             self.notes.append(
                 f"the metric rose to {score.kept:.0%} of the original's: if lower is better, it is a loss, of which "
                 "exp(-loss) can be kept"
+            )
+        if self.measure.jump:
+            self.notes.append(
+                "some candidates changed the outputs of a sample altogether and of most others not at all, as where a "
+                "model ranks: that this is not seen is only sure with more data"
             )
         for text, count in self.failures.most_common(5):
             self.notes.append(f"{count} candidate{'s' if count > 1 else ''} left out, which failed: {text}")
