@@ -48,7 +48,8 @@ _RULES = [
     (r"index(es)?$|indices$", None),
     (r"intermediate|ffn_dim|d_ff$|ffn_hidden|mlp_dim|n_inner|d_inner|dim_ff|feed_?forward", _at_most(HIDDEN)),
     (r"mlp_hidden|ffn_embed|_ffn$|^dff$", _at_most(HIDDEN)),
-    (r"max_source_positions|max_length$", _at_most(64)),
+    (r"max_source_positions|max_length$|max_text_length", _at_most(64)),
+    (r"context_length", _at_most(512)),
     (r"max_.*position|position_embeddings|max_seq|n_positions|^n_ctx|max_target|rel_extent", _at_most(POSITIONS)),
     (r"image_size|img_size|^resolution$|crop_size|spec_size", _at_most(IMAGE)),
     (r"patch_size", lambda value: PATCH if value >= 12 else value),
@@ -68,7 +69,8 @@ _RULES = [(re.compile(pattern), rule) for pattern, rule in _RULES]
 
 _INDICES = re.compile(r"index(es)?$|indices$|^extract_layers|hook_ids")
 
-# Only where the rules give a configuration that can't be: model type -> fields, in place of the rules'.
+# Only where the rules give a configuration that can't be, or none that is small (3,200 samples of sound for a frame):
+# model type -> fields, in place of the rules'.
 _EFFICIENT = {"hidden_dim": 1280, "width_coefficient": 1.0, "depth_coefficient": 1.0}
 _PROTEIN = {
     "hidden_size": WIDTH,
@@ -101,6 +103,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": KEY_HEADS},
     "reformer": {"axial_pos_embds_dim": (32, 32)},
     "time_series_transformer": _SERIES,
+    "vibevoice_acoustic_tokenizer_decoder": {"downsampling_ratios": [2, 4, 4], "depths": [2, 2, 2, 2]},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 3},
     "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"]},
