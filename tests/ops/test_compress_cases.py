@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from torch_sluice.compress.calling import call_model, float_outputs
 from torch_sluice.compress.graph import find_groups
@@ -121,6 +122,8 @@ def test_units_that_seem_right_for_some_numbers_of_them_are_not_offered(name):
         (nn.ChannelShuffle(3), 24, (8, 3)),
         (nn.PixelShuffle(2), 6, (6, 4)),
         (nn.Sequential(nn.PixelShuffle(2), nn.BatchNorm2d(6), nn.PReLU(6)), 6, (6, 4)),
+        (nn.Sequential(nn.Unfold(3, padding=1), nn.Fold(8, 3, padding=1)), 24, (24, 1)),
+        (nn.Sequential(nn.Flatten(2), nn.Fold(16, 2, stride=2), nn.ReLU()), 6, (6, 4)),
     ],
 )
 def test_channels_that_an_operator_moves_leave_in_its_units(layer, after, units):
@@ -129,6 +132,27 @@ def test_channels_that_an_operator_moves_leave_in_its_units(layer, after, units)
     group = groups["0"]
     assert (group.width, group.channels) == units, notes
     assert change_by_order(model, group, x) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        functional.hardswish, lambda y: functional.hardswish(y, inplace=True), lambda y: 1 - y, lambda y: 2 * y // 1,
+        lambda y: functional.mish(y, inplace=True), lambda y: functional.threshold(y, 0.1, 0.0, inplace=True),
+        lambda y: torch.polar(y, y).real, lambda y: torch.complex(y, y).imag,
+    ],
+)  # fmt: skip
+def test_channels_pass_through_functions_of_single_elements(function):
+    class Through(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(20, 32), nn.Linear(32, 5)
+
+        def forward(self, x):
+            return self.last(function(self.first(x).sigmoid()))
+
+    _, groups, notes = find(Through, torch.randn(4, 20))
+    assert "first" in groups, notes
 
 
 def added_to_a_part(self, x):

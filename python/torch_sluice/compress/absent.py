@@ -136,7 +136,7 @@ _WAYS = {
         ),
         _zeroed(0, 1, 2),
     ),
-    **dict.fromkeys(("im2col", "_weight_norm_interface"), _zeroed(0)),
+    **dict.fromkeys(("im2col", "col2im", "_weight_norm_interface"), _zeroed(0)),
     **dict.fromkeys(
         (
             *("sum", "nansum", "any", "all", "mean", "amax", "amin", "max", "min", "var", "var_mean", "std", "prod"),

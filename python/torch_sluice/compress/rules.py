@@ -27,16 +27,9 @@ _POINTWISE = (
     *("where", "masked_fill", "dropout", "native_dropout", "tril", "triu", "copy", "_to_copy", "clone", "contiguous"),
     *("copy_", "masked_fill_", "lerp", "gelu", "zeros_like", "ones_like", "rand_like", "randn_like", "empty_like"),
     *("full_like", "fill_", "zero_", "add_", "mul_", "sub_", "div_", "addcmul_", "tril_", "triu_", "new_empty_strided"),
-    *(
-        "nan_to_num",
-        "log_sigmoid_forward",
-        "nan_to_num_",
-        "prelu",
-        "_prelu_kernel",
-        "rrelu_with_noise",
-        "bernoulli_",
-        "exponential_",
-    ),
+    *("nan_to_num", "nan_to_num_", "log_sigmoid_forward", "prelu", "_prelu_kernel", "rrelu_with_noise"),
+    *("bernoulli_", "exponential_", "hardswish", "hardswish_", "mish_", "threshold_", "gelu_"),
+    *("rsub", "floor_divide", "polar", "complex"),
 )
 _LIKE = ("zeros_like", "ones_like", "rand_like", "randn_like", "empty_like", "full_like")
 _MERGES = (
@@ -112,19 +105,30 @@ def _cross_merged(tracer, axes, before, after):
 
 def _pixel_shuffle(tracer, func, args, kwargs):
     """factor^2 channels become the pixels of one, which leaves when all of them do."""
-    x, factor = args[0], args[1]
     out = tracer.run(func, args, kwargs)
+    tracer.finish(out, _merge_places(tracer, args[0], args[0].dim() - 3, args[1] ** 2, out))
+    return out
+
+
+def _fold(tracer, func, args, kwargs):
+    """col2im: what im2col made of each channel for the places of a window is added up to one again."""
+    out = tracer.run(func, args, kwargs)
+    tracer.finish(out, _merge_places(tracer, args[0], args[0].dim() - 2, args[2][0] * args[2][1], out))
+    return out
+
+
+def _merge_places(tracer, x: Tensor, dim: int, size: int, out: Tensor):
+    """Axes of an image, of which each channel comes from ``size`` channels of x in a row."""
     couplings, axes = tracer.couplings, []
     for axis in tracer.axes(x):
-        if varying(axis) == {x.dim() - 3}:
-            rows = axis.reshape(-1, factor * factor)
-            couplings.note_rows(rows, True)
+        if varying(axis) == {dim}:
+            rows = axis.reshape(-1, size)
+            couplings.note_rows(rows, size > 1)
             numbers = torch.from_numpy(couplings.numbers_for(rows.numpy()))
             axes.append(numbers.reshape((1,) * (out.dim() - 3) + (-1, 1, 1)))
         else:
             couplings.freeze(all_numbers([axis]), "it is a position, or one of several rows, where pixels are shuffled")
-    tracer.finish(out, axes)
-    return out
+    return axes
 
 
 def _turn(tracer, func, args, kwargs):
@@ -329,6 +333,7 @@ _RULES = {
     **dict.fromkeys(("transpose_", "t_", "squeeze_", "unsqueeze_"), _turn),
     "glu": _glu,
     "im2col": _windows,
+    "col2im": _fold,
     **dict.fromkeys(("as_strided", "as_strided_"), _restride),
     "pixel_shuffle": _pixel_shuffle,
     **dict.fromkeys(("view_as_real", "view_as_complex"), _complex),
@@ -347,7 +352,7 @@ _RULES = {
             *("upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa"),
             *("_upsample_bicubic2d_aa", "reflection_pad1d", "reflection_pad2d", "replication_pad1d"),
             *("replication_pad2d", "reflection_pad3d", "replication_pad3d", "grid_sampler_2d", "fractional_max_pool2d"),
-            *("upsample_trilinear3d",),
+            *("upsample_trilinear3d", "grid_sampler_3d"),
         ),
         _spatial,
     ),
