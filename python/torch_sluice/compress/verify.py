@@ -119,13 +119,13 @@ def _sift(model, groups: list[ChannelGroup], inputs, report, draws: int | None =
         rest = [group for group in part if not any(group is other for other in whole)]
         if rest:
             work.insert(0, rest)  # last: most leave with units that are proved by then
-        reason = _difference(model, whole, inputs, draws)
-        if reason is None:
+        wrong = _first_wrong(model, whole, inputs, draws)
+        if wrong is None:
             held += whole
         elif len(whole) > 1:
             able = whole
-            if reason.startswith(_DOES_NOT_RUN):
-                able = [group for group in whole if _runs_without(model, group, inputs, draws)]
+            if wrong[1].startswith(_DOES_NOT_RUN):
+                able = [group for group in whole if _runs_without(model, group, inputs, wrong[0])]
             half = len(whole) // 2
             work += [able] if len(able) < len(whole) else [whole[half:], whole[:half]]
     return held
@@ -174,10 +174,16 @@ def _difference(
     model: nn.Module, groups: list[ChannelGroup], inputs: list[Any], draws: int | None = None
 ) -> str | None:
     """What is wrong when random units of all of these groups are cut, or None; ``draws``: only the first so many."""
+    wrong = _first_wrong(model, groups, inputs, draws)
+    return None if wrong is None else wrong[1]
+
+
+def _first_wrong(model, groups: list[ChannelGroup], inputs: list[Any], draws: int | None) -> tuple[int, str] | None:
+    """The number of the first draw of units with which something is wrong, and what."""
     for number, (example, removals) in enumerate(islice(_draws(groups, inputs), draws)):
         reason = _difference_without(model, groups, _random_units(groups, removals, number), example)
         if reason is not None:
-            return reason
+            return number, reason
     return None
 
 
@@ -188,14 +194,14 @@ def _difference_without(model, groups: list[ChannelGroup], units: list[list[int]
     return difference_of_cut(model, lost, sizes, example, *([order] if order else []))
 
 
-def _runs_without(model, group: ChannelGroup, inputs: list[Any], draws: int | None) -> bool:
-    """Whether the model runs when units of this group alone are cut: seen without following any channel."""
-    for number, (example, removals) in enumerate(islice(_draws([group], inputs), draws)):
-        lost, sizes = _cut_of([group], _random_units([group], removals, number))
-        order = order_for([group], model, lost, sizes)
-        if _run_cut(model, lost, sizes, example, order)[1] is not None:
-            return False
-    return True
+def _runs_without(model, group: ChannelGroup, inputs: list[Any], number: int) -> bool:
+    """Whether the model runs when units of this group alone are cut, as many as in this draw of several groups: seen
+    without following any channel."""
+    draws = list(_draws([group], inputs))
+    example, removals = draws[min(number, len(draws) - 1)]
+    lost, sizes = _cut_of([group], _random_units([group], removals, number))
+    order = order_for([group], model, lost, sizes)
+    return _run_cut(model, lost, sizes, example, order)[1] is None
 
 
 def _cut_of(groups: list[ChannelGroup], units: list[list[int]]) -> tuple[Lost, list]:
