@@ -50,7 +50,8 @@ def test_functional_calls_are_met_and_another_use_is_named():
     kinds, reasons = find(Functional(), torch.randn(3, 8))
     assert kinds == {"matrix": "linear", "right": "transposed", "filters": "conv2d"}
     assert reasons == {
-        "mixed": "its weight is used by sum", "unused": "it is not called for example_inputs by itself"
+        "mixed": "its weight is used by sum, which no integer kernel serves",
+        "unused": "it is not called for example_inputs by itself"
     }  # fmt: skip
 
 
@@ -117,7 +118,7 @@ def test_a_large_table_is_quantised_for_its_bytes():
     assert stored_bytes(small) < 0.3 * stored_bytes(Lookup())
     for model, reason in (
         (Lookup(rows=64), "its table is small"),
-        (Lookup(max_norm=1.0), "its weight is used by renormalisation of its rows"),
+        (Lookup(max_norm=1.0), "its weight is used by renormalisation of its rows, which no integer kernel serves"),
     ):
         assert find(model, ids)[1] == {"table": reason}
 
@@ -168,6 +169,24 @@ def test_a_recurrent_layer_stays_whole():
     assert kinds == {}
     assert reasons["0.weight_ih_l0"] == "another weight of its layer stays"
     assert reasons["0.weight_hh_l0"] == "its weight has NaN or infinity"
+
+
+def test_layers_without_an_integer_kernel_say_so():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bag, self.pair, self.conv = nn.EmbeddingBag(50, 8), nn.Bilinear(8, 8, 8), nn.Conv1d(8, 8, 3)
+            self.idle = nn.ModuleList([nn.EmbeddingBag(50, 8), nn.Bilinear(8, 8, 8), nn.Conv1d(8, 8, 3)])
+
+        def forward(self, ids):
+            x = self.bag(ids)
+            return self.conv(self.pair(x, x)[:, :, None].expand(-1, -1, 5))
+
+    kinds, reasons = find(Mixed(), torch.randint(50, (4, 6)))
+    assert kinds == {}
+    for name, function in (("bag", "embedding_bag"), ("pair", "bilinear"), ("conv", "conv1d")):
+        assert reasons[name] == f"its weight is used by {function}, which no integer kernel serves"
+    assert all(reasons[f"idle.{n}"] == "it is not called for example_inputs by itself" for n in range(3))
 
 
 def test_depthwise_and_complex_and_recurrent_weights_stay():

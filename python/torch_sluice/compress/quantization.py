@@ -135,7 +135,16 @@ def _first_line(error: Exception) -> str:
 
 def _is_known_layer(model: nn.Module, name: str) -> bool:
     owner = model.get_submodule(name.rpartition(".")[0])
-    return isinstance(owner, (nn.Linear, nn.Conv2d, nn.Embedding, nn.RNNBase))
+    layers = (
+        nn.Linear,
+        nn.Bilinear,
+        nn.modules.conv._ConvNd,
+        nn.Embedding,
+        nn.EmbeddingBag,
+        nn.RNNBase,
+        nn.RNNCellBase,
+    )
+    return isinstance(owner, layers)
 
 
 def _why_not(parameter: nn.Parameter, use: Use | None) -> str | None:
@@ -150,7 +159,7 @@ def _why_not(parameter: nn.Parameter, use: Use | None) -> str | None:
     if not parameter.isfinite().all():
         return "its weight has NaN or infinity"
     if use.others:
-        return f"its weight is used by {', '.join(sorted(use.others))}"
+        return f"its weight is used by {', '.join(sorted(use.others))}, which no integer kernel serves"
     kinds = use.kinds - {"rows"} if use.kinds == {"rows", "linear"} else use.kinds
     if len(kinds) != 1 or not kinds <= {"linear", "transposed", "conv2d", "rows"}:
         return f"its weight is used in several ways: {', '.join(sorted(use.kinds))}"
