@@ -11,7 +11,7 @@ from torch import nn
 
 from torch_sluice.attention import Gate
 from torch_sluice.swap import in_flight
-from torch_sluice.swap.cache import GatedCache
+from torch_sluice.swap.cache import GatedCache, cache_among, with_gates
 from torch_sluice.swap.call import MAX_HEAD_DIM, GateOptions, attend_gated, attend_open
 from torch_sluice.swap.config_view import view_config
 from torch_sluice.swap.original import Original, asks_for_table, by_name, head_counts
@@ -20,7 +20,6 @@ from torch_sluice.swap.weights import LazyWeights
 NAMES = {"sdpa": "sluice", "eager": "sluice_eager"}
 _TRIGGER = "transformers.modeling_utils"
 _CROSS = re.compile("cross|enc_?dec|encoder_attn")
-_CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
 def sluice_attention(module, query, key, value, attention_mask=None, dropout=0.0, scaling=None, **options):
@@ -131,6 +130,8 @@ def _attend_gated(module, logits, original, qkv, mask, bias, given, options):
         bias = bias[..., : k.shape[2]] if bias.shape[-1] == n_k else bias
         mask = create_position_bias_mask(bias, mask, causal and q.shape[2] > 1, q, k)
     cache = b if isinstance(b, GatedCache) else None
+    if cache is not None:
+        cache.complete(n_k, getattr(module, "layer_idx", None))
     b = (b if cache is None else cache.b)[:, :, : k.shape[2]]
     given = dict(mask=mask, cache=cache, sliding_window=options.get("sliding_window"), **given)
     given |= dict(sink_logits=_sink_logits(module, original, options), softcap=options.get("softcap"))
@@ -229,12 +230,7 @@ def _compute_logits(module, args, kwargs):
             "reads them"
         )
     a, b = module.sluice_gate(hidden_states.unsqueeze(0) if hidden_states.dim() == 2 else hidden_states)
-    for name in _CACHE_NAMES:
-        cache = kwargs.get(name)
-        if cache is not None:
-            cache = GatedCache(cache, b)
-            kwargs, b = {**kwargs, name: cache}, cache
-            break
+    kwargs, b = with_gates(kwargs, cache_among(kwargs), b)
     in_flight.put(module, (a, b))
     return args, kwargs
 

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from torch_sluice.attention import Gate
+from torch_sluice.swap.cache import GatedCache, cache_among, with_gates
 from torch_sluice.swap.call import attend_gated, attend_open
 from torch_sluice.swap.code import codes_of, names_of
 
@@ -31,9 +32,9 @@ def first_input(args, kwargs) -> Tensor | None:
 class _Interceptor(TorchFunctionMode):
     """Answers scaled_dot_product_attention in place of torch; every other function goes through."""
 
-    def __init__(self, module: nn.Module, x: Tensor | None, sizes: dict | None = None):
+    def __init__(self, module: nn.Module, x: Tensor | None, sizes: dict | None, logits: tuple | None):
         super().__init__()
-        self.module, self.x, self.sizes = module, x, sizes
+        self.module, self.x, self.sizes, self.logits = module, x, sizes, logits
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -78,9 +79,13 @@ class _Interceptor(TorchFunctionMode):
             )
         if mask is not None and is_causal:
             raise ValueError("is_causal is True and attn_mask is given, expected one of them")
+        a, b = gate(self.x) if self.logits is None else self.logits
+        cache = b if isinstance(b, GatedCache) else None
+        b = b if cache is None else cache.b[:, :, : k.shape[2]]
+        causal = causal or (cache is not None and q.shape[2] == 1)  # decoders leave it out for one token
         out, _ = attend_gated(
-            gate, gate(self.x), self.module.sluice_options, q, k, v, mask=mask, causal=causal, scale=scale,
-            dropout=dropout_p,
+            gate, (a, b), self.module.sluice_options, q, k, v, mask=mask, causal=causal, scale=scale,
+            dropout=dropout_p, cache=cache,
         )  # fmt: skip
         return out
 
@@ -94,7 +99,13 @@ class InterceptedForward:
         self.sizes = None  # a dict while measure() listens
 
     def __call__(self, *args, **kwargs):
-        with _Interceptor(self.module, first_input(args, kwargs), self.sizes):
+        x, gate, logits = first_input(args, kwargs), self.module.sluice_gate, None
+        name = None if gate is None or x is None else cache_among(kwargs)
+        if name is not None:
+            a, b = gate(x)
+            kwargs, cache = with_gates(kwargs, name, b)
+            logits = (a, cache)
+        with _Interceptor(self.module, x, self.sizes, logits):
             if self.original is not None:
                 return self.original(*args, **kwargs)
             return type(self.module).forward(self.module, *args, **kwargs)
