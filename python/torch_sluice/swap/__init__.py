@@ -20,6 +20,7 @@ def swap_attention(
     opening: float = 0.95,
     window: int = 32,
     sinks: int = 4,
+    cross: bool = False,
     modules: Iterable[str | nn.Module] | Callable[[str, nn.Module], bool] | None = None,
     example: tuple | dict | None = None,
 ) -> nn.Module:
@@ -37,7 +38,7 @@ def swap_attention(
       "eager", is plain attention (it is tried on small tensors). They then ask for ``attn_implementation="sluice"``,
       which may also be set without this function, for open gates. Padding on the left or right of the causal or full
       mask, sliding windows and generation with any cache but quantised ones run on the operator. Cross attention stays
-      open.
+      open without ``cross``.
     - ``nn.MultiheadAttention``, also within ``nn.TransformerEncoderLayer`` and ``nn.TransformerDecoderLayer``.
     - modules that call ``F.scaled_dot_product_attention`` themselves: those of whose class some method names that
       function, and those given in ``modules``. Their calls are caught while their ``forward`` runs; the gate reads the
@@ -54,6 +55,8 @@ def swap_attention(
         opening: gate of all pairs at the start, in (0, 1).
         window: the last ``window`` keys of each query are kept and not gated.
         sinks: nor are the first ``sinks`` keys of each sequence, behind its padding.
+        cross: the cross attention of transformers models gets gates, too: a of its queries, b of what its keys are made
+            of. Neither has a place in the other's text, so that there is no window.
         modules: the layers to swap, as names, modules, or a predicate (name, module) -> bool; default all.
         example: positional (tuple) or keyword (dict) inputs of the model. With them the swap proves itself: the model
             runs on them with open gates and as it was, and must give the same within rounding (1e-4 of the largest
@@ -78,7 +81,7 @@ def swap_attention(
     if example is not None:
         changes.verify(model, options, modules, example)
     gate_arguments = dict(tau=tau, opening=opening, target_density=target_density)
-    model._sluice_swap = changes.swap_layers(model, target_density, options, modules, example, gate_arguments)
+    model._sluice_swap = changes.swap_layers(model, target_density, options, modules, example, gate_arguments, cross)
     model._sluice_swap.arguments = {**gate_arguments, "window": window, "sinks": sinks}
     return model
 
@@ -132,7 +135,7 @@ def load_gates(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     layers, config = gate_file.read(path)
     swap = getattr(model, "_sluice_swap", None)
     if swap is None:
-        swap_attention(model, modules=list(layers), **config)
+        swap_attention(model, modules=list(layers), cross=True, **config)
         try:
             gate_file.put(gate_file.gates_of(model), layers, path)
         except BaseException:

@@ -178,3 +178,13 @@ def with_gates(kwargs: dict[str, Any], name: str | None, b: Tensor) -> tuple[dic
         return kwargs, b
     cache = GatedCache(kwargs[name], b)
     return {**kwargs, name: cache}, cache
+
+
+def cross_layer(kwargs: dict[str, Any], layer_idx: int | None) -> tuple[Any, bool]:
+    """The layer that keeps the keys of cross attention, in a cache of an encoder and decoder among the arguments of a
+    forward, and whether it holds them; None without one, or as long as there is no such layer."""
+    cache = kwargs.get(cache_among(kwargs))
+    layers = getattr(getattr(cache, "cross_attention_cache", None), "layers", ())
+    if not isinstance(layer_idx, int) or len(layers) <= layer_idx:
+        return None, False
+    return layers[layer_idx], bool(cache.is_updated.get(layer_idx))

@@ -89,11 +89,15 @@ def b_beside(layer) -> Tensor | None:
     return getattr(layer, "sluice_b", None)
 
 
+def put_beside(layer, b: Tensor) -> None:
+    follow(layer)
+    layer.sluice_b = b
+
+
 def append_beside(layer, b: Tensor) -> Tensor:
     """Puts b [B, H, n] behind that of past keys; returns that of all."""
-    follow(layer)
     past = b_beside(layer)
-    layer.sluice_b = b if past is None else torch.cat((past, b), dim=-1)
+    put_beside(layer, b if past is None else torch.cat((past, b), dim=-1))
     return layer.sluice_b
 
 

@@ -70,18 +70,18 @@ def verify(model, options, modules, example) -> None:
         )
 
 
-def swap_layers(model, target_density, options, modules, example=None, gate_arguments=None) -> Swap:
+def swap_layers(model, target_density, options, modules, example=None, gate_arguments=None, cross=False) -> Swap:
     """Swaps what can be swapped; on an error the model is as it was."""
     swap = Swap(target_density)
     try:
-        _fill(model, swap, options, modules, example, gate_arguments)
+        _fill(model, swap, options, modules, example, gate_arguments, cross)
     except BaseException:
         swap.undo()
         raise
     return swap
 
 
-def _fill(model, swap, options, modules, example, gate_arguments):
+def _fill(model, swap, options, modules, example, gate_arguments, with_cross):
     learn = swap.target_density is not None
     chosen = _choose(model, modules)
     refused = []
@@ -104,9 +104,9 @@ def _fill(model, swap, options, modules, example, gate_arguments):
             continue
         hugging_face.install(module, original)
         swap.layers.append(module)
-        if learn and not cross:
-            gate = gate_for(module, hugging_face.make_gate, name, module)
-            swap.gated.append((module, hugging_face.add_gate(module, gate, options)))
+        if learn and (with_cross or not cross):
+            gate = gate_for(module, hugging_face.make_gate, name, module, cross)
+            swap.gated.append((module, hugging_face.add_gate(module, gate, options, cross)))
 
     for name, module in chosen:
         if isinstance(module, nn.MultiheadAttention):

@@ -11,14 +11,17 @@ from torch import nn
 
 from torch_sluice.attention import Gate
 from torch_sluice.swap import in_flight
-from torch_sluice.swap.cache import GatedCache, cache_among, with_gates
+from torch_sluice.swap.cache import GatedCache, cache_among, cross_layer, with_gates
+from torch_sluice.swap.cache_layer import b_beside, put_beside
 from torch_sluice.swap.call import MAX_HEAD_DIM, GateOptions, attend_gated, attend_open
 from torch_sluice.swap.config_view import view_config
 from torch_sluice.swap.original import Original, asks_for_table, by_name, head_counts
+from torch_sluice.swap.sdpa import first_input
 from torch_sluice.swap.weights import LazyWeights
 
 NAMES = {"sdpa": "sluice", "eager": "sluice_eager"}
 _TRIGGER = "transformers.modeling_utils"
+_KEY_NAMES = ("key_value_states", "encoder_hidden_states")
 _CROSS = re.compile("cross|enc_?dec|encoder_attn")
 
 
@@ -207,39 +210,71 @@ def is_cross_attention(name: str, module: nn.Module, parent: nn.Module | None = 
     return bool(getattr(module, "is_cross_attention", False) or _CROSS.search(words))
 
 
-def make_gate(name: str, module: nn.Module, **arguments) -> Gate:
+def make_gate(name: str, module: nn.Module, cross: bool = False, **arguments) -> Gate:
     """A gate of the layer's sizes; raises ValueError where they are not to be had."""
     heads, groups = head_counts(module)
-    linear = next((m for m in module.modules() if isinstance(m, nn.Linear)), None)
-    width = getattr(module.config, "hidden_size", None) if linear is None else linear.in_features
+    linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
+    width = linears[0].in_features if linears else getattr(module.config, "hidden_size", None)
     head_dim = getattr(module, "head_dim", None)
     if not heads or not isinstance(width, int) or (isinstance(head_dim, int) and head_dim > MAX_HEAD_DIM):
         raise ValueError(
             f"{name} ({type(module).__name__}) has {heads} heads of {head_dim} channels and reads {width}, expected "
             f"known numbers and at most {MAX_HEAD_DIM} channels: it takes no gate, leave it out of modules"
         )
+    widths = {m.in_features for m in linears[:3]}
+    if cross and len(widths) > 1:
+        raise ValueError(
+            f"{name} ({type(module).__name__}) makes its queries and keys of {sorted(widths)} channels, expected one "
+            "number, which its gate reads: leave it out of modules"
+        )
     return Gate(width, heads, heads // groups, **arguments)
 
 
-def _compute_logits(module, args, kwargs):
-    """Forward pre-hook of a gated layer: its input is the gate's; the layer's cache is made to keep b."""
+def _hidden_states(module, args, kwargs):
     hidden_states = args[0] if args else kwargs.get("hidden_states")
     if hidden_states is None:
         raise ValueError(
             f"{type(module).__name__} was called without hidden_states, expected them first or by name: the gate "
             "reads them"
         )
-    a, b = module.sluice_gate(hidden_states.unsqueeze(0) if hidden_states.dim() == 2 else hidden_states)
+    return hidden_states.unsqueeze(0) if hidden_states.dim() == 2 else hidden_states
+
+
+def _compute_logits(module, args, kwargs):
+    """Forward pre-hook of a gated layer: its input is the gate's; the layer's cache is made to keep b."""
+    a, b = module.sluice_gate(_hidden_states(module, args, kwargs))
     kwargs, b = with_gates(kwargs, cache_among(kwargs), b)
     in_flight.put(module, (a, b))
     return args, kwargs
 
 
-def add_gate(module: nn.Module, gate: Gate, options: GateOptions):
+def _compute_cross_logits(module, args, kwargs):
+    """The same for cross attention, whose keys are made of another input: as they are kept, so is their b."""
+    hidden_states = _hidden_states(module, args, kwargs)
+    given = (kwargs.get(name) for name in _KEY_NAMES)
+    keys = next((x for x in given if x is not None), None)
+    keys = first_input(args[1:], {}) if keys is None else keys
+    if keys is None:
+        raise ValueError(
+            f"{type(module).__name__} was called without {' or '.join(_KEY_NAMES)}, expected what its keys are made "
+            "of: the gate reads it; leave the layer out of modules"
+        )
+    layer, filled = cross_layer(kwargs, getattr(module, "layer_idx", None))
+    kept = b_beside(layer) if filled else None
+    a, b = module.sluice_gate(hidden_states, keys if kept is None else keys[:, :0])
+    if kept is not None:
+        b = kept
+    elif layer is not None:
+        put_beside(layer, b)
+    in_flight.put(module, (a, b))
+
+
+def add_gate(module: nn.Module, gate: Gate, options: GateOptions, cross: bool = False):
     """Gives an attention layer its gate; returns the handle of the hook."""
     module.sluice_gate = gate
-    module.sluice_options = options
-    return module.register_forward_pre_hook(_compute_logits, with_kwargs=True)
+    module.sluice_options = options._replace(window=0) if cross else options
+    hook = _compute_cross_logits if cross else _compute_logits
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def remove_gate(module: nn.Module) -> None:
