@@ -174,8 +174,8 @@ class _Controller:
         self._frozen_said = True
         warnings.warn(
             "no gate learns: none of their parameters requires a gradient any more. Who trains an adapter (peft) "
-            "freezes all else: call requires_grad_(True) on each of torch_sluice.gate_parameters(model) behind that, "
-            "and save them by torch_sluice.save_gates",
+            'freezes all else: make it with modules_to_save=["sluice_gate"], or call requires_grad_(True) on each of '
+            "torch_sluice.gate_parameters(model) behind that and save them by torch_sluice.save_gates",
             stacklevel=3,
         )
 

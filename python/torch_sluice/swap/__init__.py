@@ -86,6 +86,12 @@ def swap_attention(
     return model
 
 
+def _swapped_in(model: nn.Module) -> nn.Module | None:
+    """The module that ``swap_attention`` was given: model, or what a wrap of another library holds (DDP, peft)."""
+    found = [module for module in model.modules() if "_sluice_swap" in vars(module)]
+    return found[0] if len(found) == 1 else None
+
+
 def restore(model: nn.Module) -> nn.Module:
     """Undoes :func:`swap_attention`: the model's forward, config, hooks and ``state_dict`` keys are what they were.
 
@@ -94,11 +100,11 @@ def restore(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: model was not swapped.
     """
-    swap = getattr(model, "_sluice_swap", None)
-    if swap is None:
+    root = _swapped_in(model)
+    if root is None:
         raise ValueError("model is not swapped, expected the one that was given to torch_sluice.swap_attention")
-    swap.undo()
-    del model._sluice_swap
+    root._sluice_swap.undo()
+    del root._sluice_swap
     return model
 
 
@@ -113,14 +119,14 @@ def save_gates(model: nn.Module, path: str | os.PathLike) -> None:
         ImportError: safetensors is not installed.
         OSError: the file can't be written; one that was there is as before.
     """
-    swap = getattr(model, "_sluice_swap", None)
-    gates = gate_file.gates_of(model)
-    if swap is None or not gates:
+    root = _swapped_in(model)
+    gates = {} if root is None else gate_file.gates_of(root)
+    if not gates:
         raise ValueError(
-            f"model is {'not swapped' if swap is None else 'swapped with open gates'}, expected one that "
+            f"model is {'not swapped' if root is None else 'swapped with open gates'}, expected one that "
             "torch_sluice.swap_attention(model, target_density=...) gave gates"
         )
-    gate_file.write(path, gates, swap.arguments)
+    gate_file.write(path, gates, root._sluice_swap.arguments)
 
 
 def load_gates(model: nn.Module, path: str | os.PathLike) -> nn.Module:
@@ -133,8 +139,8 @@ def load_gates(model: nn.Module, path: str | os.PathLike) -> nn.Module:
             was swapped with other arguments. The model is as it was.
     """
     layers, config = gate_file.read(path)
-    swap = getattr(model, "_sluice_swap", None)
-    if swap is None:
+    root = _swapped_in(model)
+    if root is None:
         swap_attention(model, modules=list(layers), cross=True, **config)
         try:
             gate_file.put(gate_file.gates_of(model), layers, path)
@@ -142,13 +148,14 @@ def load_gates(model: nn.Module, path: str | os.PathLike) -> nn.Module:
             restore(model)
             raise
         return model
+    arguments = root._sluice_swap.arguments
     for name in ("tau", "window", "sinks"):
-        if swap.arguments[name] != config[name]:
+        if arguments[name] != config[name]:
             raise ValueError(
-                f"model was swapped with {name}={swap.arguments[name]}, expected {config[name]}, with which the gates "
+                f"model was swapped with {name}={arguments[name]}, expected {config[name]}, with which the gates "
                 f"of {path} were trained: torch_sluice.restore(model) first, and load_gates swaps it"
             )
-    gate_file.put(gate_file.gates_of(model), layers, path)
+    gate_file.put(gate_file.gates_of(root), layers, path)
     return model
 
 

@@ -32,8 +32,14 @@ def gates_of(model: nn.Module) -> dict[str, nn.Module]:
     found = {}
     for name, module in model.named_modules():
         if name == suffix[1:] or name.endswith(suffix):
-            found[name.removesuffix(suffix[1:]).rstrip(".")] = module
+            found[name.removesuffix(suffix[1:]).rstrip(".")] = _in_use(module)
     return found
+
+
+def _in_use(gate: nn.Module) -> nn.Module:
+    """The gate itself where peft put a wrap of copies in its place (``modules_to_save``)."""
+    copies, active = getattr(gate, "modules_to_save", None), getattr(gate, "active_adapters", None)
+    return copies[active[0]] if copies and active and active[0] in copies else gate
 
 
 def write(path: str | os.PathLike, gates: dict[str, nn.Module], config: dict[str, Any]) -> None:
