@@ -67,6 +67,24 @@ def test_copies_and_pickles_between_a_forward_and_its_loss():
         restore(other)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_of_transformers_under_a_controller(reentrant):
+    gradients = []
+    for checkpointed in (False, True):
+        model = make(spread=0.5, window=1, sinks=1).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        controller = DensityController(model, steps=4, rows=0.0)
+        controller.strength = 2.0
+        ids = draw()
+        controller.loss(model(ids, labels=ids, use_cache=False).loss).backward()
+        controller.step()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        assert controller.density < 0.9
+    for mine, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
 @pytest.mark.parametrize("cast", [lambda model: model.to(torch.bfloat16), lambda model: model.half()])
 def test_casting_a_model_does_not_round_its_gates(cast):
     model = make()

@@ -7,6 +7,7 @@ import torch
 
 from torch_sluice.attention.density import sample_gate
 from torch_sluice.attention.gate import Gate
+from torch_sluice.attention.recomputed import Owed, remember
 
 
 def _check_share(name, value, low=0.0, high=1.0, open_low=False):
@@ -61,15 +62,16 @@ def _target_density_of(model):
     return targets.pop()
 
 
-class _BeforeForward:
-    """The hook by which a controller hears of a forward. A copy of the model, or its pickle, is not listened to."""
+class _AroundForward:
+    """The hook by which a controller hears of a forward's begin, and of its end, when it is given the output, too. A
+    copy of the model, or its pickle, is not listened to."""
 
     def __init__(self, controller: "_Controller | None" = None):
         self._controller = controller
 
-    def __call__(self, module, args):
+    def __call__(self, module, *args):
         if self._controller is not None:
-            self._controller._forget(module)
+            self._controller._hear(module, begins=len(args) == 1)
 
     def __getstate__(self):
         return {"_controller": None}
@@ -101,7 +103,8 @@ class _Controller:
         for gate in self.gates:
             gate.record = []
         # A forward whose loss never came, or one recomputed by checkpointing, must not count.
-        self._hook = model.register_forward_pre_hook(_BeforeForward(self))
+        hook = _AroundForward(self)
+        self._hooks = [model.register_forward_pre_hook(hook), model.register_forward_hook(hook)]
         self._enter_phase()
 
     def loss(self, loss):
@@ -112,9 +115,9 @@ class _Controller:
         """
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             raise ValueError(f"loss is {loss!r}, expected a tensor of one element")
-        mean = self._listen(loss.detach().double())
+        mean, owed = self._listen(loss.detach().double())
         self._look_for_learners()
-        return loss + (self.strength * mean).to(loss.dtype).to(loss.device)
+        return remember(loss + (self.strength * mean).to(loss.dtype).to(loss.device), owed)
 
     def step(self):
         """Call it after each optimizer step: measures, moves ``strength``, and goes on in the schedule."""
@@ -124,13 +127,16 @@ class _Controller:
             self.density, self._floor = (kept / possible, near / possible) if possible else (1.0, 1.0)
             self._move(loss / calls)
         self.count += 1
+        for gate in self.gates:
+            gate.owed = []
         self._enter_phase()
 
     def close(self):
         """Stops listening and leaves the gates in the phase "hard", as deployed."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         for gate in self.gates:
-            gate.record, gate.phase = None, "hard"
+            gate.record, gate.phase, gate.recomputes, gate.owed = None, "hard", False, []
 
     @property
     def phase(self):
@@ -179,31 +185,38 @@ class _Controller:
             stacklevel=3,
         )
 
-    def _forget(self, module):
-        if module.training and torch.is_grad_enabled():
-            for gate in self.gates:
-                if gate.record is not None:
-                    gate.record.clear()
+    def _hear(self, module, begins):
+        learns = module.training and torch.is_grad_enabled()
+        for gate in self.gates:
+            gate.recomputes = begins and learns
+            if begins and learns and gate.record is not None:
+                gate.record.clear()
 
     def _listen(self, loss):
-        """Mean gate of all attention calls since the last forward; adds what they kept to the sums."""
-        means = []
+        """Mean gate of all attention calls since the last forward, and who is owed its gradient because their call is
+        run again in backward; adds what they kept to the sums."""
+        means, later = [], []
         for gate in self.gates:
-            for a, b, tau, near in gate.record or ():
-                mean, *counts = sample_gate(a, b, tau=tau, **near)
+            for record in gate.record or ():
+                mean, *counts = sample_gate(record.a, record.b, tau=record.tau, **record.near)
                 means.append(mean)
                 self._add(torch.stack(counts).double())
+                if not record.a.requires_grad:
+                    later.append(gate)
             if gate.record:
                 gate.record.clear()
         if not means:
             raise RuntimeError(
                 "no gate was used since the last loss, expected a forward of the model in training mode with gradients "
-                "enabled before each call of loss(). Re-entrant activation checkpointing runs it without: set "
-                "use_reentrant=False"
+                "enabled before each call of loss()"
             )
+        owed = []
+        for gate in later:
+            owed.append(Owed(self.strength / len(means)))
+            gate.owed.append(owed[-1])
         device = self._sums.device
         self._add(torch.stack([*self._sums.new_zeros(3), loss.reshape(()).to(device), self._sums.new_ones(())]))
-        return torch.stack([mean.to(device) for mean in means]).mean()
+        return torch.stack([mean.to(device) for mean in means]).mean(), owed
 
     def _add(self, counts):
         """Sums of (kept, near, possible) pairs, loss, and calls of loss()."""

@@ -7,6 +7,7 @@ import torch
 
 from torch_sluice.attention.counterfactual import add_counterfactual_gradient
 from torch_sluice.attention.gate import PHASES
+from torch_sluice.attention.recomputed import note_call
 from torch_sluice.functional import gated_attention, mask_of, slopes_of
 
 # Called as listener(gate, GateRecord) at each attention call, in training and evaluation; see torch_sluice.monitor.
@@ -70,7 +71,7 @@ def attend(
         ValueError: from the operator, or for a phase that does not exist.
     """
     a, b = gate(x, key_x) if logits is None else logits
-    teaching = gate.training and gate.learn and torch.is_grad_enabled()
+    teaching = gate.training and gate.learn and (gate.recomputes or torch.is_grad_enabled())
     phase = gate.phase if teaching else "hard"
     if phase not in PHASES:
         raise ValueError(f"gate.phase is {phase!r}, expected one of {PHASES}")
@@ -81,7 +82,7 @@ def attend(
     )  # fmt: skip
     if gate.record is not None and teaching:
         record = near if attn_mask is None else near | dict(attn_mask=attn_mask.detach())
-        gate.record.append(GateRecord(a, b, gate.tau, record))
+        a = note_call(gate, GateRecord(a, b, gate.tau, record))
     if listeners and not torch.compiler.is_compiling():
         for listener in tuple(listeners):
             listener(gate, GateRecord(a, b, gate.tau, near))

@@ -58,6 +58,8 @@ class Gate(nn.Module):
         self.target_density = target_density
         self.phase, self.noise, self.rows = "hard", 0.0, 0.0
         self.record = None  # a list while a controller listens
+        self.recomputes = False  # in a forward that learns: what runs in it without gradients is run again in backward
+        self.owed = []  # the gradients that such calls are owed; see torch_sluice.attention.recomputed
         for name, shape in (
             ("query_weight", (heads, dim)),
             ("query_bias", (heads,)),
@@ -79,7 +81,7 @@ class Gate(nn.Module):
 
     def __getstate__(self):
         """What copies and files hold: not what a controller listens to, which belongs to this gate's forwards."""
-        return {**self.__dict__, "record": None}
+        return {**self.__dict__, "record": None, "recomputes": False, "owed": []}
 
     def _apply(self, fn, recurse=True):
         """Gates move with their model, and stay as precise as they are: steps of a gate are below what 8 bits hold."""
