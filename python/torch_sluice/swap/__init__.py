@@ -37,8 +37,8 @@ def swap_attention(
     - layers of Hugging Face transformers models that use its AttentionInterface and whose own function, "sdpa" or
       "eager", is plain attention (it is tried on small tensors). They then ask for ``attn_implementation="sluice"``,
       which may also be set without this function, for open gates. Padding on the left or right of the causal or full
-      mask, sliding windows and generation with any cache but quantised ones run on the operator. Cross attention stays
-      open without ``cross``.
+      mask, sliding windows and generation with any cache run on the operator. Cross attention stays open without
+      ``cross``.
     - ``nn.MultiheadAttention``, also within ``nn.TransformerEncoderLayer`` and ``nn.TransformerDecoderLayer``.
     - modules that call ``F.scaled_dot_product_attention`` themselves: those of whose class some method names that
       function, and those given in ``modules``. Their calls are caught while their ``forward`` runs; the gate reads the
