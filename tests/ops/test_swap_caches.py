@@ -24,6 +24,7 @@ from transformers import (
 
 from torch_sluice import gate_parameters, restore, swap_attention
 from torch_sluice.swap import hugging_face
+from torch_sluice.swap.cache import GatedCache
 
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64)
 SPECIAL = dict(vocab_size=50, initializer_range=0.3, bos_token_id=0, eos_token_id=0, pad_token_id=0)
@@ -233,6 +234,28 @@ def test_a_cropped_cache_goes_on_from_there(kind):
     for layer in cache.layers if kind == "quantised" else ():
         layer.cumulative_length -= 3
     torch.testing.assert_close(model(ids[:, -1:], past_key_values=cache).logits[:, 0], expected, atol=1e-4, rtol=1e-4)
+
+
+class KeysAlone(cache_utils.DynamicSlidingWindowLayer):
+    """As that of a model whose values are its keys."""
+
+    def __init__(self):
+        super().__init__(sliding_window=4)
+
+    def update(self, key_states, value_states, *arguments, **options):
+        keys, _ = super().update(key_states, key_states)
+        return keys, keys
+
+
+def test_a_layer_that_keeps_keys_alone():
+    cache = cache_utils.Cache(layer_class_to_replicate=KeysAlone)
+    k, b = torch.randn(2, 1, 9, 8), torch.randn(2, 4, 9)
+    for first, last in ((0, 2), (2, 3), (3, 8), (8, 9)):
+        gated = GatedCache(cache, b[..., first:last])
+        keys, values = gated.update(k[:, :, first:last], k[:, :, first:last], 0)
+        assert keys.shape == values.shape
+        assert torch.equal(gated.b, b[..., last - keys.shape[-2] : last])
+        assert gated.dropped == last - keys.shape[-2]
 
 
 NAMES = {

@@ -69,11 +69,11 @@ class GatedCache:
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         layer = self.layer = self._find_layer(layer_idx)
-        if layer is not None and not keeps_values_as_they_are(layer):
+        if layer is not None and (b_beside(layer) is not None or not keeps_values_as_they_are(layer)):
             if b_beside(layer) is None and layer.get_seq_length():
                 raise ValueError(f"the cache of layer {layer_idx} holds keys without gate logits: {_WITHOUT_GATES}")
             keys, values = self._cache.update(key_states, value_states, layer_idx, *args, **kwargs)
-            self.b = append_beside(layer, self.b)
+            self._put_beside(layer, keys.shape[-2])
             return keys, values
         b_heads, heads = self.b.shape[1], value_states.shape[1]
         if b_heads % heads and heads % b_heads:
@@ -87,6 +87,9 @@ class GatedCache:
         if stored is not None and stored.dim() == 4 and stored.shape[-1] != wider.shape[-1]:
             self._make_room(layer, layer_idx, key_states, wider)
         keys, values = self._cache.update(key_states, wider, layer_idx, *args, **kwargs)
+        if values.shape[-1] != wider.shape[-1]:  # this layer keeps keys alone, which are its values
+            self._put_beside(layer, keys.shape[-2])
+            return keys, values
         # Others drop nothing, and on an accelerator asking for a length would wait for it.
         if getattr(layer, "is_sliding", False):
             self.dropped = max(0, layer.get_seq_length() - keys.shape[-2])
@@ -125,9 +128,13 @@ class GatedCache:
             layers.append(_layer_without_keys())
         if len(layers) == layer_idx:
             layers.append(layer)
+        self.layer = layer
+        self._put_beside(layer, n_k)
+
+    def _put_beside(self, layer, n_k: int) -> None:
         b = append_beside(layer, self.b)
-        self.layer, self.dropped = layer, max(0, length - n_k)
-        self.b = b[..., -n_k:] if self.dropped else torch.nn.functional.pad(b, (0, n_k - length))
+        self.dropped = max(0, b.shape[-1] - n_k)
+        self.b = b[..., -n_k:] if self.dropped else torch.nn.functional.pad(b, (0, n_k - b.shape[-1]))
 
     def text_begin(
         self, sizes: tuple[int, int, int], key_range: Tensor | None, q_offset: Tensor | None, window: int | None
