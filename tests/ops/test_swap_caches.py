@@ -9,13 +9,10 @@ import torch
 
 pytest.importorskip("transformers")
 
-import transformers
 from support.gated_llama import draw, make
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
-    GPTBigCodeConfig,
-    GPTNeoXConfig,
     MistralConfig,
     QuantizedCache,
     StaticCache,
@@ -256,48 +253,3 @@ def test_a_layer_that_keeps_keys_alone():
         assert keys.shape == values.shape
         assert torch.equal(gated.b, b[..., last - keys.shape[-2] : last])
         assert gated.dropped == last - keys.shape[-2]
-
-
-NAMES = {
-    "gpt_neox": lambda: GPTNeoXConfig(
-        **SPECIAL, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
-    ),
-    "gpt_bigcode": lambda: GPTBigCodeConfig(
-        **SPECIAL, n_embd=32, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0
-    ),
-    "falcon": lambda: transformers.FalconConfig(
-        **SPECIAL, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, attention_dropout=0.0
-    ),
-    "falcon, alibi": lambda: transformers.FalconConfig(
-        **SPECIAL, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, attention_dropout=0.0, alibi=True
-    ),
-    "jetmoe": lambda: transformers.JetMoeConfig(
-        **SPECIAL, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, kv_channels=8,
-        intermediate_size=64, num_local_experts=2, num_experts_per_tok=2,
-    ),
-    "gemma3n": lambda: transformers.Gemma3nTextConfig(
-        **SPECIAL, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        intermediate_size=64, sliding_window=6, num_kv_shared_layers=2, vocab_size_per_layer_input=50,
-        hidden_size_per_layer_input=8, laurel_rank=4,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
-    ),
-}  # fmt: skip
-HOW = {"grows": {}, "beams": dict(num_beams=2), "static": dict(cache_implementation="static")}
-
-
-@torch.no_grad()
-@pytest.mark.filterwarnings("ignore:this attention mask is not the causal")
-@pytest.mark.parametrize(
-    ("name", "how"), [(n, how) for n in NAMES for how in HOW if (n, how) != ("falcon, alibi", "static")]
-)
-def test_models_whose_layers_have_their_own_way_with_caches(name, how):
-    """Other names for it, fewer heads in it than are looked at, layers that look at the keys of another."""
-    torch.manual_seed(0)
-    how = HOW[how]
-    model = AutoModelForCausalLM.from_config(NAMES[name]()).eval()
-    dense = model.generate(**batch(), **GENERATION, **how)
-    randomise(swap_attention(model, **CLOSING))
-    beams = {name: value for name, value in how.items() if name == "num_beams"}
-    expected = model.generate(**batch(), **GENERATION, **beams, use_cache=False)
-    assert torch.equal(model.generate(**batch(), **GENERATION, **how), expected)
-    assert not torch.equal(dense, expected)
