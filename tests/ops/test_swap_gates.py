@@ -87,5 +87,38 @@ def test_layers_that_take_no_gate():
             return forward(self, *args, **kwargs)
 
     layer.__class__ = Twice
-    with pytest.raises(ValueError, match="Twice asks for attention more than once in a forward"):
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.0\.self_attn \(Twice\) asks for attention more than once in a forward"
+    ):
         model(IDS)
+    restore(model)
+    expected = model(IDS).logits
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn \(Twice\) asks for attention more than once"):
+        swap_attention(model, **NEAR, example=(IDS,))
+    assert not gate_parameters(model)
+    assert torch.equal(model(IDS).logits, expected)
+
+
+def test_a_layer_that_cuts_its_input_up_takes_no_gate():
+    """As towers for images of several sizes do; example= says so at the swap."""
+    config = LlamaConfig(**SPECIAL, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    model = LlamaForCausalLM(config).eval()
+    layer = model.model.layers[1].self_attn
+    forward = type(layer).forward
+
+    class InPieces(type(layer)):
+        def forward(self, hidden_states, **kwargs):
+            pieces = hidden_states.unflatten(1, (3, 3)).flatten(0, 1)
+            angles = tuple(x[:, :3] for x in kwargs["position_embeddings"])
+            out = forward(self, pieces, position_embeddings=angles, attention_mask=None)
+            return out[0].unflatten(0, (-1, 3)).flatten(1, 2), None
+
+    layer.__class__ = InPieces
+    message = r"model\.layers\.1\.self_attn \(InPieces\) attends from 3 to 3 tokens, and its gate saw 9 and "
+    with pytest.raises(ValueError, match=message):
+        swap_attention(model, **NEAR, example=(IDS,))
+    swap_attention(model, **NEAR)
+    with pytest.raises(ValueError, match=message):
+        model(IDS)
+    restore(model)
+    swap_attention(model, **NEAR, example=(IDS,), modules=["model.layers.0.self_attn"])

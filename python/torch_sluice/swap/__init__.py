@@ -60,7 +60,8 @@ def swap_attention(
         modules: the layers to swap, as names, modules, or a predicate (name, module) -> bool; default all.
         example: positional (tuple) or keyword (dict) inputs of the model. With them the swap proves itself: the model
             runs on them with open gates and as it was, and must give the same within rounding (1e-4 of the largest
-            output in float32). They also tell the sizes of layers of the third kind where attributes do not.
+            output in float32). They also tell the sizes of layers of the third kind where attributes do not, and which
+            layers can't have a gate.
 
     Returns:
         model.
@@ -81,7 +82,14 @@ def swap_attention(
     if example is not None:
         changes.verify(model, options, modules, example)
     gate_arguments = dict(tau=tau, opening=opening, target_density=target_density)
-    model._sluice_swap = changes.swap_layers(model, target_density, options, modules, example, gate_arguments, cross)
+    swap = changes.swap_layers(model, target_density, options, modules, example, gate_arguments, cross)
+    if example is not None and target_density is not None:
+        try:
+            changes.try_gates(model, example)
+        except BaseException:
+            swap.undo()
+            raise
+    model._sluice_swap = swap
     model._sluice_swap.arguments = {**gate_arguments, "window": window, "sinks": sinks}
     return model
 

@@ -70,6 +70,11 @@ def verify(model, options, modules, example) -> None:
         )
 
 
+def try_gates(model, example) -> None:
+    """Raises ValueError if a layer that was given a gate can't have one, as a forward on example shows."""
+    record(model, [], example)
+
+
 def swap_layers(model, target_density, options, modules, example=None, gate_arguments=None, cross=False) -> Swap:
     """Swaps what can be swapped; on an error the model is as it was."""
     swap = Swap(target_density)
@@ -106,7 +111,7 @@ def _fill(model, swap, options, modules, example, gate_arguments, with_cross):
         swap.layers.append(module)
         if learn and (with_cross or not cross):
             gate = gate_for(module, hugging_face.make_gate, name, module, cross)
-            swap.gated.append((module, hugging_face.add_gate(module, gate, options, cross)))
+            swap.gated.append((module, hugging_face.add_gate(name, module, gate, options, cross)))
 
     for name, module in chosen:
         if isinstance(module, nn.MultiheadAttention):

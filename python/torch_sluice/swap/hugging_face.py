@@ -44,8 +44,8 @@ def sluice_attention(module, query, key, value, attention_mask=None, dropout=0.0
         return _attend_gated(module, logits, original, (query, key, value), mask, bias, given, options)
     if "sluice_gate" in module._modules:
         raise ValueError(
-            f"{type(module).__name__} asks for attention more than once in a forward, expected once: its gate reads "
-            "one input; leave it out of modules"
+            f"{_describe(module)} asks for attention more than once in a forward, expected once: its gate reads one "
+            "input; leave it out of modules"
         )
     out = None
     if not dropout and not original.wants_more(options) and _adds_nothing(bias):
@@ -136,6 +136,11 @@ def _attend_gated(module, logits, original, qkv, mask, bias, given, options):
     if cache is not None:
         cache.complete(n_k, getattr(module, "layer_idx", None))
     b = (b if cache is None else cache.b)[:, :, : k.shape[2]]
+    if (a.shape[-1], b.shape[-1]) != (q.shape[2], k.shape[2]):
+        raise ValueError(
+            f"{_describe(module)} attends from {q.shape[2]} to {k.shape[2]} tokens, and its gate saw {a.shape[-1]} and "
+            f"{b.shape[-1]}, expected the same numbers: it takes no gate, leave it out of modules"
+        )
     given = dict(mask=mask, cache=cache, sliding_window=options.get("sliding_window"), **given)
     given |= dict(sink_logits=_sink_logits(module, original, options), softcap=options.get("softcap"))
     out, weights = attend_gated(module.sluice_gate, (a, b), module.sluice_options, q, k, v, **given)
@@ -234,8 +239,8 @@ def _hidden_states(module, args, kwargs):
     hidden_states = args[0] if args else kwargs.get("hidden_states")
     if hidden_states is None:
         raise ValueError(
-            f"{type(module).__name__} was called without hidden_states, expected them first or by name: the gate "
-            "reads them"
+            f"{_describe(module)} was called without hidden_states, expected them first or by name: the gate reads "
+            "them; leave the layer out of modules"
         )
     return hidden_states.unsqueeze(0) if hidden_states.dim() == 2 else hidden_states
 
@@ -256,8 +261,8 @@ def _compute_cross_logits(module, args, kwargs):
     keys = first_input(args[1:], {}) if keys is None else keys
     if keys is None:
         raise ValueError(
-            f"{type(module).__name__} was called without {' or '.join(_KEY_NAMES)}, expected what its keys are made "
-            "of: the gate reads it; leave the layer out of modules"
+            f"{_describe(module)} was called without {' or '.join(_KEY_NAMES)}, expected what its keys are made of: "
+            "the gate reads it; leave the layer out of modules"
         )
     layer, filled = cross_layer(kwargs, getattr(module, "layer_idx", None))
     kept = b_beside(layer) if filled else None
@@ -269,13 +274,18 @@ def _compute_cross_logits(module, args, kwargs):
     in_flight.put(module, (a, b))
 
 
-def add_gate(module: nn.Module, gate: Gate, options: GateOptions, cross: bool = False):
+def _describe(module: nn.Module) -> str:
+    """A layer with a gate, for errors."""
+    return f"{module.sluice_name or 'the model'} ({type(module).__name__})"
+
+
+def add_gate(name: str, module: nn.Module, gate: Gate, options: GateOptions, cross: bool = False):
     """Gives an attention layer its gate; returns the handle of the hook."""
-    module.sluice_gate = gate
+    module.sluice_gate, module.sluice_name = gate, name
     module.sluice_options = options._replace(window=0) if cross else options
     hook = _compute_cross_logits if cross else _compute_logits
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def remove_gate(module: nn.Module) -> None:
-    del module.sluice_gate, module.sluice_options
+    del module.sluice_gate, module.sluice_options, module.sluice_name
