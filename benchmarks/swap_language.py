@@ -12,9 +12,10 @@ A row of ``--json``: ``question`` ("logits" or "generate"), ``cache``, ``gates``
 they keep), ``tokens`` of the prompt, ``padding`` on the left of each row of the batch, ``new`` tokens, ``reference``,
 ``difference`` (of logits, the largest, relative to the largest logit), ``same_tokens``, ``rounding``, ``status`` and
 the facts of the machine. The status is "same" (the same tokens, and logits within 1e-5), "rounds", "differs",
-"refused: ..." (by the swapped model alone), or "not run: ..." (the model takes no such cache here). In a cache that
-rounds, a last bit decides between two of its steps: ``rounding`` is how far the reference is from itself if it
-computes scores in another order, and "rounds" is at most ten times that, since chance has a part in it.
+"refused: ..." (by the swapped model alone), or "not run: ..." (the model takes no such cache here: some need
+``pip install optimum-quanto hqq``, some a GPU). In a cache that rounds, a last bit decides between two of its steps:
+``rounding`` is how far the reference is from itself if it computes scores in another order, and "rounds" is at most ten
+times that, since chance has a part in it.
 """
 
 import argparse

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from torch_sluice import gate_parameters, restore, swap_attention
-from torch_sluice.swap import hugging_face
+from torch_sluice.swap import cache_layer, hugging_face
 from torch_sluice.swap.cache import GatedCache
 
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64)
@@ -231,6 +231,22 @@ def test_a_cropped_cache_goes_on_from_there(kind):
     for layer in cache.layers if kind == "quantised" else ():
         layer.cumulative_length -= 3
     torch.testing.assert_close(model(ids[:, -1:], past_key_values=cache).logits[:, 0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_transformers_keeps_its_own_class_of_layers():
+    """A class that says which layers of a model it is for is registered, and so would be what comes of it."""
+
+    class Special(cache_utils.DynamicLayer):
+        _layer_type = "special"
+
+    try:
+        layer = Special()
+        cache_layer.append_beside(layer, torch.zeros(1, 2, 3))
+        assert type(layer) is not Special
+        assert isinstance(layer, Special)
+        assert cache_utils.DYNAMIC_LAYER_TYPE_MAPPING["special"] is Special
+    finally:
+        del cache_utils.DYNAMIC_LAYER_TYPE_MAPPING["special"]
 
 
 class KeysAlone(cache_utils.DynamicSlidingWindowLayer):
