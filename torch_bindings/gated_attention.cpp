@@ -4,73 +4,20 @@
 #include <sluice/cuda.h>
 #include <sluice/gated_attention.h>
 
+#include "attention_tensors.h"
 #include "cuda.h"
 #include "operator.h"
 
 namespace sluice {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
-std::string shape_text(const std::vector<int64_t> &shape) {
-  std::string text = "[";
-  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
-  return text + "]";
-}
-
-void check_tensor(const char *name, const Tensor &tensor, const std::vector<int64_t> &shape, ScalarType dtype,
-                  const char *shape_names, const Tensor &like) {
-  bool same = static_cast<size_t>(tensor.dim()) == shape.size();
-  for (size_t i = 0; same && i < shape.size(); ++i) same = tensor.size(static_cast<int64_t>(i)) == shape[i];
-  same = same && tensor.scalar_type() == dtype;
-  if (!same) {
-    fail(std::string(name) + " is " + describe(tensor) + ", expected " + shape_names + " = " + shape_text(shape) +
-         " of the same dtype as its peers (q, k, v alike; a, b, logit_tau, lse and dlse float32, or float64 with "
-         "float64 inputs; "
-         "key_range, q_offset and text_begin int64)");
-  }
-  if (tensor.is_cpu() != like.is_cpu() || tensor.get_device_index() != like.get_device_index()) {
-    fail(std::string(name) + " is " + describe(tensor) + ", expected the device of q, which is " + describe(like));
-  }
-}
-
-// The kernels read rows of channels: only the last stride must be 1. (A clone would keep the strides.)
-Tensor with_dense_rows(const Tensor &tensor) {
-  return tensor.size(3) <= 1 || tensor.stride(3) == 1 ? tensor : torch::stable::contiguous(tensor);
-}
-
-sl_tensor4 view4(const Tensor &tensor) {
-  return {const_cast<void *>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-}
-
-sl_tensor3 view3(const Tensor &tensor) {
-  return {const_cast<void *>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-}
-
-// [batch or 1, heads_q or 1, n_q or 1, n_k or 1], of sizes full.
-void check_mask(const Tensor &mask, const std::vector<int64_t> &full, const Tensor &q) {
-  bool fits = mask.dim() == 4;
-  for (size_t i = 0; fits && i < 4; ++i) {
-    int64_t size = mask.size(static_cast<int64_t>(i));
-    fits = size == full[i] || size == 1;
-  }
-  if (!fits) {
-    fail("attn_mask is " + describe(mask) + ", expected [batch, heads_q, n_q, n_k] = " + shape_text(full) +
-         ", or 1 instead of any of them");
-  }
-  if (mask.is_cpu() != q.is_cpu() || mask.get_device_index() != q.get_device_index()) {
-    fail("attn_mask is " + describe(mask) + ", expected the device of q, which is " + describe(q));
-  }
-}
-
-sl_attention_mask view_mask(const Tensor &mask, sl_dtype dtype) {
-  int64_t stride[4];
-  for (int64_t i = 0; i < 4; ++i) stride[i] = mask.size(i) == 1 ? 0 : mask.stride(i);
-  return {const_cast<void *>(mask.const_data_ptr()), dtype, stride[0], stride[1], stride[2], stride[3]};
-}
-
-const int64_t *integers_of(const OptionalTensor &tensor) {
-  return tensor ? static_cast<const int64_t *>(tensor->const_data_ptr()) : nullptr;
+void check_input(const char *name, const Tensor &tensor, const std::vector<int64_t> &shape, ScalarType dtype,
+                 const char *shape_names, const Tensor &like) {
+  check_attention_tensor(name, tensor, shape, dtype,
+                         std::string(shape_names) + " = " + shape_text(shape) +
+                             " of the same dtype as its peers (q, k, v alike; a, b, logit_tau, lse and dlse float32, "
+                             "or float64 with float64 inputs; key_range, q_offset and text_begin int64)",
+                         like);
 }
 
 // Tensors that the args point into must outlive the call, hence the copies here.
@@ -96,23 +43,23 @@ Inputs check_inputs(const Tensor &q, const Tensor &k, const Tensor &v, const Ten
   ScalarType dtype = q.scalar_type();
   ScalarType gate_dtype = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   sl_dtype c_dtype = dtype_of(q, "q");
-  check_tensor("k", k, {B, Hkv, Nk, D}, dtype, "[batch, heads_kv, n_k, head_dim]", q);
-  check_tensor("v", v, {B, Hkv, Nk, Dv}, dtype, "[batch, heads_kv, n_k, head_dim_v]", q);
-  check_tensor("a", a, {B, Hq, Nq}, gate_dtype, "[batch, heads_q, n_q]", q);
-  check_tensor("b", b, {B, Hkv, Nk}, gate_dtype, "[batch, heads_kv, n_k]", q);
-  if (logit_tau) check_tensor("logit_tau", *logit_tau, {B, Hq}, gate_dtype, "[batch, heads_q]", q);
-  if (key_range) check_tensor("key_range", *key_range, {B, 2}, ScalarType::Long, "[batch, 2]", q);
-  if (q_offset) check_tensor("q_offset", *q_offset, {B}, ScalarType::Long, "[batch]", q);
-  if (text_begin) check_tensor("text_begin", *text_begin, {B}, ScalarType::Long, "[batch]", q);
+  check_input("k", k, {B, Hkv, Nk, D}, dtype, "[batch, heads_kv, n_k, head_dim]", q);
+  check_input("v", v, {B, Hkv, Nk, Dv}, dtype, "[batch, heads_kv, n_k, head_dim_v]", q);
+  check_input("a", a, {B, Hq, Nq}, gate_dtype, "[batch, heads_q, n_q]", q);
+  check_input("b", b, {B, Hkv, Nk}, gate_dtype, "[batch, heads_kv, n_k]", q);
+  if (logit_tau) check_input("logit_tau", *logit_tau, {B, Hq}, gate_dtype, "[batch, heads_q]", q);
+  if (key_range) check_input("key_range", *key_range, {B, 2}, ScalarType::Long, "[batch, 2]", q);
+  if (q_offset) check_input("q_offset", *q_offset, {B}, ScalarType::Long, "[batch]", q);
+  if (text_begin) check_input("text_begin", *text_begin, {B}, ScalarType::Long, "[batch]", q);
   if (attn_mask) check_mask(*attn_mask, {B, Hq, Nq, Nk}, q);
-  if (alibi_slopes) check_tensor("alibi_slopes", *alibi_slopes, {B, Hq}, gate_dtype, "[batch, heads_q]", q);
+  if (alibi_slopes) check_input("alibi_slopes", *alibi_slopes, {B, Hq}, gate_dtype, "[batch, heads_q]", q);
   int64_t gate_channels = 0;
   if (output_gate) {
     gate_channels = output_gate->dim() == 4 && output_gate->size(3) == 1 ? 1 : Dv;
-    check_tensor("output_gate", *output_gate, {B, Hq, Nq, gate_channels}, dtype,
+    check_input("output_gate", *output_gate, {B, Hq, Nq, gate_channels}, dtype,
                  "[batch, heads_q, n_q, 1 or head_dim_v]", q);
   }
-  if (dropout_seed) check_tensor("dropout_seed", *dropout_seed, {1}, ScalarType::Long, "[1]", q);
+  if (dropout_seed) check_input("dropout_seed", *dropout_seed, {1}, ScalarType::Long, "[1]", q);
 
   sl_gated_attention_args sizes{};
   sizes.dtype = c_dtype;
@@ -155,10 +102,7 @@ Inputs check_inputs(const Tensor &q, const Tensor &k, const Tensor &v, const Ten
   args.output_gate_channels = gate_channels;
   args.dropout_seed = integers_of(in.dropout_seed);
   args.alibi_slopes = in.alibi_slopes ? in.alibi_slopes->const_data_ptr() : nullptr;
-  if (in.attn_mask && in.attn_mask->numel()) {
-    bool is_bool = in.attn_mask->scalar_type() == ScalarType::Bool;
-    args.attn_mask = view_mask(*in.attn_mask, is_bool ? SL_BOOL : dtype_of(*in.attn_mask, "attn_mask"));
-  }
+  args.attn_mask = view_mask(in.attn_mask);
   return in;
 }
 
@@ -217,11 +161,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_attenti
   sl_gated_attention_args &args = in.args;
   args.executor = &in.executor;
   std::vector<int64_t> out_shape = {args.batch, args.heads_q, args.n_q, args.head_dim_v};
-  check_tensor("dout", dout, out_shape, in.dtype, "[batch, heads_q, n_q, head_dim_v]", q);
-  check_tensor("out", out, out_shape, in.dtype, "[batch, heads_q, n_q, head_dim_v]", q);
+  check_input("dout", dout, out_shape, in.dtype, "[batch, heads_q, n_q, head_dim_v]", q);
+  check_input("out", out, out_shape, in.dtype, "[batch, heads_q, n_q, head_dim_v]", q);
   for (const auto &[name, tensor] : {std::pair<const char *, OptionalTensor>{"lse", lse}, {"dlse", dlse}}) {
     if (!tensor) continue;
-    check_tensor(name, *tensor, {args.batch, args.heads_q, args.n_q}, in.gate_dtype, "[batch, heads_q, n_q]", q);
+    check_input(name, *tensor, {args.batch, args.heads_q, args.n_q}, in.gate_dtype, "[batch, heads_q, n_q]", q);
   }
   Tensor dout_rows = with_dense_rows(dout), out_rows = with_dense_rows(out);
   std::vector<int64_t> mask_shape = {0};

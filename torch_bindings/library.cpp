@@ -105,6 +105,7 @@ Tensor empty(const std::vector<int64_t> &sizes, ScalarType dtype, const Tensor &
 STABLE_TORCH_LIBRARY(sluice, library) {
   library.def(SL_GATED_ATTENTION_SCHEMA);
   library.def(SL_GATED_ATTENTION_BACKWARD_SCHEMA);
+  library.def(SL_GATED_ATTENTION_PAGED_SCHEMA);
   library.def(SL_ACCUMULATE_SCHEMA);
   library.def(SL_MEASURE_GRADIENT_SCHEMA);
   library.def(SL_READ_ACCUMULATOR_SCHEMA);

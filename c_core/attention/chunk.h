@@ -16,10 +16,11 @@ enum {
 
 typedef struct sl_key_chunk {
   int64_t begin, end; /* its tokens, before sorting */
-  int64_t count;      /* end - begin */
+  int64_t count;      /* end - begin, less those that lie in holes of a paged cache */
   int64_t capacity;   /* keys for which there is memory: the capacity of the depths */
   bool sorted;
   int32_t *index;                                    /* [capacity] tokens in packed order */
+  int32_t *row;                                      /* [capacity] their token rows; index itself where not paged */
   float *b;                                          /* [capacity] clamped, NaN first, then falling (if sorted) */
   float *exp_minus_b;                                /* [capacity] */
   void *k_columns, *v_depths, *v_columns, *k_depths; /* NULL where not wanted */
@@ -31,6 +32,9 @@ void sl_key_chunk_take(sl_key_chunk *chunk, sl_arena *arena, const sl_attention_
 /* Sorts (or not) and packs the keys [begin, end) of one key head. At most SL_ATTENTION_MAX_CHUNK keys. */
 void sl_key_chunk_fill(sl_key_chunk *chunk, const sl_attention_plan *plan, int64_t batch, int64_t head_kv,
                        int64_t begin, int64_t end, bool sorted);
+
+/* How many keys of a chunk in order of position lie at or before `position`. */
+int64_t sl_key_chunk_count_up_to(const sl_key_chunk *chunk, int64_t position);
 
 /* How many leading keys of a sorted chunk each row keeps: those with not (a + b < tau). a falls, NaN first. */
 void sl_key_chunk_find_prefixes(const sl_key_chunk *chunk, const float *a, int64_t rows, float tau, int32_t *lengths);

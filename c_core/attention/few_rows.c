@@ -5,6 +5,7 @@
 
 #include "attention/dropout.h"
 #include "attention/forward.h"
+#include "attention/key_rows.h"
 #include "attention/pair_score.h"
 #include "attention/rows.h"
 #include "attention/score_bend.h"
@@ -21,25 +22,34 @@ typedef struct few_row {
   float query[SL_ATTENTION_MAX_HEAD_DIM];
   sl_dropout_row dropout;
   int64_t kept;
-  int32_t key[KEYS];
+  int32_t key[KEYS], token_row[KEYS];
   float gate[KEYS];
   float score[KEYS];
 } few_row;
 
-static void keep_keys(few_row *row, const sl_gated_attention_args *args, int64_t sinks, int64_t begin, int64_t end) {
-  const float *b = sl_attention_at3(&args->b, row->rows.batch, row->rows.head_kv, 0);
+static void keep_of_run(few_row *row, const sl_gated_attention_args *args, int64_t sinks, int64_t begin,
+                        const sl_key_run *run) {
   bool masked = args->attn_mask.data || args->sliding_window > 0;
-  row->kept = 0;
-  for (int64_t key = begin; key < end; ++key) {
+  for (int64_t key = begin; key < run->end; ++key) {
     if (masked &&
         !sl_attention_pair_is_seen(args, row->rows.batch, row->rows.head, *row->rows.token, row->position, key)) {
       continue;
     }
-    float z = *row->rows.a + sl_attention_clamp_logit(b[key * args->b.token_stride]);
+    float z = *row->rows.a + sl_attention_clamp_logit(run->b[(key - begin) * args->b.token_stride]);
     bool near = key < sinks || llabs(row->position - key) < args->window;
     if (!near && z < row->rows.logit_tau && !(args->causal && key == row->position)) continue;
     row->key[row->kept] = (int32_t)key;
+    row->token_row[row->kept] = (int32_t)(run->row + key - begin);
     row->gate[row->kept++] = near ? 1 : 1 / (1 + expf(-z));
+  }
+}
+
+static void keep_keys(few_row *row, const sl_gated_attention_args *args, int64_t sinks, int64_t begin, int64_t end) {
+  row->kept = 0;
+  while (begin < end) {
+    sl_key_run run = sl_attention_key_run(args, row->rows.batch, row->rows.head_kv, begin, end);
+    if (run.row >= 0) keep_of_run(row, args, sinks, begin, &run);
+    begin = run.end;
   }
 }
 
@@ -47,7 +57,7 @@ static void attend_to_kept(few_row *row, const sl_attention_plan *plan, const sl
                            const sl_token_rows *v) {
   float *sum = row->rows.sum, *maximum = row->rows.maximum, *out = row->rows.out;
   float scale = plan->scale_log2e, largest = *maximum;
-  plan->kernel->dot_rows(row->query, k, row->key, row->kept, row->score);
+  plan->kernel->dot_rows(row->query, k, row->token_row, row->kept, row->score);
   for (int64_t i = 0; i < row->kept && plan->bends_scores; ++i) {
     float bend;
     row->score[i] = sl_score_bend_pair(plan, row->rows.batch, row->rows.head, *row->rows.token, row->position,
@@ -67,7 +77,7 @@ static void attend_to_kept(few_row *row, const sl_attention_plan *plan, const sl
     *sum += weight;
     row->score[i] = sl_dropout_keeps(&row->dropout, row->key[i]) ? weight * row->gate[i] : 0;
   }
-  plan->kernel->add_rows(out, row->score, v, row->key, row->kept);
+  plan->kernel->add_rows(out, row->score, v, row->token_row, row->kept);
 }
 
 static void run_row(void *context, int64_t worker, int64_t task) {
@@ -90,8 +100,8 @@ static void run_row(void *context, int64_t worker, int64_t task) {
   row.dropout = sl_dropout_of_row(args, batch, head, query);
   row.position = query + sl_attention_q_offset(args, batch);
   sl_token_rows q = sl_attention_token_rows(args, &args->q, batch, head, args->head_dim);
-  sl_token_rows k = sl_attention_token_rows(args, &args->k, batch, row.rows.head_kv, args->head_dim);
-  sl_token_rows v = sl_attention_token_rows(args, &args->v, batch, row.rows.head_kv, args->head_dim_v);
+  sl_token_rows k = sl_attention_key_rows(args, &args->k, batch, row.rows.head_kv, args->head_dim);
+  sl_token_rows v = sl_attention_key_rows(args, &args->v, batch, row.rows.head_kv, args->head_dim_v);
   for (int64_t c = 0; c < args->head_dim; ++c) row.query[c] = 0;
   plan->kernel->add_rows(row.query, &plan->factor, &q, &token, 1);
   sl_key_bounds bounds = sl_attention_key_bounds(args, batch);

@@ -21,6 +21,17 @@ static int64_t offset3(const sl_tensor3 *tensor, int64_t batch, int64_t head, in
   return batch * tensor->batch_stride + head * tensor->head_stride + token * tensor->token_stride;
 }
 
+/* Where a key lies: the places of the first and of the third dimension of k, v and b. */
+typedef struct key_place {
+  int64_t entry, token;
+} key_place;
+
+/* In a paged cache `entry` is a block; below 0 in a hole. */
+static key_place find_key(const sl_gated_attention_args *args, int64_t batch, int64_t key) {
+  if (!args->block_table) return (key_place){batch, key};
+  return (key_place){args->block_table[batch * args->max_blocks + key / args->block_size], key % args->block_size};
+}
+
 static double clamp_logit(double logit) {
   if (logit > (double)SL_GATE_LOGIT_LIMIT) return (double)SL_GATE_LOGIT_LIMIT;
   if (logit < -(double)SL_GATE_LOGIT_LIMIT) return -(double)SL_GATE_LOGIT_LIMIT;
@@ -41,12 +52,12 @@ typedef struct query_row {
   double lse;
 } query_row;
 
-static double gate_sum(const query_row *row, int64_t key) {
+static double gate_sum(const query_row *row, key_place place) {
   const sl_gated_attention_args *args = row->args;
   double a =
       clamp_logit(sl_element_load(row->gate_dtype, args->a.data, offset3(&args->a, row->batch, row->head, row->query)));
-  double b =
-      clamp_logit(sl_element_load(row->gate_dtype, args->b.data, offset3(&args->b, row->batch, row->head_kv, key)));
+  double b = clamp_logit(
+      sl_element_load(row->gate_dtype, args->b.data, offset3(&args->b, place.entry, row->head_kv, place.token)));
   return row->gate_dtype == SL_F64 ? a + b : (double)((float)a + (float)b);
 }
 
@@ -62,12 +73,15 @@ static void choose_keys(query_row *row) {
   sl_dropout_row dropout = sl_dropout_of_row(args, row->batch, row->head, row->query);
   for (int64_t key = 0; key < args->n_k; ++key) {
     row->dropout[key] = sl_dropout_keeps(&dropout, (int32_t)key) ? 1 / (1 - args->dropout_p) : 0;
-    int valid = key >= key_begin && key < key_end &&
-                sl_attention_pair_is_seen(args, row->batch, row->head, row->query, position, key);
-    double z = gate_sum(row, key);
+    row->kept[key] = 0;
+    if (key < key_begin || key >= key_end) continue;
+    key_place place = find_key(args, row->batch, key);
+    if (place.entry < 0) continue;
+    bool seen = sl_attention_pair_is_seen(args, row->batch, row->head, row->query, position, key);
+    double z = gate_sum(row, place);
     row->near[key] = llabs(position - key) < args->window || key - text_begin < args->sinks;
     row->gate[key] = row->near[key] ? 1 : 1 / (1 + exp(-z));
-    row->kept[key] = (char)(valid && (row->near[key] || !(z < threshold) || (args->causal && key == position)));
+    row->kept[key] = (char)(seen && (row->near[key] || !(z < threshold) || (args->causal && key == position)));
   }
 }
 
@@ -79,7 +93,8 @@ static void compute_softmax(query_row *row) {
   for (int64_t key = 0; key < args->n_k; ++key) {
     row->score[key] = 0;
     if (!row->kept[key]) continue;
-    int64_t k_offset = offset4(&args->k, row->batch, row->head_kv, key);
+    key_place place = find_key(args, row->batch, key);
+    int64_t k_offset = offset4(&args->k, place.entry, row->head_kv, place.token);
     double dot = 0;
     for (int64_t d = 0; d < args->head_dim; ++d) {
       dot += sl_element_load(args->dtype, args->q.data, q_offset + d) *
@@ -157,7 +172,9 @@ sl_status sl_gated_attention_reference(const sl_gated_attention_args *args) {
           double sum = 0;
           for (int64_t key = 0; key < args->n_k; ++key) {
             if (!row.kept[key]) continue;
-            double value = sl_element_load(args->dtype, args->v.data, offset4(&args->v, batch, row.head_kv, key) + d);
+            key_place place = find_key(args, batch, key);
+            int64_t v_offset = offset4(&args->v, place.entry, row.head_kv, place.token);
+            double value = sl_element_load(args->dtype, args->v.data, v_offset + d);
             sum += row.score[key] * row.gate[key] * row.dropout[key] * value;
           }
           sum *= output_gate(args, batch, head, query, d);

@@ -6,6 +6,7 @@
 
 #include "attention/chunk.h"
 #include "attention/dropout.h"
+#include "attention/key_rows.h"
 #include "attention/output_gate.h"
 #include "attention/score_bend.h"
 #include "runtime/number.h"
@@ -53,8 +54,8 @@ static void order_queries(sl_query_rows *rows, const sl_attention_plan *plan, co
 static void attend_to_self(sl_query_rows *rows, const sl_attention_plan *plan, int64_t begin) {
   const sl_gated_attention_args *args = plan->args;
   sl_token_rows q = sl_attention_token_rows(args, &args->q, rows->batch, rows->head, args->head_dim);
-  sl_token_rows k = sl_attention_token_rows(args, &args->k, rows->batch, rows->head_kv, args->head_dim);
-  sl_token_rows v = sl_attention_token_rows(args, &args->v, rows->batch, rows->head_kv, args->head_dim_v);
+  sl_token_rows k = sl_attention_key_rows(args, &args->k, rows->batch, rows->head_kv, args->head_dim);
+  sl_token_rows v = sl_attention_key_rows(args, &args->v, rows->batch, rows->head_kv, args->head_dim_v);
   sl_key_bounds bounds = sl_attention_key_bounds(args, rows->batch);
   int32_t row_of[SL_ATTENTION_MAX_CHUNK];
   for (int64_t r = 0; r < rows->count; ++r) row_of[rows->token[r] - begin] = (int32_t)r;
@@ -62,22 +63,24 @@ static void attend_to_self(sl_query_rows *rows, const sl_attention_plan *plan, i
     int64_t r = row_of[i];
     int32_t key = rows->position[r];
     if (key < bounds.sinks || key >= bounds.end) continue;
+    sl_key_run self = sl_attention_key_run(args, rows->batch, rows->head_kv, key, key + 1);
+    if (self.row < 0) continue;
+    int32_t key_row = (int32_t)self.row;
     float query[SL_ATTENTION_MAX_HEAD_DIM], score;
     memset(query, 0, (size_t)args->head_dim * sizeof(float));
     plan->kernel->add_rows(query, &plan->factor, &q, rows->token + r, 1);
-    plan->kernel->dot_rows(query, &k, &key, 1, &score);
+    plan->kernel->dot_rows(query, &k, &key_row, 1, &score);
     if (plan->bends_scores) {
       float bend;
       score = sl_score_bend_pair(plan, rows->batch, rows->head, rows->token[r], key, key, score, &bend);
     }
     if (score == -INFINITY) continue; /* weighs nothing */
-    float b = sl_attention_clamp_logit(*sl_attention_at3(&args->b, rows->batch, rows->head_kv, key));
-    float gate = 1 / (1 + rows->exp_minus_a[r] * expf(-b));
+    float gate = 1 / (1 + rows->exp_minus_a[r] * expf(-sl_attention_clamp_logit(*self.b)));
     rows->maximum[r] = score;
     rows->sum[r] = isfinite(score) ? 1 : NAN;
     sl_dropout_row dropout = sl_dropout_of_row(args, rows->batch, rows->head, rows->token[r]);
     if (!sl_dropout_keeps(&dropout, key)) continue;
-    plan->kernel->add_rows(rows->out + r * plan->row_stride_v, &gate, &v, &key, 1);
+    plan->kernel->add_rows(rows->out + r * plan->row_stride_v, &gate, &v, &key_row, 1);
   }
 }
 

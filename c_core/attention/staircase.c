@@ -79,7 +79,7 @@ static bool count_positions(sl_staircase *staircase, const sl_query_rows *rows, 
   bool lengthened = false;
   for (int64_t r = rows->count - 1; r >= 0; --r) {
     int64_t highest = limited ? staircase->highest[r] : chunk->end - 1;
-    int64_t wanted = smaller(larger(highest - chunk->begin + 1, 0), chunk->count);
+    int64_t wanted = sl_key_chunk_count_up_to(chunk, highest);
     lengthened |= wanted < longest;
     longest = larger(longest, wanted);
     staircase->lengths[r] = (int32_t)longest;
@@ -155,14 +155,14 @@ void sl_staircase_walk(sl_staircase *staircase, const sl_query_rows *rows, const
     sl_key_chunk_find_prefixes(chunk, rows->a, rows->count, rows->logit_tau, staircase->lengths);
   } else {
     lengthened = count_positions(staircase, rows, chunk, limited);
-    start = larger(limits.lowest_least - chunk->begin, 0) / SL_ATTENTION_STRIDE * SL_ATTENTION_STRIDE;
+    start = sl_key_chunk_count_up_to(chunk, limits.lowest_least - 1) / SL_ATTENTION_STRIDE * SL_ATTENTION_STRIDE;
   }
   int64_t count = rows->count;
   for (; start < staircase->lengths[0]; start += plan->block) {
     while (staircase->lengths[count - 1] <= start) --count;
     bool masked = !whole;
     if (!chunk->sorted) {
-      int64_t first = chunk->begin + start, last = smaller(chunk->end - 1, first + plan->block - 1);
+      int64_t first = chunk->index[start], last = chunk->index[smaller(chunk->count, start + plan->block) - 1];
       masked = limits.lowest_most > first || (lengthened && limits.highest_least < last);
     }
     cut_lengths(staircase, start, count);

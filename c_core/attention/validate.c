@@ -26,6 +26,20 @@ static sl_status check_dtype(sl_dtype dtype) {
   return SL_OK;
 }
 
+/* Sizes of a paged cache. */
+static sl_status check_pages(const sl_gated_attention_args *args) {
+  SL_CHECK(check_count("block_size", args->block_size, 1, largest_count));
+  SL_CHECK(check_count("blocks", args->blocks, 0, largest_count));
+  SL_CHECK(check_count("max_blocks", args->max_blocks, 0, largest_count));
+  int64_t product;
+  bool overflow = __builtin_mul_overflow(args->blocks, args->block_size, &product) ||
+                  __builtin_mul_overflow(product, args->heads_kv, &product) || product > largest_product;
+  SL_REQUIRE(!overflow, SL_OUT_OF_RANGE,
+             "blocks * block_size * heads_kv is %lld * %lld * %lld, expected a product of at most 2^46",
+             (long long)args->blocks, (long long)args->block_size, (long long)args->heads_kv);
+  return SL_OK;
+}
+
 static sl_status check_sizes(const sl_gated_attention_args *args) {
   SL_CHECK(check_dtype(args->dtype));
   SL_CHECK(check_count("batch", args->batch, 0, largest_count));
@@ -41,6 +55,7 @@ static sl_status check_sizes(const sl_gated_attention_args *args) {
   SL_REQUIRE(args->heads_q % args->heads_kv == 0, SL_INVALID_ARGUMENT,
              "heads_q is %lld, expected a multiple of heads_kv, which is %lld", (long long)args->heads_q,
              (long long)args->heads_kv);
+  if (args->block_table) SL_CHECK(check_pages(args));
   int64_t tokens = args->n_q > args->n_k ? args->n_q : args->n_k;
   int64_t product;
   bool overflow = __builtin_mul_overflow(args->batch, args->heads_q, &product) ||
@@ -88,6 +103,44 @@ static sl_status check_masks(const sl_gated_attention_args *args, sl_attention_t
   return SL_OK;
 }
 
+/* Rows of k and v are named by one number, block * rows + row. */
+static sl_status check_page_strides(const sl_gated_attention_args *args) {
+  const sl_tensor4 *k = &args->k, *v = &args->v;
+  bool whole = k->token_stride > 0 && v->token_stride > 0 && k->batch_stride % k->token_stride == 0 &&
+               v->batch_stride % v->token_stride == 0;
+  SL_REQUIRE(whole && k->batch_stride / k->token_stride == v->batch_stride / v->token_stride, SL_INVALID_ARGUMENT,
+             "the strides from block to block are %lld in k and %lld in v, those from token to token %lld and %lld, "
+             "expected one to be the same multiple of the other in both",
+             (long long)k->batch_stride, (long long)v->batch_stride, (long long)k->token_stride,
+             (long long)v->token_stride);
+  int64_t rows = k->batch_stride / k->token_stride;
+  SL_REQUIRE(rows >= 0 && (rows == 0 || args->blocks <= largest_count / rows), SL_OUT_OF_RANGE,
+             "the stride from block to block is %lld rows, with blocks = %lld, expected at most 2^31 rows",
+             (long long)rows, (long long)args->blocks);
+  return SL_OK;
+}
+
+/* Every block that a valid key needs. */
+static sl_status check_block_table(const sl_gated_attention_args *args) {
+  if (args->batch == 0 || args->n_k == 0) return SL_OK;
+  SL_CHECK(check_page_strides(args));
+  for (int64_t batch = 0; batch < args->batch; ++batch) {
+    int64_t begin = args->key_range ? args->key_range[2 * batch] : 0;
+    int64_t end = args->key_range ? args->key_range[2 * batch + 1] : args->n_k;
+    if (begin == end) continue;
+    SL_REQUIRE((end - 1) / args->block_size < args->max_blocks, SL_INVALID_ARGUMENT,
+               "batch entry %lld has keys up to %lld, expected at most max_blocks * block_size = %lld * %lld",
+               (long long)batch, (long long)end, (long long)args->max_blocks, (long long)args->block_size);
+    for (int64_t column = begin / args->block_size; column <= (end - 1) / args->block_size; ++column) {
+      int32_t block = args->block_table[batch * args->max_blocks + column];
+      SL_REQUIRE(-1 <= block && block < args->blocks, SL_INVALID_ARGUMENT,
+                 "block_table[%lld][%lld] is %d, expected 0 <= block < %lld, or -1 where the keys were dropped",
+                 (long long)batch, (long long)column, (int)block, (long long)args->blocks);
+    }
+  }
+  return SL_OK;
+}
+
 static sl_status check_key_range(const sl_gated_attention_args *args) {
   for (int64_t batch = 0; args->key_range && batch < args->batch; ++batch) {
     int64_t begin = args->key_range[2 * batch], end = args->key_range[2 * batch + 1];
@@ -101,6 +154,12 @@ static sl_status check_key_range(const sl_gated_attention_args *args) {
 static sl_status check_places(const sl_gated_attention_args *args) {
   for (int64_t batch = 0; args->q_offset && batch < args->batch; ++batch) {
     int64_t offset = args->q_offset[batch];
+    if (args->block_table) {
+      SL_REQUIRE(-args->n_q <= offset && offset <= args->n_k - args->n_q, SL_INVALID_ARGUMENT,
+                 "q_offset[%lld] is %lld, expected -n_q = %lld <= q_offset <= n_k - n_q = %lld", (long long)batch,
+                 (long long)offset, (long long)-args->n_q, (long long)(args->n_k - args->n_q));
+      continue;
+    }
     SL_REQUIRE(0 <= offset && offset <= args->n_k - args->n_q, SL_INVALID_ARGUMENT,
                "q_offset[%lld] is %lld, expected 0 <= q_offset <= n_k - n_q = %lld, so that the queries lie among the "
                "keys",
@@ -121,6 +180,11 @@ sl_status sl_gated_attention_validate(const sl_gated_attention_args *args, sl_at
   if (tensors == SL_NO_TENSORS) return SL_OK;
   int64_t queries = args->batch * args->heads_q * args->n_q;
   int64_t keys = args->batch * args->heads_kv * args->n_k;
+  if (args->block_table) {
+    SL_REQUIRE(tensors == SL_FORWARD_TENSORS, SL_UNSUPPORTED,
+               "block_table is given, expected NULL: a paged cache has no gradient");
+    keys = args->blocks * args->heads_kv * args->block_size;
+  }
   SL_CHECK(check_pointer("q", args->q.data, queries));
   SL_CHECK(check_pointer("k", args->k.data, keys));
   SL_CHECK(check_pointer("v", args->v.data, keys));
@@ -128,6 +192,7 @@ sl_status sl_gated_attention_validate(const sl_gated_attention_args *args, sl_at
   SL_CHECK(check_pointer("b", args->b.data, keys));
   SL_CHECK(check_pointer("out", args->out.data, queries));
   SL_CHECK(check_key_range(args));
+  if (args->block_table) SL_CHECK(check_block_table(args));
   SL_CHECK(check_places(args));
   SL_CHECK(check_masks(args, tensors));
   SL_REQUIRE(args->dropout_seed || args->dropout_p == 0, SL_INVALID_ARGUMENT,

@@ -22,6 +22,14 @@
  *               the left changes nothing. Below it where the first keys of the text are gone (a cache that slides).
  *               -2^31 <= text_begin <= key_begin.
  *
+ * PAGES  Where block_table is given, k, v and b are a cache of blocks that sequences take in any order, [blocks, Hkv,
+ *     block_size, D], [.., Dv] and [.., ] by their strides (batch_stride is that from block to block). Key j of batch
+ *     entry i is row j % block_size of block block_table[i][j / block_size]. A block of -1 is a hole: its keys are not
+ *     valid, as if masked; they were dropped, and later keys keep their places. Columns that no valid key (key_range)
+ *     needs are not looked at. q_offset may be as low as -n_q: queries before the text see nothing under causal.
+ *     Strides of k and v: from block to block a multiple of that from token to token, the same one in both.
+ *     Forward on the CPU only; the backward and CUDA give SL_UNSUPPORTED.
+ *
  * SCORES  What happens to a score between the product and the softmax, each left out by default:
  *   softcap        r is bent so that it stays within (-softcap, softcap), as in Gemma 2.
  *   alibi_slopes   slope of a head: a score falls with the distance of its pair (ALiBi, arXiv 2108.12409).
@@ -62,6 +70,12 @@
  *                           float softcap, float dropout_p, float scale, bool mask_gradient)
  *                           -> (Tensor dq, Tensor dk, Tensor dv, Tensor da, Tensor db, Tensor dattn_mask,
  *                               Tensor doutput_gate)
+ *   sluice::gated_attention_paged(Tensor q, Tensor k_cache, Tensor v_cache, Tensor a, Tensor b_cache,
+ *                           Tensor block_table, Tensor seqlens_k, Tensor? logit_tau, Tensor? q_offset,
+ *                           Tensor? attn_mask, Tensor? alibi_slopes, bool causal, int window, int sinks,
+ *                           int sliding_window, float softcap, float scale) -> (Tensor out, Tensor lse)
+ *       key_range is [0, seqlens_k), q_offset without a value seqlens_k - n_q. Attention alone has no gradient here:
+ *       tensors that require one are refused.
  *
  * SHAPES  q [B, Hq, Nq, D]  k [B, Hkv, Nk, D]  v [B, Hkv, Nk, Dv]  a [B, Hq, Nq]  b [B, Hkv, Nk]
  *         logit_tau [B, Hq] (absent: tau = 0)   key_range [B, 2] int64, begin and end (absent: all keys)
@@ -73,6 +87,8 @@
  *         out [B, Hq, Nq, Dv]  lse, dlse [B, Hq, Nq] (dlse absent: 0).
  *         Hq is a multiple of Hkv; query head h reads key head h / (Hq / Hkv).
  *         1 <= D, Dv <= 256. B, Nq may be 0 (empty results); Nk may be 0 (all rows empty).
+ *         gated_attention_paged: k_cache [blocks, block_size, Hkv, D]  v_cache [.., Dv]  b_cache [.., Hkv]
+ *         block_table [B, max_blocks] int32   seqlens_k [B] int32 or int64   Nk of attn_mask: max_blocks * block_size
  * DTYPES  q, k, v, output_gate, out, dout, dq, dk, dv, doutput_gate: one of float32, bfloat16, float16, float64.
  *         a, b, logit_tau, alibi_slopes, lse, dlse, da, db, dattn_mask: float32, with float64 inputs float64.
  *         attn_mask: bool, float32, bfloat16, float16 or float64, rounded to the former. Half-precision inputs are
@@ -101,6 +117,11 @@
   "Tensor? alibi_slopes, Tensor? output_gate, Tensor? dropout_seed, Tensor out, Tensor lse, bool causal, "       \
   "int window, int sinks, int sliding_window, float softcap, float dropout_p, float scale, bool mask_gradient) " \
   "-> (Tensor dq, Tensor dk, Tensor dv, Tensor da, Tensor db, Tensor dattn_mask, Tensor doutput_gate)"
+
+#define SL_GATED_ATTENTION_PAGED_SCHEMA                                                                            \
+  "gated_attention_paged(Tensor q, Tensor k_cache, Tensor v_cache, Tensor a, Tensor b_cache, Tensor block_table, " \
+  "Tensor seqlens_k, Tensor? logit_tau, Tensor? q_offset, Tensor? attn_mask, Tensor? alibi_slopes, bool causal, "  \
+  "int window, int sinks, int sliding_window, float softcap, float scale) -> (Tensor out, Tensor lse)"
 
 /* |a| and |b| are clamped to this, so that exp(-a) * exp(-b) stays finite in float32. */
 #define SL_GATE_LOGIT_LIMIT 40.0f
@@ -149,8 +170,10 @@ typedef struct sl_gated_attention_args {
   const int64_t *dropout_seed;           /* one number; not read where dropout_p is 0 */
   int64_t dropout_first_row;             /* the number of the first (batch, head, query) row: 0, or its place in a call
                                             of which this one is a part */
-  sl_tensor4 out;                        /* written by the forward, read by the backward */
-  sl_tensor3 lse;                        /* written by the forward (data may be NULL there), read by the backward */
+  const int32_t *block_table;            /* [batch, max_blocks], contiguous; NULL: k, v, b are dense. See PAGES */
+  int64_t max_blocks, block_size, blocks;
+  sl_tensor4 out; /* written by the forward, read by the backward */
+  sl_tensor3 lse; /* written by the forward (data may be NULL there), read by the backward */
 
   /* Backward only. */
   sl_tensor4 dout;              /* read */
@@ -165,9 +188,17 @@ typedef struct sl_gated_attention_args {
   const sl_executor *executor; /* NULL: serial */
 } sl_gated_attention_args;
 
-/* Bytes of workspace that the call with these args needs. Data is not read: only whether there is a mask. */
+/* Bytes of workspace that the call with these args needs. Data is not read: only whether there is a mask or a
+ * block_table. */
 SL_API sl_status sl_gated_attention_workspace_size(const sl_gated_attention_args *args, size_t *bytes);
 SL_API sl_status sl_gated_attention_backward_workspace_size(const sl_gated_attention_args *args, size_t *bytes);
+
+/* Makes args those of a paged cache, from the lengths of its sequences: sets block_table, n_k, key_range and q_offset.
+ * Before, args hold the other sizes, q_offset as given or NULL (seqlens_k - n_q), and max_blocks, block_size and
+ * blocks. seqlens_k [batch] is int32 or int64, each 0 to max_blocks * block_size; q_offset is at most that, too.
+ * places [3 * batch] is memory in which key_range and q_offset then lie. */
+SL_API sl_status sl_gated_attention_place_pages(sl_gated_attention_args *args, const void *block_table,
+                                                const void *seqlens_k, sl_dtype seqlens_dtype, int64_t *places);
 
 SL_API sl_status sl_gated_attention(const sl_gated_attention_args *args);
 SL_API sl_status sl_gated_attention_backward(const sl_gated_attention_args *args);

@@ -59,6 +59,25 @@ def test_gated_attention_flops_are_those_of_the_kept_pairs():
     assert count_flops(lambda: out.sum().backward()) == counter.kept * (6 * d + 4 * d_v)
 
 
+def test_paged_attention_counts_what_the_dense_one_counts():
+    cache = torch_sluice.KVCache(40, 4, 2, 8)
+    sequences = [cache.allocate(), cache.allocate()]
+    a, b, _ = _gates(2, 4, 2, 5, 33)
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 33, 8), torch.randn(2, 2, 33, 8)
+    cache.append(sequences, k, v, b)
+    options = dict(causal=True, tau=0.5, window=4)
+
+    def paged():
+        where = (cache.block_table(sequences), cache.seqlens_k(sequences))
+        return torch_sluice.gated_attention_paged(q, cache.k_cache, cache.v_cache, a, cache.b_cache, *where, **options)
+
+    whole = count_flops(lambda: torch_sluice.gated_attention(q, k, v, a, b, **options))
+    assert count_flops(paged) == whole
+    freed = cache.evict(budget=3)
+    assert freed == 12
+    assert 0 < count_flops(paged) < whole
+
+
 def test_causal_sdpa_counts_half_of_the_square():
     q = torch.randn(1, 2, 16, 8)
     sdpa = nn.functional.scaled_dot_product_attention

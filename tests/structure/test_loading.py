@@ -51,9 +51,10 @@ names = sorted({name.split(".")[0] for name in torch._C._dispatch_get_all_op_nam
 for name in names:
     print(name, *(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in ("CPU", "CUDA")), built())
 """
-CPU_ONLY = (  # on other devices torch serves norms, and nothing quantises
+CPU_ONLY = (  # on other devices torch serves norms, and nothing quantises or reads pages
     *("channel_norms", "conv2d_dynamic", "gru_dynamic", "linear_dynamic", "lstm_dynamic", "pack_conv2d_weight"),
     *("pack_linear_weight", "quantize_dynamic", "unpack_linear_weight", "lookup_linear_weight"),
+    "gated_attention_paged",
 )
 OPERATORS = sorted(
     (*CPU_ONLY, "accumulate_", "gated_attention", "gated_attention_backward", "measure_gradient", "read_accumulator")

@@ -36,6 +36,11 @@ CALLS = {
         *(torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5), *attention_inputs()),
         *(torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5), True, 0, 0, 0, 0.0, 0.1, 0.3, True),
     ],
+    "gated_attention_paged": lambda: [
+        *(torch.randn(1, 2, 5, 8), torch.randn(3, 4, 2, 8), torch.randn(3, 4, 2, 8), torch.randn(1, 2, 5)),
+        *(torch.randn(3, 4, 2), torch.tensor([[2, 0]], dtype=torch.int32), torch.tensor([7]), torch.zeros(1, 2)),
+        *(torch.tensor([2]), torch.randn(1, 1, 5, 8), torch.ones(1, 2), True, 0, 0, 0, 0.0, 0.3),
+    ],
     "gru_dynamic": lambda: [
         *(torch.ones(5, 9), torch.ones(3, 4), *packed_weight(12, 9), *packed_weight(12, 4)),
         *(torch.ones(12), torch.ones(12), torch.tensor([3, 2]), [8, 8], [0, 0], False, 8, 8, 0.0, 0.0),

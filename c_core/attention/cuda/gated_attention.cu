@@ -19,6 +19,8 @@ sl_status validate(const sl_gated_attention_args *args, sl_attention_tensors ten
   SL_REQUIRE(!args->output_gate.data, SL_UNSUPPORTED,
              "output_gate is given, expected none on CUDA: multiply the output by its sigmoid");
   SL_REQUIRE(args->dropout_p == 0, SL_UNSUPPORTED, "dropout_p is %g, expected 0 on CUDA", args->dropout_p);
+  SL_REQUIRE(!args->block_table, SL_UNSUPPORTED,
+             "block_table is given, expected NULL: a paged cache has no CUDA kernel");
   sl_gated_attention_args visible = *args;
   visible.key_range = visible.q_offset = visible.text_begin = nullptr;
   return sl_gated_attention_validate(&visible, tensors);

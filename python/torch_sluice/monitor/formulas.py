@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import register_flop_formula
 
-from torch_sluice.monitor.pairs import causal_pairs, count_kept_pairs
+from torch_sluice.monitor.pairs import causal_pairs, count_kept_paged_pairs, count_kept_pairs
 
 
 class PairCache:
@@ -21,7 +21,7 @@ class PairCache:
     def count(self, q, k, a, b, *choice, forward: bool, causal, **near) -> tuple[int, int]:
         """(kept pairs, pairs that may be looked at). choice: logit_tau, key_range, q_offset, text_begin and attn_mask
         of the operator; near: window, sinks, sliding_window."""
-        if a.device.type == "meta" or isinstance(a, torch._subclasses.FakeTensor):
+        if not _has_values(a):
             # Values are not known: count as if every pair were kept.
             n_q, n_k = q.shape[2], k.shape[2]
             pairs = q.shape[0] * q.shape[1] * (causal_pairs(n_q, n_k) if causal else n_q * n_k)
@@ -44,6 +44,20 @@ def _gated_attention(
     return _times(each, pairs.count(q, k, a, b, *choice, **near, forward=True))
 
 
+def _gated_attention_paged(
+    q, k_cache, v_cache, a, b_cache, block_table, seqlens_k, logit_tau, q_offset, attn_mask, alibi_slopes, causal,
+    window, sinks, sliding_window, softcap, scale, *, pairs,
+) -> tuple[int, int]:  # fmt: skip
+    """As of the dense operator; without values, as if every key of the table were kept."""
+    each = 2 * (q.shape[3] + v_cache.shape[3])
+    if not _has_values(a):
+        count = a.numel() * block_table.shape[1] * b_cache.shape[1]
+        return _times(each, (count, count))
+    near = dict(causal=causal, window=window, sinks=sinks, sliding_window=sliding_window)
+    choice = (logit_tau, q_offset, attn_mask)
+    return _times(each, count_kept_paged_pairs(a, b_cache, block_table, seqlens_k, *choice, **near))
+
+
 def _gated_attention_backward(
     dout, dlse, q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes, output_gate,
     dropout_seed, out, lse, causal, window, sinks, sliding_window, softcap, dropout_p, scale, mask_gradient, *, pairs,
@@ -53,6 +67,10 @@ def _gated_attention_backward(
     near = dict(causal=causal, window=window, sinks=sinks, sliding_window=sliding_window)
     choice = (logit_tau, key_range, q_offset, text_begin, attn_mask)
     return _times(each, pairs.count(q, k, a, b, *choice, **near, forward=False))
+
+
+def _has_values(tensor) -> bool:
+    return tensor.device.type != "meta" and not isinstance(tensor, torch._subclasses.FakeTensor)
 
 
 def _times(each: int, pairs: tuple[int, int]) -> tuple[int, int]:
@@ -97,8 +115,7 @@ def _recurrent(each: list[int], bits) -> tuple[int, int]:
 
 def _passes(out_val) -> float:
     bits = out_val[1]
-    known = bits.numel() and bits.device.type != "meta" and not isinstance(bits, torch._subclasses.FakeTensor)
-    return 1.0 + (bits > 8).double().mean().item() if known else 1.0
+    return 1.0 + (bits > 8).double().mean().item() if bits.numel() and _has_values(bits) else 1.0
 
 
 def _present(formulas: dict[str, object]) -> dict:
@@ -106,7 +123,13 @@ def _present(formulas: dict[str, object]) -> dict:
 
 
 # Both give (executed, dense-equivalent).
-GATED = _present({"gated_attention": _gated_attention, "gated_attention_backward": _gated_attention_backward})
+GATED = _present(
+    {
+        "gated_attention": _gated_attention,
+        "gated_attention_backward": _gated_attention_backward,
+        "gated_attention_paged": _gated_attention_paged,
+    }
+)
 QUANTISED = _present(
     {
         "linear_dynamic": _linear_dynamic,

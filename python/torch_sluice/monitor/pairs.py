@@ -64,6 +64,29 @@ def count_kept_pairs(
     return kept, total
 
 
+def count_kept_paged_pairs(
+    a, b_cache, block_table, seqlens_k, logit_tau=None, q_offset=None, attn_mask=None, **options
+) -> tuple[int, int]:
+    """The same of keys in a paged cache.
+
+    Args:
+        b_cache, block_table, seqlens_k: as in :func:`torch_sluice.gated_attention_paged`.
+        attn_mask: [B or 1, Hq or 1, Nq or 1, max_blocks * block_size or 1] or None.
+        The others: as above.
+    """
+    n_k = block_table.shape[1] * b_cache.shape[1]
+    keys = torch.arange(n_k, device=a.device)
+    blocks = block_table[:, keys // b_cache.shape[1]].long()
+    held = (keys < seqlens_k[:, None]) & (blocks >= 0)
+    b = b_cache[blocks.where(held, 0), keys % b_cache.shape[1]].transpose(1, 2)
+    held = held[:, None, None]
+    if attn_mask is not None:
+        held = held & (attn_mask if attn_mask.dtype == torch.bool else attn_mask != -torch.inf)
+    if q_offset is None:
+        q_offset = seqlens_k.long() - a.shape[2]
+    return count_kept_pairs(a, b, logit_tau, q_offset=q_offset, attn_mask=held, **options)
+
+
 def causal_pairs(n_q: int, n_k: int) -> int:
     """Pairs with j <= i + n_k - n_q."""
     hidden = max(n_q - n_k, 0)  # rows that see nothing
