@@ -50,6 +50,7 @@ CAUSAL = {
     "hybrid, Gemma 3": lambda: transformers.Gemma3TextConfig(**GROUPED, **HYBRID),
     "hybrid, Qwen 3": lambda: transformers.Qwen3Config(**GROUPED, **HYBRID, use_sliding_window=True),
     "sliding": lambda: transformers.MistralConfig(**GROUPED, sliding_window=6),
+    "capped, Gemma 2": lambda: transformers.Gemma2Config(**GROUPED, **HYBRID, attn_logit_softcapping=0.5),
 }
 HALF_AND_HALF = {
     "encoder and decoder, Bart": lambda: transformers.BartConfig(**HALVES),
@@ -101,7 +102,7 @@ def test_open_gates_are_the_old_outputs(name, padded):
 
 
 @pytest.mark.filterwarnings("ignore:this attention mask is not the causal")
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "sliding"])
+@pytest.mark.parametrize("name", NAMES)
 def test_gates_that_close_learn(name):
     """Loss and density fall together, and every gate has a part in it."""
     model = swap_attention(make(name).train(), target_density=0.3, window=1, sinks=1, cross=True)

@@ -12,7 +12,7 @@ from torch_sluice.functional import gated_attention
 from torch_sluice.modes import MAX_HEAD_DIM
 from torch_sluice.swap.cache import GatedCache
 from torch_sluice.swap.dense import dense_gated_attention
-from torch_sluice.swap.masks import as_bool_mask, first_places, operator_mask, read_documents, read_mask
+from torch_sluice.swap.masks import as_bool_mask, first_places, operator_mask, range_of_keys, read_documents, read_mask
 from torch_sluice.varlen import find_runs, join_runs, split_runs
 
 # Two logits of 20 make a gate of sigmoid(40), which is exactly 1 in float32.
@@ -138,18 +138,21 @@ def attend_gated(
         if pattern is not None:
             near |= pattern.options()
             causal = pattern.causal
-    if cache is not None and options.sinks and not (mask is not None and pattern is None):
-        sizes = (q.shape[0], q.shape[2], k.shape[2])
-        places = (near.get("key_range"), near.get("q_offset"))
-        near["text_begin"] = cache.text_begin(sizes, *places, sliding_window)
+    sizes = (q.shape[0], q.shape[2], k.shape[2])
     if mask is not None and pattern is None:
-        documents = read_documents(mask, q.shape[0], q.shape[2], k.shape[2]) if causal else None
+        documents = read_documents(mask, *sizes) if causal else None
         if documents is not None:
             return _attend_documents(gate, a, b, q, k, v, mask, documents, near, dropout)
-        pattern = operator_mask(mask, q.shape[0], q.shape[2], k.shape[2], causal, options.sinks)
-        if pattern is None:
-            return _attend_densely(gate, a, b, q, k, v, mask, causal, near, dropout)
-        near |= dict(attn_mask=pattern.attn_mask, key_range=pattern.key_range, q_offset=pattern.q_offset)
+        pattern = operator_mask(mask, *sizes, causal, options.sinks)
+        if pattern is not None:
+            near |= dict(attn_mask=pattern.attn_mask, key_range=pattern.key_range, q_offset=pattern.q_offset)
+    if cache is not None and options.sinks:
+        key_range = near.get("key_range")
+        if mask is not None and pattern is None:
+            key_range = range_of_keys(mask, sizes[0])
+        near["text_begin"] = cache.text_begin(sizes, key_range, near.get("q_offset"), sliding_window)
+    if mask is not None and pattern is None:
+        return _attend_densely(gate, a, b, q, k, v, mask, causal, near, dropout)
     near["causal"] = causal
     out = attend(gate, None, q, k, v, logits=(a, b), dropout_p=dropout, **near)
     if pattern is not None and pattern.uniform is not None and sink_logits is None:  # else the sink takes such a row

@@ -48,6 +48,12 @@ def _range_of_keys(mask: Tensor) -> Tensor:
     return torch.stack((seen.to(torch.uint8).argmax(-1), _last_keys(seen) + 1), dim=-1)
 
 
+def range_of_keys(mask: Tensor, batch: int) -> Tensor:
+    """[B, 2]: the first key that any query sees by a mask of booleans or numbers, and that behind the last."""
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+    return _range_of_keys(seen).expand(batch, 2)
+
+
 def _last_keys(seen: Tensor) -> Tensor:
     """The last key that is seen, of the last dimension; -1 where none is."""
     behind = seen.flip(-1).to(torch.uint8).argmax(-1)
@@ -114,8 +120,8 @@ def _read(mask: Tensor, n_q: int, n_k: int, causal: bool) -> MaskPattern | None:
                 return MaskPattern(causal, None if everything else key_range, offset, window, uniform)
         return None
 
-    # One query alone is under the causal mask or not without a difference in the mask: the module knows.
-    kinds = (causal,) if n_q == 1 else (True, False)
+    # Small masks may be both, above all of one query: the module knows.
+    kinds = (causal,) if n_q == 1 else (causal, not causal)
     for is_causal in kinds:
         if (pattern := match(is_causal, 0)) is not None:
             return pattern
