@@ -139,6 +139,18 @@ typedef struct sl_attention_kernel {
   void (*add_rows)(float *out, const float *weights, const sl_token_rows *source, const int32_t *index, int64_t count);
 } sl_attention_kernel;
 
+/* For dot_rows and add_rows at index[j]: asks for a row that comes later, unless the rows up to it lie one behind the
+ * other: there the processor does so itself. Into the second-level cache, which can wait for more lines than the first.
+ */
+static inline void sl_attention_prefetch_row(const sl_token_rows *source, int64_t element_size, const int32_t *index,
+                                             int64_t j, int64_t count) {
+  enum { AHEAD = 16, LINE = 64 };
+  if (j + AHEAD >= count) return;
+  if (source->token_stride == source->channels && index[j + AHEAD] == index[j] + AHEAD) return;
+  const char *row = (const char *)source->data + index[j + AHEAD] * source->token_stride * element_size;
+  for (int64_t byte = 0; byte < source->channels * element_size; byte += LINE) __builtin_prefetch(row + byte, 0, 2);
+}
+
 /* The first table of kernels.def whose dtype fits and whose tier is at most isa; NULL for float64. */
 const sl_attention_kernel *sl_attention_find_kernel(sl_dtype dtype, sl_isa isa);
 

@@ -83,6 +83,7 @@ INLINE void dot_rows(sl_dtype dtype, const float *row, const sl_token_rows *sour
   int64_t channels = source->channels, whole = channels & ~INT64_C(7);
   __m256 tail = sl_avx2_load_part(SL_F32, row + whole, channels - whole);
   for (int64_t j = 0; j < count; ++j) {
+    sl_attention_prefetch_row(source, dtype == SL_F32 ? 4 : 2, index, j, count);
     const void *key = address(dtype, source->data, index[j] * source->token_stride);
     __m256 even = _mm256_setzero_ps(), odd = _mm256_setzero_ps();
     int64_t c = 0;
@@ -101,6 +102,7 @@ INLINE void add_rows(sl_dtype dtype, float *out, const float *weights, const sl_
                      const int32_t *index, int64_t count) {
   int64_t channels = source->channels;
   for (int64_t j = 0; j < count; ++j) {
+    sl_attention_prefetch_row(source, dtype == SL_F32 ? 4 : 2, index, j, count);
     const void *value = address(dtype, source->data, index[j] * source->token_stride);
     __m256 weight = _mm256_broadcast_ss(weights + j);
     for (int64_t c = 0; c < channels; c += 8) {

@@ -96,6 +96,7 @@ SL_INLINE void dot_rows(sl_dtype dtype, const float *row, const sl_token_rows *s
                         int64_t count, float *scores) {
   int64_t channels = source->channels;
   for (int64_t j = 0; j < count; ++j) {
+    sl_attention_prefetch_row(source, dtype == SL_F32 ? 4 : 2, index, j, count);
     const void *key = address(dtype, source->data, index[j] * source->token_stride);
     __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
     for (int64_t c = 0; c < channels; c += 32) {
@@ -113,6 +114,7 @@ SL_INLINE void add_rows(sl_dtype dtype, float *out, const float *weights, const 
                         const int32_t *index, int64_t count) {
   int64_t channels = source->channels;
   for (int64_t j = 0; j < count; ++j) {
+    sl_attention_prefetch_row(source, dtype == SL_F32 ? 4 : 2, index, j, count);
     const void *value = address(dtype, source->data, index[j] * source->token_stride);
     __m512 weight = _mm512_set1_ps(weights[j]);
     for (int64_t c = 0; c < channels; c += 16) {
