@@ -12,6 +12,7 @@ from benchmarks import (
     channel_norms,
     gated_attention,
     import_time,
+    kv_cache,
     monitor_overhead,
     quantize_dispatch,
     quantize_recurrent,
@@ -58,6 +59,31 @@ def test_gated_attention(rows_of, capsys):
         # One round, so the ratio of the round is that of the times.
         assert row["ratio"] == pytest.approx(row["peers"]["sdpa"] / row["seconds"])
     assert "ratio = best peer / sluice" in capsys.readouterr().out
+
+
+def test_kv_cache(rows_of, capsys):
+    sizes = "--n-k=512", "--heads=4", "--kv-heads=2", "--head-dim=16", "--repeats=1", "--batch", 1, 2
+    rows = rows_of(kv_cache, *sizes, "--density", 1, 0.25, "--dtype", "float32", "--budget", 1, 0.3, "--shuffle")
+    decode = [row for row in rows if row["operation"] == "decode"]
+    evict = [row for row in rows if row["operation"] == "evict"]
+    assert len(decode) + len(evict) == len(rows)
+    assert [(row["batch"], row["density"]) for row in decode] == [(1, 1), (1, 0.25), (2, 1), (2, 0.25)]
+    for row in decode:
+        assert row["achieved_density"] == pytest.approx(row["density"], abs=0.01)
+        assert row["peers"].keys() == {"contiguous", "sdpa", "read"}
+        assert row["ratio"] == pytest.approx(row["peers"]["sdpa"] / row["seconds"])
+        assert row["ratio_contiguous"] == pytest.approx(row["peers"]["contiguous"] / row["seconds"])
+        assert row["cache_bytes"] == row["batch"] * 512 * 2 * (2 * 16 + 1) * 4
+        keys = row["batch"] * 512 * 2
+        needed = 4 * keys * (row["achieved_density"] * 2 * 16 + 1)
+        assert row["bandwidth_share"] == pytest.approx(needed / row["seconds"] / row["bandwidth"], rel=1e-3)
+    assert [row["budget"] for row in evict] == [None, 1, 0.3]
+    by_gate, whole, part = evict
+    assert by_gate["relative_error"] == whole["relative_error"] == 0
+    assert by_gate["cache_bytes"] == whole["cache_bytes"] < by_gate["bytes_before"]
+    assert part["cache_bytes"] / part["bytes_before"] == pytest.approx(0.3, abs=0.02)
+    assert 0 < part["relative_error"] < part["peer_error"]
+    assert "ratio = sdpa / sluice" in capsys.readouterr().out
 
 
 def test_accumulate(rows_of, monkeypatch, capsys):
