@@ -187,6 +187,15 @@ TEST(AttentionCudaOnHost, FailuresNameTheirCause) {
   EXPECT_EQ(gated_attention_on_host(nullptr, nullptr), SL_INVALID_ARGUMENT);
 }
 
+TEST(AttentionCudaOnHost, APagedCacheIsRefused) {
+  AttentionProblem problem(AttentionShape{}, 1);
+  sl_gated_attention_args args = problem.args();
+  const int32_t table = 0;
+  args.block_table = &table, args.max_blocks = args.blocks = 1, args.block_size = 4;
+  EXPECT_EQ(gated_attention_on_host(&args, nullptr), SL_UNSUPPORTED);
+  EXPECT_STREQ(sl_last_error(), "block_table is given, expected NULL: a paged cache has no CUDA kernel");
+}
+
 TEST(AttentionCudaOnHost, TheStreamIsPassedOn) {
   AttentionProblem problem(AttentionShape{}, 1);
   sl_gated_attention_args args = problem.args();
