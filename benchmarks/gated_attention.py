@@ -28,11 +28,14 @@ class Case:
         self.causal = not options.full
         generator = torch.Generator().manual_seed(0)
 
-        def normal(*shape):
-            return torch.randn(options.batch, options.heads, n, *shape, generator=generator)
+        def normal(heads, *shape):
+            return torch.randn(options.batch, heads, n, *shape, generator=generator)
 
-        self.q, self.k, self.v, self.dout = (normal(options.head_dim).to(DTYPES[dtype]) for _ in range(4))
-        self.a, self.b = normal(), normal()
+        heads, kv_heads = options.heads, options.kv_heads or options.heads
+        self.grouped = kv_heads != heads
+        each = (heads, kv_heads, kv_heads, heads)
+        self.q, self.k, self.v, self.dout = (normal(count, options.head_dim).to(DTYPES[dtype]) for count in each)
+        self.a, self.b = normal(heads), normal(kv_heads)
         self.logit_tau = None if density == 1 else self.find_threshold(density)
         self.achieved = 1.0 if density == 1 else self.density_at(self.logit_tau).mean().item()
         self.scale = 1 / math.sqrt(options.head_dim)
@@ -60,9 +63,11 @@ class Case:
         return out
 
     def run_sdpa(self, q, k, v, a, b):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=self.grouped)
 
     def run_eager(self, q, k, v, a, b):
+        if self.grouped:
+            k, v, b = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v, b))
         scores = (q @ k.mT) * self.scale
         gate = a.unsqueeze(-1) + b.unsqueeze(-2)
         kept = torch.ones(self.n, self.n, dtype=torch.bool)
@@ -131,7 +136,7 @@ class Flex:
 
             def run(q, k, v):
                 with torch.no_grad():
-                    return compiled(q, k, v, block_mask=mask, scale=case.scale)
+                    return compiled(q, k, v, block_mask=mask, scale=case.scale, enable_gqa=case.grouped)
 
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -171,6 +176,7 @@ def measure(case: Case, options, flex: Flex, machine: dict) -> dict:
         "ratio": timings.ratio(best, "sluice"),
         "batch": options.batch,
         "heads": options.heads,
+        "kv_heads": options.kv_heads or options.heads,
         "head_dim": options.head_dim,
         **machine,
     }
@@ -192,6 +198,7 @@ def parse_options(arguments=None):
     parser.add_argument("--full", action="store_true", help="without the causal mask")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--kv-heads", type=int, help="key heads (default: as many as heads)")
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out: compiling takes a minute")
     options = parser.parse_args(arguments)
