@@ -2,12 +2,15 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from torch_sluice import _functorch
 from torch_sluice._errors import check_tensors
 from torch_sluice._fakes import register_fake
 from torch_sluice._operators import _check_shape, _gate_dtype
 
 OPERATOR = torch.ops.sluice.gated_attention_paged.default
+FORWARD_MODE = "sluice::gated_attention_paged has no derivatives, and none in forward mode (jvp, jacfwd, forward_ad)"
 _NAMES = ("q", "k_cache", "v_cache", "a", "b_cache", "block_table", "seqlens_k")
 _library = torch.library.Library("sluice", "FRAGMENT")  # keeps the registrations alive
 
@@ -62,6 +65,9 @@ def _fake(
 def _refuse_gradients(*arguments) -> tuple[Tensor, Tensor]:
     """The operator's kernel for autograd."""
     check_tensors(**dict(zip(_NAMES, arguments, strict=False)))
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(FORWARD_MODE)  # the tangent would be lost without a word
     if torch.is_grad_enabled():
         for argument, value in zip(OPERATOR._schema.arguments, arguments, strict=True):
             if isinstance(value, Tensor) and value.requires_grad:
@@ -69,6 +75,16 @@ def _refuse_gradients(*arguments) -> tuple[Tensor, Tensor]:
                     f"{argument.name} requires a gradient, expected none under grad mode: gated_attention_paged has no "
                     "backward; call it under torch.no_grad(), or train with torch_sluice.gated_attention"
                 )
+    with torch._C._AutoDispatchBelowAutograd():
+        return OPERATOR(*arguments)
+
+
+def run(arguments: tuple) -> tuple[Tensor, Tensor]:
+    """The operator; where nothing is differentiated past the kernel above, which is Python and costs microseconds."""
+    if torch.compiler.is_compiling() or _functorch.is_transformed() or forward_ad._current_level >= 0:
+        return OPERATOR(*arguments)
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+        return OPERATOR(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return OPERATOR(*arguments)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torch_sluice._errors import as_value_error, check_tensors
-from torch_sluice._paged import OPERATOR
+from torch_sluice._paged import run
 from torch_sluice.functional import _gates_of, _logit_tau_of, mask_of, slopes_of
 from torch_sluice.places import check_places
 
@@ -59,12 +59,13 @@ def gated_attention_paged(
     Returns:
         out [B, Hq, Nq, Dv] in the dtype of q; with ``return_lse`` the tuple (out, lse [B, Hq, Nq]).
 
-    There are no gradients. Under autocast q takes the dtype of the cache. The same inputs give the same bits, whatever
-    the number of threads, and whichever blocks are used.
+    There are no gradients; ``torch.func.vmap`` takes one call after the other. Under autocast q takes the dtype of the
+    cache. The same inputs give the same bits, whatever the number of threads, and whichever blocks are used.
 
     Raises:
         ValueError: an argument of a wrong shape, dtype, device or value, or one that requires a gradient under grad
             mode; the message names it.
+        NotImplementedError: an input with a tangent of forward-mode differentiation.
         IndexError: sizes beyond what the operator can index.
     """
     check_tensors(
@@ -80,10 +81,12 @@ def gated_attention_paged(
         scale = 1 / math.sqrt(max(q.shape[3], 1))
     of_scores = (mask_of(attn_mask), slopes_of(alibi_slopes, q, dtype))
     try:
-        out, lse = OPERATOR(
-            q, k_cache, v_cache, a, b_cache, block_table, seqlens_k, logit_tau, q_offset, *of_scores, causal, window,
-            sinks, sliding_window, softcap, scale,
-        )  # fmt: skip
+        out, lse = run(
+            (
+                *(q, k_cache, v_cache, a, b_cache, block_table, seqlens_k, logit_tau, q_offset, *of_scores),
+                *(causal, window, sinks, sliding_window, softcap, scale),
+            )
+        )
     except RuntimeError as error:
         raise as_value_error(error) from None
     return (out, lse) if return_lse else out

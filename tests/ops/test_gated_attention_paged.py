@@ -191,6 +191,23 @@ def test_a_gradient_is_refused_by_name(index):
         gated_attention_paged(*arguments)
 
 
+def test_forward_mode_is_refused():
+    (q, *rest), _ = case()
+    with pytest.raises(NotImplementedError, match="gated_attention_paged has no derivatives, and none in forward mode"):
+        torch.func.jvp(lambda q: gated_attention_paged(q, *rest), (q,), (q,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="none in forward mode"):
+        gated_attention_paged(torch.autograd.forward_ad.make_dual(q, q), *rest)
+    with pytest.raises(ValueError, match="q requires a gradient"):
+        torch.func.grad(lambda q: gated_attention_paged(q, *rest).sum())(q)
+
+
+def test_vmap():
+    (q, *rest), _ = case()
+    found = torch.func.vmap(lambda q: gated_attention_paged(q, *rest, causal=True))(torch.stack((q, -q)))
+    for got, each in zip(found, (q, -q), strict=True):
+        assert torch.equal(got, gated_attention_paged(each, *rest, causal=True))
+
+
 def test_nothing_gives_nothing():
     (q, k, v, a, b, table, lengths), _ = case()
     assert gated_attention_paged(q[:0], k, v, a[:0], b, table[:0], lengths[:0]).shape == (0, 4, 3, 12)
