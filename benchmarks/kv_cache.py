@@ -75,7 +75,7 @@ class Case:
         return torch.ops.sluice.gated_attention_paged(*inputs, *options)[0]
 
     def run_contiguous(self, logit_tau=None):
-        options = (*[None] * 5, True, 0, 0, 0, 0.0, self.scale)
+        options = (*[None] * 7, True, 0, 0, 0, 0.0, 0.0, self.scale)
         return torch.ops.sluice.gated_attention(self.q, self.k, self.v, self.a, self.b, logit_tau, *options)[0]
 
     def run_sdpa(self):
@@ -135,7 +135,7 @@ def attend_to_newest(case: Case, blocks: int, logit_tau, window: int, sinks: int
     size, n_k = case.options.block_size, case.options.n_k
     column = torch.arange(n_k) // size
     mask = (column == 0) | (column > column[-1] - (blocks - 1))
-    options = (None, None, None, mask.view(1, 1, 1, n_k), None, True, window, sinks, 0, 0.0, case.scale)
+    options = (None, None, None, mask.view(1, 1, 1, n_k), *[None] * 3, True, window, sinks, 0, 0.0, 0.0, case.scale)
     return torch.ops.sluice.gated_attention(case.q, case.k, case.v, case.a, case.b, logit_tau, *options)[0]
 
 
