@@ -8,6 +8,8 @@
 
 /* Token counts and the products of sizes stay below this, so that no index computation can overflow. */
 static const int64_t largest_count = INT64_C(1) << 31;
+/* Smaller caps would be no normal numbers in float32. */
+static const double smallest_softcap = 1e-30;
 static const int64_t largest_product = INT64_C(1) << 46;
 
 static sl_status check_count(const char *name, int64_t value, int64_t least, int64_t most) {
@@ -73,8 +75,9 @@ static sl_status check_sizes(const sl_gated_attention_args *args) {
              "n_q * n_k is %lld * %lld, expected a product of at most 2^46 where attn_mask has a gradient",
              (long long)args->n_q, (long long)args->n_k);
   SL_REQUIRE(isfinite(args->scale), SL_INVALID_ARGUMENT, "scale is %g, expected a finite number", args->scale);
-  SL_REQUIRE(isfinite(args->softcap) && args->softcap >= 0, SL_INVALID_ARGUMENT,
-             "softcap is %g, expected a finite number of at least 0", args->softcap);
+  SL_REQUIRE(isfinite(args->softcap) && (args->softcap == 0 || args->softcap >= smallest_softcap), SL_INVALID_ARGUMENT,
+             "softcap is %g, expected a finite number of at least 0; 0, or at least %g", args->softcap,
+             smallest_softcap);
   SL_REQUIRE(!args->executor || (args->executor->parallel_for && args->executor->threads >= 1), SL_INVALID_ARGUMENT,
              "executor has threads = %d, expected at least 1 and a parallel_for", (int)args->executor->threads);
   return SL_OK;

@@ -50,10 +50,21 @@ def _gates_of(name: str, logits: Tensor, dtype: torch.dtype) -> Tensor:
     return logits.to(dtype)
 
 
+def _window_of(name: str, window: int | None) -> int:
+    """None, as configs have it, is none."""
+    if window is None:
+        return 0
+    if isinstance(window, float) or (isinstance(window, int) and window >= 2**63):
+        raise ValueError(f"{name} is {window}, expected an integer of at least 0, or None")
+    return window
+
+
 def mask_of(attn_mask: Tensor | None) -> Tensor | None:
     """The operator's mask for one of up to four dimensions, broadcast from the right as torch does."""
     if attn_mask is None:
         return None
+    if isinstance(attn_mask, Tensor) and (attn_mask.is_nested or attn_mask.layout != torch.strided):
+        raise ValueError("attn_mask is sparse or nested, expected a dense tensor")
     if not isinstance(attn_mask, Tensor) or attn_mask.dim() > 4:
         found = list(attn_mask.shape) if isinstance(attn_mask, Tensor) else type(attn_mask).__name__
         raise ValueError(f"attn_mask is {found}, expected a tensor that broadcasts to [batch, heads_q, n_q, n_k]")
@@ -67,9 +78,18 @@ def slopes_of(alibi_slopes: Tensor | None, q: Tensor, dtype: torch.dtype) -> Ten
     if alibi_slopes is None:
         return None
     shape = q.shape[:2]
-    if not isinstance(alibi_slopes, Tensor) or alibi_slopes.shape not in (shape[1:], shape):
-        found = list(alibi_slopes.shape) if isinstance(alibi_slopes, Tensor) else type(alibi_slopes).__name__
-        raise ValueError(f"alibi_slopes is {found}, expected a tensor [heads_q] or [batch, heads_q] = {list(shape)}")
+    is_tensor = isinstance(alibi_slopes, Tensor)
+    if not is_tensor or alibi_slopes.dim() not in (1, 2) or not alibi_slopes.is_floating_point():
+        found = f"{alibi_slopes.dtype} {list(alibi_slopes.shape)}" if is_tensor else type(alibi_slopes).__name__
+        raise ValueError(
+            f"alibi_slopes is {found}, expected floating-point [heads_q] or [batch, heads_q] = {list(shape)}"
+        )
+    if alibi_slopes.shape[-1] != shape[1] or (alibi_slopes.dim() == 2 and alibi_slopes.shape[0] not in (1, shape[0])):
+        raise ValueError(
+            f"alibi_slopes has shape {list(alibi_slopes.shape)}, expected [heads_q] or [batch, heads_q] = {list(shape)}"
+        )
+    if alibi_slopes.is_cpu and not torch.compiler.is_compiling() and not bool(alibi_slopes.isfinite().all()):
+        raise ValueError("alibi_slopes holds numbers that are not finite, expected finite ones")
     if alibi_slopes.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "alibi_slopes requires a gradient, expected constants: slopes that learn are an attn_mask, "
@@ -96,7 +116,7 @@ def gate_of(output_gate: Tensor | None, q: Tensor, v: Tensor) -> Tensor | None:
 
 def seed_of(dropout_p: float, q: Tensor) -> Tensor | None:
     """Drawn from torch's generator, so that torch.manual_seed makes dropout come again."""
-    if not 0 <= dropout_p < 1:
+    if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}, expected a number in [0, 1)")
     return torch.randint(2**62, (1,), device=q.device) if dropout_p else None
 
@@ -145,8 +165,8 @@ def gated_attention(
     text_begin: Tensor | None = None,
     attn_mask: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
-    softcap: float = 0.0,
-    sliding_window: int = 0,
+    softcap: float | None = 0.0,
+    sliding_window: int | None = 0,
     output_gate: Tensor | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
@@ -199,9 +219,9 @@ def gated_attention(
             a pair may be looked at; broadcasts to [B, Hq, Nq, Nk]. Of numbers of any floating-point dtype, with a
             gradient; a pair with -inf is not looked at.
         alibi_slopes: [Hq] or [B, Hq], what scores lose per token of distance (ALiBi); constants.
-        softcap: scores are bent into (-softcap, softcap) before anything is added (Gemma 2); 0: they are not.
-        sliding_window: a query sees keys at a distance below this only, sinks included; 0: at any. In contrast to
-            ``window``, it cuts.
+        softcap: scores are bent into (-softcap, softcap) before anything is added (Gemma 2); 0 or None: they are not.
+        sliding_window: a query sees keys at a distance below this only, sinks included; 0 or None: at any. In
+            contrast to ``window``, it cuts.
         output_gate: logits of a gate on the output, by whose sigmoid it is multiplied: [B, Hq, Nq], a number per head,
             or [B, Hq, Nq, Dv], one for each channel (Qwen's head-wise and element-wise gates), converted to the dtype
             of q.
@@ -242,8 +262,9 @@ def gated_attention(
             raise ValueError(f"tau is {tau} and density is {density}, expected at most one of them")
         logit_tau = select_logit_tau(
             a, b, density, causal=causal, window=window, sinks=sinks, key_range=key_range, q_offset=q_offset,
-            text_begin=text_begin, sliding_window=sliding_window,
+            text_begin=text_begin, sliding_window=sliding_window, attn_mask=mask_of(attn_mask),
         )  # fmt: skip
+    sliding_window, softcap = _window_of("sliding_window", sliding_window), 0.0 if softcap is None else softcap
     if scale is None:
         scale = 1 / math.sqrt(max(q.shape[3], 1))
     places = (key_range, q_offset, text_begin)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import count
+from operator import index
 
 import torch
 from torch import Tensor
@@ -123,12 +124,14 @@ class KVCache:
         Raises:
             ValueError: a tensor of a wrong shape, dtype or device, or a sequence twice.
             KeyError: a sequence that is not allocated.
+            RuntimeError: outside inference mode, of a cache that was made in it.
             MemoryError: too few free blocks; the message has how many are needed. Nothing is stored then.
         """
         sequences = self._as_list(sequences)
         rows = self._rows_of(sequences)
-        if len(set(sequences)) < len(sequences):
-            raise ValueError(f"sequences is {sequences}, expected each but once")
+        self._check_once(sequences)
+        if not sequences:
+            return
         n = self._check_tokens(len(sequences), k, v, b)
         needed = [range(self._columns(self._lengths[s]), self._columns(self._lengths[s] + n)) for s in sequences]
         total = sum(map(len, needed))
@@ -136,6 +139,11 @@ class KVCache:
             raise MemoryError(
                 f"{n} tokens for {len(sequences)} sequences need {total} blocks of {self.block_size}, and "
                 f"{self.free_blocks} of {self.num_blocks} are free: free sequences, evict keys, or make a larger cache"
+            )
+        if self.k_cache.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "the cache was made under torch.inference_mode(), expected to be appended to under it, too: make it "
+                "outside, or under torch.no_grad()"
             )
         self._reserve(self._table.shape[0], max((columns.stop for columns in needed), default=0))
         for row, columns in zip(rows, needed, strict=True):
@@ -210,6 +218,7 @@ class KVCache:
         rule.check(self.b_cache)
         sequences = self._as_list(sequences)
         rows, doomed = self._rows_of(sequences), []
+        self._check_once(sequences)
         for sequence, row in zip(sequences, rows, strict=True):
             columns = self._held_columns(sequence)
             b = self.b_cache[self._table[row, columns].long()]
@@ -224,7 +233,14 @@ class KVCache:
     def _as_list(self, sequences: int | Sequence[int] | None) -> list[int]:
         if sequences is None:
             return self.sequences
-        return [sequences] if isinstance(sequences, int) else list(sequences)
+        if hasattr(sequences, "__index__") and not (isinstance(sequences, Tensor) and sequences.dim()):
+            return [index(sequences)]
+        return [index(sequence) for sequence in sequences]
+
+    @staticmethod
+    def _check_once(sequences: list[int]) -> None:
+        if len(set(sequences)) < len(sequences):
+            raise ValueError(f"sequences is {sequences}, expected each but once")
 
     def _rows_of(self, sequences: list[int]) -> list[int]:
         for sequence in sequences:

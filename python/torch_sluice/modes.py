@@ -25,8 +25,15 @@ def run_mode(mode: str, run: Operator, arguments: tuple) -> tuple[Tensor, Tensor
         return run(arguments)
     gate = arguments[OUTPUT_GATE]
     arguments = (*arguments[:OUTPUT_GATE], None, *arguments[OUTPUT_GATE + 1 :])
-    out, lse = (_run_post if mode == "post" else _run_log)(run, *arguments)
-    return (out if gate is None else out * gate.sigmoid()), lse
+    q = arguments[0]
+    if mode == "log" and torch.is_autocast_enabled(q.device.type):  # in float32, though out is of autocast's dtype
+        dtype = torch.get_autocast_dtype(q.device.type) if q.dtype != torch.float64 else q.dtype
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse = _run_log(run, *arguments)
+        out = out.to(dtype)
+    else:
+        out, lse = (_run_post if mode == "post" else _run_log)(run, *arguments)
+    return (out if gate is None else out * gate.sigmoid().to(out.dtype)), lse
 
 
 def _run_post(run: Operator, q, k, v, a, b, logit_tau, *options):

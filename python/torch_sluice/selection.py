@@ -30,6 +30,18 @@ def _sample_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
     return values.gather(-1, ranks).flatten(-2), positions.gather(-1, ranks).flatten(-2)
 
 
+def _seen_by_mask(mask: Tensor, queries: Tensor, keys: Tensor, n_q: int, n_k: int) -> Tensor:
+    """[B, H, Q, K], True where the mask shows a pair of sampled queries [B, H, Q] and keys [B, H, K], by number."""
+    batch, heads = queries.shape[:2]
+    mask = mask.detach().expand(batch, heads, n_q, n_k)
+    numbers = (
+        torch.arange(batch, device=mask.device).view(-1, 1, 1, 1),
+        torch.arange(heads, device=mask.device).view(-1, 1, 1),
+    )
+    picked = mask[numbers[0], numbers[1], queries.unsqueeze(-1), keys.unsqueeze(-2)]
+    return picked if picked.dtype == torch.bool else picked != -math.inf
+
+
 def _check_density(density: float | Tensor, a: Tensor) -> None:
     if not isinstance(density, Tensor):
         if not 0 <= density <= 1:
@@ -58,6 +70,7 @@ def select_logit_tau(
     q_offset: Tensor | None = None,
     text_begin: Tensor | None = None,
     sliding_window: int = 0,
+    attn_mask: Tensor | None = None,
 ) -> Tensor:
     """The threshold on a_i + b_j, per (batch, query head), that keeps the share ``density`` of the far pairs.
 
@@ -76,7 +89,8 @@ def select_logit_tau(
         b: [B, Hkv, Nk] gate logits of the keys; Hq is a multiple of Hkv.
         density: share in [0, 1], or a tensor of shares that broadcasts to [B, Hq].
         causal, window, sinks, key_range, q_offset, text_begin, sliding_window: as in
-            :func:`torch_sluice.gated_attention`. Its attn_mask is not looked at.
+            :func:`torch_sluice.gated_attention`.
+        attn_mask: [B or 1, Hq or 1, Nq or 1, Nk or 1]: pairs that it hides are not counted.
 
     Returns:
         [B, Hq] in the dtype of a, ``logit_tau`` of the operator; -inf where all far pairs (or none exist) are kept,
@@ -95,6 +109,7 @@ def select_logit_tau(
     b_values, keys = b_values.repeat_interleave(group, 1), keys.repeat_interleave(group, 1)
 
     z = a_values.unsqueeze(-1) + b_values.unsqueeze(-2)
+    seen = None if attn_mask is None else _seen_by_mask(attn_mask, queries, keys, n_q, n_k)
     first = n_k - n_q if q_offset is None else q_offset.view(-1, 1, 1, 1)
     queries, keys = queries.unsqueeze(-1) + first, keys.unsqueeze(-2)
     far = (queries - keys).abs() >= window
@@ -108,6 +123,8 @@ def select_logit_tau(
         begin, end = key_range.view(-1, 1, 1, 1, 2).unbind(-1)
         far &= (keys >= begin) & (keys < end)
 
+    if seen is not None:
+        far = far & seen
     ordered = z.masked_fill(~far, -math.inf).flatten(-2).sort(dim=-1, descending=True).values
     count = far.flatten(-2).sum(-1)
     share = torch.as_tensor(density, dtype=torch.float64, device=a.device)

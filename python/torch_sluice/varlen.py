@@ -107,7 +107,9 @@ def gated_attention_varlen(
     runs, first, outs, lses = find_runs(list(zip(lengths_q, lengths_k, strict=True))), 0, [], []
     gates = [None] * len(runs)
     if output_gate is not None:
-        if not isinstance(output_gate, Tensor) or output_gate.shape not in (q.shape[:2], (*q.shape[:2], v.shape[2])):
+        if not isinstance(output_gate, Tensor) or output_gate.shape not in (
+            q.shape[:2], (*q.shape[:2], 1), (*q.shape[:2], v.shape[2]),
+        ):  # fmt: skip
             found = list(output_gate.shape) if isinstance(output_gate, Tensor) else type(output_gate).__name__
             raise ValueError(f"output_gate is {found}, expected [tokens, heads_q] or [tokens, heads_q, head_dim_v]")
         gates = split_runs(output_gate, runs, False)

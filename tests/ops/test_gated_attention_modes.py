@@ -120,3 +120,14 @@ def test_transformed_and_compiled(mode):
     leaves = [x.clone().requires_grad_() for x in inputs]
     for x, y in zip(torch.autograd.grad(compiled(*leaves), leaves), want, strict=True):
         torch.testing.assert_close(x, y)
+
+
+def test_log_is_computed_in_float32_under_autocast():
+    q, k, _, a, b = random_inputs(n_q=40, n_k=40)
+    v = torch.eye(40).expand(2, 2, 40, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        outs = {mode: gated_attention(q, k, v, a, b, mode=mode, tau=0.3) for mode in ("select", "post", "log")}
+        gated = gated_attention(q, k, v, a, b, mode="post", tau=0.3, output_gate=torch.ones(2, 4, 40))
+    assert {x.dtype for x in (*outs.values(), gated)} == {torch.bfloat16}
+    exact = gated_attention(q, k, v, a, b, mode="log", tau=0.3)
+    torch.testing.assert_close(outs["log"], exact.bfloat16())

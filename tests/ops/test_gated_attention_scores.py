@@ -236,10 +236,35 @@ def test_density_counts_what_the_window_leaves():
         (dict(softcap=-1.0), "softcap is -1, expected a finite number of at least 0"),
         (dict(softcap=math.inf), "softcap is inf, expected"),
         (dict(sliding_window=-3), "sliding_window is -3, expected at least 0"),
-        (dict(alibi_slopes=torch.zeros(3)), r"alibi_slopes is \[3\], expected a tensor \[heads_q\]"),
+        (dict(alibi_slopes=torch.zeros(3)), r"alibi_slopes has shape \[3\], expected \[heads_q\]"),
+        (dict(alibi_slopes=torch.zeros(4, dtype=torch.int32)), "alibi_slopes is torch.int32 .*expected floating-point"),
+        (dict(alibi_slopes=torch.tensor([0.0, math.inf, 0.0, 0.0])), "alibi_slopes holds numbers that are not finite"),
+        (dict(softcap=1e-300), "softcap is 1e-300, expected a finite number of at least 0; 0, or at least 1e-30"),
+        (dict(sliding_window=2.5), "sliding_window is 2.5, expected an integer"),
+        (dict(sliding_window=2**63), "sliding_window is 9223372036854775808, expected an integer"),
+        (dict(attn_mask=torch.zeros(33, 33).to_sparse()), "attn_mask is sparse or nested, expected a dense tensor"),
         (dict(alibi_slopes=torch.zeros(4, requires_grad=True)), "alibi_slopes requires a gradient, expected constants"),
     ],
 )
 def test_bad_input_is_named(options, text):
     with pytest.raises(ValueError, match=text):
         gated_attention(*random_inputs(), **options)
+
+
+def test_none_as_configs_have_it_and_slopes_of_a_batch_of_one():
+    inputs, slopes = random_inputs(), torch.tensor([[0.1, 0.2, 0.3, 0.4]])
+    plain = gated_attention(*inputs)
+    assert torch.equal(gated_attention(*inputs, softcap=None, sliding_window=None), plain)
+    found = gated_attention(*inputs, alibi_slopes=slopes)
+    assert torch.equal(found, gated_attention(*inputs, alibi_slopes=slopes[0]))
+
+
+def test_density_counts_what_the_mask_shows():
+    q, k, _, a, b = random_inputs(heads=2, heads_kv=2)
+    v = torch.eye(33).expand(2, 2, 33, 33)
+    mask = torch.zeros(33, 33, dtype=torch.bool)
+    mask[:, :8] = True
+    b[..., :8] -= 10  # the gate would rather have the others
+    for shown in (mask, torch.zeros(33, 33).masked_fill(~mask, -math.inf), mask.expand(2, 2, 33, 33)):
+        kept = (gated_attention(0 * q, k, v, a, b, density=0.25, attn_mask=shown) != 0).sum((2, 3))
+        assert torch.equal(kept, torch.full((2, 2), 66))

@@ -282,3 +282,29 @@ def test_a_bad_rule_is_named(name):
     cache, _ = filled(20)
     with pytest.raises(ValueError, match=message):
         cache.evict(**changed)
+
+
+def test_sequences_by_any_integer_each_but_once():
+    cache = KVCache(4, 4, 1, 8)
+    one, other = cache.allocate(), cache.allocate()
+
+    def tokens(n, batch=1):
+        return torch.randn(batch, 1, n, 8), torch.randn(batch, 1, n, 8), torch.full((batch, 1, n), -30.0)
+
+    cache.append(torch.tensor(one), *tokens(12))
+    with pytest.raises(ValueError, match="expected each but once"):
+        cache.evict([one, one], tau=0.5, a_max=0.0)
+    assert cache.free_blocks == 1
+    cache.append([], *tokens(3, 0))
+    cache.append(torch.tensor([other]), *tokens(4))
+    with pytest.raises(MemoryError, match="need 1 blocks"):
+        cache.append([other], *tokens(1))
+
+
+def test_a_cache_made_in_inference_mode_says_so():
+    with torch.inference_mode():
+        cache = KVCache(2, 4, 1, 8)
+        sequence = cache.allocate()
+    with pytest.raises(RuntimeError, match="made under torch.inference_mode"):
+        cache.append(sequence, torch.randn(1, 1, 2, 8), torch.randn(1, 1, 2, 8), torch.zeros(1, 1, 2))
+    assert cache.free_blocks == 2

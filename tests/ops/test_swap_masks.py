@@ -156,3 +156,18 @@ def test_masks_beyond_patterns_are_the_operators(name, sinks):
     taught = torch.autograd.grad(out.square().sum(), leaves)
     assert not torch.allclose(taught[0], results[0][5], atol=1e-3)
     assert len(gate.record) == 1
+
+
+def test_a_compiled_bias_is_refused_when_it_runs():
+    """A compiler can't look at a mask: numbers that say more than who sees whom are found at run time."""
+    q, k, v = draw()
+    bias = torch.randn(2, 1, N, N).masked_fill(DISTANCE < 0, LEAST)
+
+    @torch.compile(backend="eager")
+    def run(q, k, v, mask):
+        return attend_open(q, k, v, mask=mask, causal=True, scale=None)
+
+    with torch.no_grad():
+        run(q, k, v, torch.zeros(2, 1, N, N).masked_fill(DISTANCE < 0, LEAST))
+        with pytest.raises(RuntimeError, match="attention mask: expected the causal or full mask"):
+            run(q, k, v, bias)

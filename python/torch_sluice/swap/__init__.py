@@ -45,7 +45,8 @@ def swap_attention(
       first floating-point [B, N, dim] argument of that forward.
 
     With open gates, what the operator does not take (dropout, a bias or another pattern as mask, attention weights) is
-    done as before the swap. With gates, dropout is an error, and other masks are computed densely, with a warning.
+    done as before the swap. With gates, all of these are the operator's but masks that show a causal layer later keys,
+    which are computed densely, with a warning, and without dropout.
 
     Args:
         model: the model, of any kind above; training or not.

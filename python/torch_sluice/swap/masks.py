@@ -220,6 +220,8 @@ def read_mask(
         offset = first_places(allowed, n_q, n_k) if causal and n_q < n_k else None
         window = window if window and n_q <= n_k and window < n_k else 0
         matches = (allowed == _expected(key_range, offset, causal, n_q, n_k, window)).all()
+        if mask.dtype != torch.bool:  # a bias says more than who sees whom
+            matches = matches & ((mask == 0) | (mask <= torch.finfo(mask.dtype).min)).all()
         torch._assert_async(
             matches,
             "attention mask: expected the causal or full mask or the layer's sliding window, with padding on the left "
