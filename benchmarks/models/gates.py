@@ -56,7 +56,8 @@ def close_gates(model: nn.Module, tokens: Tensor, density: float) -> float:
 
     def count(gate: Gate, record) -> None:
         kept, possible = kept_pairs(record.a, record.b, tau=record.tau, **record.near)
-        counts.add_(torch.stack((kept.sum(), possible.sum() * kept.shape[1])))
+        possible = possible if possible.dim() == 2 else possible.unsqueeze(1).expand_as(kept)
+        counts.add_(torch.stack((kept.sum(), possible.sum())))
 
     listeners.append(count)
     try:

@@ -8,11 +8,10 @@ pytest.importorskip("transformers")
 from benchmarks import swap_zoo, zoo
 
 EXACT = (
-    "bert", "gpt2", "llama", "mistral", "gpt_oss", "t5", "falcon", "vit", "clip", "whisper", "bart", "paligemma",
-    "bridgetower", "modernbert", "swin", "qwen2_vl",
+    "bert", "gpt2", "llama", "mistral", "gemma2", "gpt_oss", "t5", "falcon", "vit", "clip", "whisper", "bart",
+    "paligemma", "bridgetower", "modernbert", "swin", "qwen2_vl",
 )  # fmt: skip
 REFUSED = {
-    "gemma2": "caps its scores",
     "bloom": "BloomAttention): it computes attention itself",
     "deepseek_v32": "its forward does something else unless its attn_implementation is",
     "resnet": "without attention that can be swapped",

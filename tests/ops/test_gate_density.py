@@ -106,6 +106,8 @@ def test_pairs_behind_a_mask_are_neither_kept_nor_possible(sliding_window):
             mean, kept, near, possible = sample_gate(a, b, tau=0.6, attn_mask=each, **options)
             logit_tau = torch.full((2, 4), 0.6).logit()
             assert (kept.round(), possible) == count_kept_pairs(a, b, logit_tau, attn_mask=each, **options)
+            counted = kept_pairs(a, b, tau=0.6, attn_mask=each, **options)
+            assert tuple(x.sum() for x in counted) == (kept.round(), possible)
             everything = torch.full((2, 4), math.inf)
             assert near == count_kept_pairs(a, b, everything, attn_mask=each, **options)[0]
             i, j = torch.arange(20)[:, None], torch.arange(20)

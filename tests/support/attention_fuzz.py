@@ -167,6 +167,8 @@ def check_call(seed):
             summed = math.sqrt(max(1, q.shape[2] * q.shape[1] // k.shape[1]))  # by a key, over queries
             # g (1 - g) of a gate that is all but 1 is rounded as a number near 1 is.
             gate = 16 * float(terms) * torch.finfo(torch.float32).eps
+            if "output_gate" in options:  # dout times it is rounded to the dtype, as in torch
+                gate += 0.5 * float(terms) * torch.finfo(q.dtype).eps
             # P is exp(s - lse), whose relative error is the absolute one of the larger of the two: that of a sum of
             # products of both signs.
             products = q.abs().double() @ k.abs().double().repeat_interleave(q.shape[1] // k.shape[1], 1).mT

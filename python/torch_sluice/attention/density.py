@@ -9,6 +9,7 @@ from torch_sluice.places import end_of_sinks, query_places, rows_of_mask, visibl
 from torch_sluice.selection import GATE_LOGIT_LIMIT
 
 _SMALLEST = 4  # log2 of the smallest block of keys that kept_pairs sorts
+_ROWS = 256  # query rows looked at in one go where each pair is: bounds the memory
 _ROW_ELEMENTS = 1 << 18  # of g for the rows of mean_gate, per call: bounds its cost and memory
 
 
@@ -78,9 +79,11 @@ def _count_below(limits, bounds, ranks):
 @torch.no_grad()
 def kept_pairs(
     a, b, *, tau=0.5, logit_tau=None, causal=False, window=0, sinks=0, key_range=None, q_offset=None, text_begin=None,
-    sliding_window=0,
+    sliding_window=0, attn_mask=None,
 ):  # fmt: skip
     """Counts, exactly, the pairs that ``gated_attention`` keeps, in O(n log^2 n) time and O(n) memory.
+
+    With a mask each pair is looked at, which takes O(n^2) time, some rows after the others.
 
     Args:
         a: [B, Hq, Nq] gate logits of the queries.
@@ -88,14 +91,19 @@ def kept_pairs(
         tau: a number in [0, 1).
         logit_tau: [B, Hq], thresholds on a + b in place of tau, as the operator has them.
         causal, window, sinks, key_range, q_offset, text_begin, sliding_window: as in ``torch_sluice.gated_attention``.
+        attn_mask: [B or 1, Hq or 1, Nq or 1, Nk or 1].
 
     Returns:
-        (kept, possible): int64 [B, Hq] and [B]: kept pairs per head, and pairs that causality, the key range and the
-        sliding window allow. ``kept.sum() / (possible.sum() * Hq)`` is the density.
+        (kept, possible): int64 [B, Hq] and [B] (with a mask [B, Hq]): kept pairs per head, and pairs that may be looked
+        at before a gate is asked. ``kept.sum() / (possible.sum() * Hq)`` is the density.
     """
     batch, heads, n_q = a.shape
     n_k = b.shape[-1]
     places, sinks_end = query_places(n_q, n_k, q_offset, a.device), end_of_sinks(sinks, key_range, text_begin)
+    if attn_mask is not None:
+        seen = dict(causal=causal, key_range=key_range, sliding_window=sliding_window)
+        limit = _logit(tau) if logit_tau is None else logit_tau[..., None, None]
+        return count_rows(a, b, limit, places, sinks_end, window, attn_mask, seen)
     begin, end = _valid_range(places, n_k, causal, key_range, sliding_window)
     possible = (end - begin).expand(batch, -1).sum(-1)
     kept = possible.unsqueeze(1).expand(batch, heads).clone()
@@ -118,6 +126,32 @@ def kept_pairs(
         if number or sliding_window > 0:  # else the range begins at the first key that the gate decides on
             far_kept = far_kept - _count_below(first, bounds, ranks)
         kept -= ((last - first).unsqueeze(1) - far_kept).sum(-1)
+    return kept, possible
+
+
+def count_rows(a, b, limit, places, sinks_end, window, attn_mask, seen):
+    """(kept, possible) [B, Hq] by looking at each pair, some rows of queries at a time.
+
+    Args:
+        limit: on a + b, a number or [B, Hq, 1, 1].
+        places: [B or 1, Nq] of the queries; sinks_end: below which keys are sinks.
+        seen: the further arguments of ``visible_pairs``.
+    """
+    n_k = b.shape[-1]
+    keys = torch.arange(n_k, device=b.device)
+    b = _clamp(b).repeat_interleave(a.shape[1] // max(b.shape[1], 1), 1).unsqueeze(-2)
+    sinks = keys < (sinks_end if isinstance(sinks_end, int) else sinks_end.view(-1, 1, 1, 1))
+    kept = a.new_zeros(a.shape[:2], dtype=torch.int64)
+    possible = kept.clone()
+    for start in range(0, a.shape[2], _ROWS):
+        part = slice(start, start + _ROWS)
+        rows, position = _clamp(a[..., part]).unsqueeze(-1), places[:, None, part, None]
+        valid = visible_pairs(places[:, part], n_k, attn_mask=rows_of_mask(attn_mask, part), **seen)
+        always = ((position - keys).abs() < window) | sinks
+        if seen["causal"]:
+            always = always | (keys == position)
+        kept += ((~(rows + b < limit) | always) & valid).sum((-1, -2))
+        possible += valid.expand(*a.shape[:2], -1, -1).sum((-1, -2))
     return kept, possible
 
 

@@ -1,14 +1,14 @@
 """How many query-key pairs a gated attention computes: the exact rule, and a counter that sees every call."""
 
+import math
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch_sluice.attention.density import kept_pairs
-from torch_sluice.places import end_of_sinks, query_places, rows_of_mask, visible_pairs
-from torch_sluice.selection import GATE_LOGIT_LIMIT
+from torch_sluice.attention.density import count_rows, kept_pairs
+from torch_sluice.places import end_of_sinks, query_places
 
 _FORWARD = torch.ops.sluice.gated_attention.default
-_ROWS = 256  # query rows looked at in one go: bounds the memory of the mask
 _BY_SORTING = 1 << 19  # pairs of a head from which on sorting is quicker than looking at each
 
 
@@ -40,28 +40,11 @@ def count_kept_pairs(
         near = dict(window=window, sinks=sinks, q_offset=q_offset, text_begin=text_begin)
         kept, possible = kept_pairs(a, b, logit_tau=logit_tau, **near, **seen)
         return int(kept.sum()), int(possible.sum()) * a.shape[1]
-    keys = torch.arange(n_k, device=a.device)
-    b = b.clamp(-GATE_LOGIT_LIMIT, GATE_LOGIT_LIMIT).repeat_interleave(a.shape[1] // max(b.shape[1], 1), 1)
-    sinks_end = end_of_sinks(sinks, key_range, text_begin)
-    sink_keys = keys < (sinks_end if isinstance(sinks_end, int) else sinks_end.view(-1, 1, 1, 1))
+    limit = -math.inf if logit_tau is None else logit_tau[..., None, None]
     places = query_places(n_q, n_k, q_offset, a.device)
-    kept = total = 0
-    for start in range(0, n_q, _ROWS):
-        part = slice(start, start + _ROWS)
-        rows = a[..., part].clamp(-GATE_LOGIT_LIMIT, GATE_LOGIT_LIMIT)
-        valid = visible_pairs(places[:, part], n_k, attn_mask=rows_of_mask(attn_mask, part), **seen)
-        valid = valid.expand(*rows.shape, -1)
-        total += int(valid.sum())
-        if logit_tau is None:
-            kept = total
-            continue
-        position = places[:, None, part, None]
-        always = ((position - keys).abs() < window) | sink_keys
-        if causal:
-            always = always | (keys == position)
-        passed = ~(rows.unsqueeze(-1) + b.unsqueeze(-2) < logit_tau.view(*logit_tau.shape, 1, 1))
-        kept += int(((passed | always) & valid).sum())
-    return kept, total
+    sinks_end = end_of_sinks(sinks, key_range, text_begin)
+    kept, possible = count_rows(a, b, limit, places, sinks_end, window, attn_mask, seen)
+    return int(kept.sum()), int(possible.sum())
 
 
 def count_kept_paged_pairs(
