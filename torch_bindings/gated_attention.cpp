@@ -57,7 +57,7 @@ Inputs check_inputs(const Tensor &q, const Tensor &k, const Tensor &v, const Ten
   if (output_gate) {
     gate_channels = output_gate->dim() == 4 && output_gate->size(3) == 1 ? 1 : Dv;
     check_input("output_gate", *output_gate, {B, Hq, Nq, gate_channels}, dtype,
-                 "[batch, heads_q, n_q, 1 or head_dim_v]", q);
+                "[batch, heads_q, n_q, 1 or head_dim_v]", q);
   }
   if (dropout_seed) check_input("dropout_seed", *dropout_seed, {1}, ScalarType::Long, "[1]", q);
 

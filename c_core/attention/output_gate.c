@@ -24,7 +24,7 @@ static int64_t row_offset(const sl_tensor4 *tensor, int64_t batch, int64_t head,
 
 void sl_output_gate_apply(const sl_gated_attention_args *args, int64_t batch, int64_t head, int64_t query, float *row) {
   if (!args->output_gate.data) return;
-  float gates[MOST];
+  float gates[MOST] = {0};
   load_gates(args, row_offset(&args->output_gate, batch, head, query), gates);
   for (int64_t c = 0; c < args->head_dim_v; ++c) row[c] *= gates[c];
 }
@@ -53,7 +53,7 @@ static void differentiate_row(void *context, int64_t worker, int64_t task) {
   int64_t to = row_offset(&pass->gradient, batch, head, query);
   int64_t gradient = row_offset(&args->doutput_gate, batch, head, query);
   bool one = args->output_gate_channels == 1;
-  float gates[MOST];
+  float gates[MOST] = {0};
   double sum = 0;
   load_gates(args, row_offset(&args->output_gate, batch, head, query), gates);
   for (int64_t c = 0; c < args->head_dim_v; ++c) {
