@@ -29,6 +29,13 @@ def _check_shape(name, tensor, expected, meaning):
         )
 
 
+def _check_mask(mask, full, meaning):
+    if mask.dim() != 4 or any(x != 1 and x != y for x, y in zip(mask.shape, full, strict=True)):
+        raise ValueError(
+            f"attn_mask has shape {list(mask.shape)}, expected {meaning} = {list(full)}, or 1 instead of any of them"
+        )
+
+
 def _check_inputs(
     q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes, output_gate, dropout_seed
 ):
@@ -59,12 +66,7 @@ def _check_inputs(
         if places is not None:
             _check_shape(name, places, (batch,), "[batch]")
     if attn_mask is not None:
-        full = (batch, heads_q, n_q, n_k)
-        if attn_mask.dim() != 4 or any(x != 1 and x != y for x, y in zip(attn_mask.shape, full, strict=True)):
-            raise ValueError(
-                f"attn_mask has shape {list(attn_mask.shape)}, expected [batch, heads_q, n_q, n_k] = {list(full)}, or "
-                "1 instead of any of them"
-            )
+        _check_mask(attn_mask, (batch, heads_q, n_q, n_k), "[batch, heads_q, n_q, n_k]")
     if alibi_slopes is not None:
         _check_shape("alibi_slopes", alibi_slopes, (batch, heads_q), "[batch, heads_q]")
     if output_gate is not None:

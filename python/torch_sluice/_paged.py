@@ -7,7 +7,7 @@ from torch.autograd import forward_ad
 from torch_sluice import _functorch
 from torch_sluice._errors import check_tensors
 from torch_sluice._fakes import register_fake
-from torch_sluice._operators import _check_shape, _gate_dtype
+from torch_sluice._operators import _check_mask, _check_shape, _gate_dtype
 
 OPERATOR = torch.ops.sluice.gated_attention_paged.default
 FORWARD_MODE = "sluice::gated_attention_paged has no derivatives, and none in forward mode (jvp, jacfwd, forward_ad)"
@@ -52,11 +52,7 @@ def _fake(
     )
     if attn_mask is not None:
         full = (batch, heads_q, n_q, max_blocks * block_size)
-        if attn_mask.dim() != 4 or any(x != 1 and x != y for x, y in zip(attn_mask.shape, full, strict=True)):
-            raise ValueError(
-                f"attn_mask has shape {list(attn_mask.shape)}, expected [batch, heads_q, n_q, max_blocks * block_size] "
-                f"= {list(full)}, or 1 instead of any of them"
-            )
+        _check_mask(attn_mask, full, "[batch, heads_q, n_q, max_blocks * block_size]")
     return q.new_empty((batch, heads_q, n_q, head_dim_v)), q.new_empty(
         (batch, heads_q, n_q), dtype=_gate_dtype(q.dtype)
     )

@@ -50,13 +50,11 @@ def _gates_of(name: str, logits: Tensor, dtype: torch.dtype) -> Tensor:
     return logits.to(dtype)
 
 
-def _window_of(name: str, window: int | None) -> int:
-    """None, as configs have it, is none."""
-    if window is None:
-        return 0
-    if isinstance(window, float) or (isinstance(window, int) and window >= 2**63):
-        raise ValueError(f"{name} is {window}, expected an integer of at least 0, or None")
-    return window
+def cuts_of(sliding_window: int | None, softcap: float | None) -> tuple[int, float]:
+    """Both for the operator: None, as configs have it, is none."""
+    if isinstance(sliding_window, float) or (isinstance(sliding_window, int) and sliding_window >= 2**63):
+        raise ValueError(f"sliding_window is {sliding_window}, expected an integer of at least 0, or None")
+    return 0 if sliding_window is None else sliding_window, 0.0 if softcap is None else softcap
 
 
 def mask_of(attn_mask: Tensor | None) -> Tensor | None:
@@ -264,7 +262,7 @@ def gated_attention(
             a, b, density, causal=causal, window=window, sinks=sinks, key_range=key_range, q_offset=q_offset,
             text_begin=text_begin, sliding_window=sliding_window, attn_mask=mask_of(attn_mask),
         )  # fmt: skip
-    sliding_window, softcap = _window_of("sliding_window", sliding_window), 0.0 if softcap is None else softcap
+    sliding_window, softcap = cuts_of(sliding_window, softcap)
     if scale is None:
         scale = 1 / math.sqrt(max(q.shape[3], 1))
     places = (key_range, q_offset, text_begin)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torch_sluice._errors import as_value_error, check_tensors
 from torch_sluice._paged import run
-from torch_sluice.functional import _gates_of, _logit_tau_of, mask_of, slopes_of
+from torch_sluice.functional import _gates_of, _logit_tau_of, cuts_of, mask_of, slopes_of
 from torch_sluice.places import check_places
 
 
@@ -28,8 +28,8 @@ def gated_attention_paged(
     q_offset: Tensor | None = None,
     attn_mask: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
-    softcap: float = 0.0,
-    sliding_window: int = 0,
+    softcap: float | None = 0.0,
+    sliding_window: int | None = 0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``torch_sluice.gated_attention`` of keys and values that lie in the blocks of a cache, on the CPU, forward only.
@@ -80,6 +80,7 @@ def gated_attention_paged(
     if scale is None:
         scale = 1 / math.sqrt(max(q.shape[3], 1))
     of_scores = (mask_of(attn_mask), slopes_of(alibi_slopes, q, dtype))
+    sliding_window, softcap = cuts_of(sliding_window, softcap)
     try:
         out, lse = run(
             (

@@ -19,6 +19,11 @@ def end_of_sinks(sinks: int, key_range: Tensor | None, text_begin: Tensor | None
     return sinks if key_range is None else key_range[:, :1] + sinks
 
 
+def shown_by_mask(mask: Tensor) -> Tensor:
+    """True where a mask of booleans, or of numbers that are added to scores, lets a pair be looked at."""
+    return mask if mask.dtype == torch.bool else mask != -torch.inf
+
+
 def rows_of_mask(mask: Tensor | None, rows: Tensor | slice) -> Tensor | None:
     """The rows of queries ``rows`` of a mask [B or 1, Hq or 1, Nq or 1, Nk or 1]."""
     return mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
@@ -44,7 +49,7 @@ def visible_pairs(
         begin, end = key_range.view(-1, 1, 1, 1, 2).unbind(-1)
         visible = visible & (keys >= begin) & (keys < end)
     if attn_mask is not None:
-        visible = visible & (attn_mask if attn_mask.dtype == torch.bool else attn_mask != -torch.inf)
+        visible = visible & shown_by_mask(attn_mask)
     return visible
 
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from torch_sluice.places import end_of_sinks
+from torch_sluice.places import end_of_sinks, shown_by_mask
 
 GATE_LOGIT_LIMIT = 40.0  # SL_GATE_LOGIT_LIMIT: the operator clamps a and b to this
 
@@ -38,8 +38,7 @@ def _seen_by_mask(mask: Tensor, queries: Tensor, keys: Tensor, n_q: int, n_k: in
         torch.arange(batch, device=mask.device).view(-1, 1, 1, 1),
         torch.arange(heads, device=mask.device).view(-1, 1, 1),
     )
-    picked = mask[numbers[0], numbers[1], queries.unsqueeze(-1), keys.unsqueeze(-2)]
-    return picked if picked.dtype == torch.bool else picked != -math.inf
+    return shown_by_mask(mask[numbers[0], numbers[1], queries.unsqueeze(-1), keys.unsqueeze(-2)])
 
 
 def _check_density(density: float | Tensor, a: Tensor) -> None:

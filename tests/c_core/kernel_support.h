@@ -137,4 +137,14 @@ inline std::vector<int32_t> random_index(Random &random, int64_t count, int64_t 
   return index;
 }
 
+// For INSTANTIATE_TEST_SUITE_P: every table of kernels.def, by its name.
+inline auto all_kernels() {
+  int count = 0;
+  while (sl_attention_list_kernels(count)) ++count;
+  return testing::Range(0, count);
+}
+inline std::string name_of_kernel(const testing::TestParamInfo<int> &table) {
+  return sl_attention_list_kernels(table.param)->name;
+}
+
 }  // namespace sluice_test

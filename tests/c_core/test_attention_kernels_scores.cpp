@@ -96,11 +96,4 @@ TEST_P(Kernel, TablesWithABackwardHaveFloatElements) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Attention, Kernel,
-                         testing::Range(0,
-                                        [] {
-                                          int count = 0;
-                                          while (sl_attention_list_kernels(count)) ++count;
-                                          return count;
-                                        }()),
-                         [](const auto &table) { return std::string(sl_attention_list_kernels(table.param)->name); });
+INSTANTIATE_TEST_SUITE_P(Attention, Kernel, all_kernels(), name_of_kernel);

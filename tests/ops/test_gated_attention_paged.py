@@ -265,3 +265,14 @@ def test_a_cache_within_another_tensor_is_read_where_it_lies():
     layers = [torch.stack([torch.full_like(x, torch.nan), x], 1)[:, 1] for x in arguments[1:3]]
     out = gated_attention_paged(arguments[0], *layers, *arguments[3:], causal=True, tau=0.4)
     assert torch.equal(out, gated_attention(*dense, causal=True, tau=0.4))
+
+
+def test_none_as_configs_have_it():
+    q, k_cache, v_cache, a, b_cache = (
+        torch.randn(*sizes) for sizes in ((1, 2, 1, 8), (3, 4, 2, 8), (3, 4, 2, 8), (1, 2, 1), (3, 4, 2))
+    )
+    arguments = (q, k_cache, v_cache, a, b_cache, torch.tensor([[2, 0]], dtype=torch.int32), torch.tensor([7]))
+    plain = gated_attention_paged(*arguments)
+    assert torch.equal(gated_attention_paged(*arguments, softcap=None, sliding_window=None), plain)
+    with pytest.raises(ValueError, match="sliding_window is 2.5, expected an integer"):
+        gated_attention_paged(*arguments, sliding_window=2.5)

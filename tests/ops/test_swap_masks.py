@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch_sluice.attention import Gate
 from torch_sluice.swap.call import GateOptions, attend_gated, attend_open
 from torch_sluice.swap.dense import dense_gated_attention
-from torch_sluice.swap.masks import read_mask
+from torch_sluice.swap.masks import operator_mask, read_mask
 
 N = 9
 PLACES = torch.arange(N)
@@ -171,3 +171,16 @@ def test_a_compiled_bias_is_refused_when_it_runs():
         run(q, k, v, torch.zeros(2, 1, N, N).masked_fill(DISTANCE < 0, LEAST))
         with pytest.raises(RuntimeError, match="attention mask: expected the causal or full mask"):
             run(q, k, v, bias)
+
+
+def test_layers_share_what_was_read_of_a_mask():
+    """Also of one beyond the patterns; not of one that learns, nor what inference mode made, which trains nobody."""
+    mask = masks_beyond_patterns()["hole"]
+    first = operator_mask(mask, 2, N, N, True, 2)
+    assert operator_mask(mask, 2, N, N, True, 2) is first
+    with torch.inference_mode():
+        assert operator_mask(mask, 2, N, N, True, 2) is not first
+    mask.data[..., 5, 3] = False
+    assert not operator_mask(mask, 2, N, N, True, 2).attn_mask[0, 0, 5, 3]
+    bias = masks_beyond_patterns()["bias"].requires_grad_()
+    assert operator_mask(bias, 2, N, N, True, 0) is not operator_mask(bias, 2, N, N, True, 0)

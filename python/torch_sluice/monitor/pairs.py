@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_sluice.attention.density import count_rows, kept_pairs
-from torch_sluice.places import end_of_sinks, query_places
+from torch_sluice.places import end_of_sinks, query_places, shown_by_mask
 
 _FORWARD = torch.ops.sluice.gated_attention.default
 _BY_SORTING = 1 << 19  # pairs of a head from which on sorting is quicker than looking at each
@@ -64,7 +64,7 @@ def count_kept_paged_pairs(
     b = b_cache[blocks.where(held, 0), keys % b_cache.shape[1]].transpose(1, 2)
     held = held[:, None, None]
     if attn_mask is not None:
-        held = held & (attn_mask if attn_mask.dtype == torch.bool else attn_mask != -torch.inf)
+        held = held & shown_by_mask(attn_mask)
     if q_offset is None:
         q_offset = seqlens_k.long() - a.shape[2]
     return count_kept_pairs(a, b, logit_tau, q_offset=q_offset, attn_mask=held, **options)

@@ -72,7 +72,7 @@ def attend_open(
     """
     if not operator_takes(q, k, v):
         return None
-    options = dict(causal=causal, scale=scale, softcap=softcap or 0.0)
+    options = dict(causal=causal, scale=scale, softcap=softcap)
     uniform = None
     if mask is not None:
         if mask.dim() != 4 or mask.shape[0] not in (1, q.shape[0]):
@@ -125,8 +125,7 @@ def attend_gated(
     _check_gated(a, b, q, k)
     if b.shape[1] != k.shape[1]:
         b = b.repeat_interleave(k.shape[1] // b.shape[1], 1)
-    near = dict(window=options.window, sinks=options.sinks, scale=scale, sink_logits=sink_logits)
-    near["softcap"] = softcap or 0.0
+    near = dict(window=options.window, sinks=options.sinks, scale=scale, sink_logits=sink_logits, softcap=softcap)
     pattern = None
     if mask is not None:
         if mask.dim() != 4:

@@ -133,7 +133,7 @@ def _read(mask: Tensor, n_q: int, n_k: int, causal: bool) -> MaskPattern | None:
     return None
 
 
-def _remember(mask: Tensor, name: str, key: tuple, compute: Callable):
+def _remember(mask: Tensor, key: tuple, compute: Callable):
     """What was computed of a mask, which the layers of a model share, as long as it holds the numbers that it held.
 
     They are compared: writes through .data or NumPy, and those in inference mode, raise no version.
@@ -142,11 +142,13 @@ def _remember(mask: Tensor, name: str, key: tuple, compute: Callable):
     for dim, stride in enumerate(mask.stride()):
         if stride == 0 and mask.shape[dim] > 1:
             shown = shown.narrow(dim, 0, 1)
-    memo = getattr(mask, name, None)
-    if memo is None or memo[0] != key or not torch.equal(memo[1], shown):
-        memo = (key, shown.clone(), compute())
-        setattr(mask, name, memo)
-    return memo[2]
+    memo = getattr(mask, "_sluice_memo", None)
+    if memo is None or not torch.equal(memo[0], shown):
+        memo = mask._sluice_memo = (shown.clone(), {})
+    key = (*key, torch.is_inference_mode_enabled())  # of whose tensors none can be saved for backward
+    if key not in memo[1]:
+        memo[1][key] = compute()
+    return memo[1][key]
 
 
 class OperatorMask(NamedTuple):
@@ -163,6 +165,13 @@ def operator_mask(mask: Tensor, batch: int, n_q: int, n_k: int, causal: bool, si
     texts begin at different keys, while sinks are wanted."""
     if torch.compiler.is_compiling() or mask.shape[-1] != n_k or not mask.numel():
         return None
+    sizes = (batch, n_q, n_k, causal, sinks)
+    if mask.requires_grad:  # a bias that learns is another graph each time
+        return _make_operator_mask(mask, *sizes)
+    return _remember(mask, ("operator", *sizes), lambda: _make_operator_mask(mask, *sizes))
+
+
+def _make_operator_mask(mask: Tensor, batch: int, n_q: int, n_k: int, causal: bool, sinks: int) -> OperatorMask | None:
     is_bool = mask.dtype == torch.bool
     least = None if is_bool else torch.finfo(mask.dtype).min
     allowed = mask if is_bool else mask.detach() > least
@@ -229,7 +238,7 @@ def read_mask(
         )
         pattern = MaskPattern(causal, key_range, offset, window, rows_without_keys(mask))
         return _expand(pattern, batch)
-    pattern = _remember(mask, "_sluice_pattern", (n_q, n_k, causal), lambda: _read(mask, n_q, n_k, causal))
+    pattern = _remember(mask, ("pattern", n_q, n_k, causal), lambda: _read(mask, n_q, n_k, causal))
     return None if pattern is None else _expand(pattern, batch)
 
 
@@ -238,7 +247,7 @@ def read_documents(mask: Tensor, batch: int, n_q: int, n_k: int) -> tuple[int, .
     the other; None if it is another mask. It is kept with the mask, as its pattern is."""
     if torch.compiler.is_compiling() or n_q != n_k or mask.shape[1] != 1 or mask.shape[2:] != (n_q, n_k):
         return None
-    lengths = _remember(mask, "_sluice_documents", (), lambda: _read_documents(mask))
+    lengths = _remember(mask, ("documents",), lambda: _read_documents(mask))
     return lengths if lengths is None or mask.shape[0] == batch else lengths * batch
 
 
