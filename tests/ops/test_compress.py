@@ -322,7 +322,7 @@ def test_empty_and_one_element_tensors(rows):
 @pytest.mark.parametrize("quantize", [True, False])
 def test_where_there_is_nothing_to_gain_the_result_is_a_copy(model, quantize, monkeypatch):
     """On whatever machine: no layer counts as faster."""
-    monkeypatch.setattr(quantization, "_time_in_place", lambda *_: None)
+    monkeypatch.setattr(quantization, "_time_in_place", lambda *_: 0.0)
     inputs = (EXAMPLE, EXAMPLE) if isinstance(model, nn.Bilinear) else EXAMPLE
     same = torch_sluice.compress(model, inputs, [(inputs, None)], quantize=quantize, **QUIET)
     assert same is not model

@@ -141,3 +141,4 @@ def call_all_faster(model, candidates, *_):
     """In place of ``quantization._time_in_place``: every quantised layer takes half the time, whatever the machine."""
     for candidate in candidates:
         candidate.before, candidate.after = 2e-3, 1e-3
+    return 2e-3 * len(candidates)

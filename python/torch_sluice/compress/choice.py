@@ -52,9 +52,9 @@ def choose_layers(
     if everything.low >= floor:
         return Choice(candidates, score=everything)
     costs, shared, stay = _measure_costs(candidates, loss, progress)
-    time = sum(c.before - c.after for c in candidates) or 1.0
+    time = sum(max(c.before - c.after, 0.0) for c in candidates) or 1.0
     size = sum(c.bytes for c in candidates) or 1
-    worth = {c.name: (c.before - c.after) / time + _BYTES_WORTH * c.bytes / size for c in candidates}
+    worth = {c.name: max(c.before - c.after, 0.0) / time + _BYTES_WORTH * c.bytes / size for c in candidates}
     order = [c for c in candidates if c.name in costs]
     order.sort(key=lambda c: -worth[c.name] / costs[c.name])
     able = {c.name for c in find_finer(order)}

@@ -84,9 +84,10 @@ def quantise(run: "Run", stages: list[Stage], score: Score) -> tuple[Stage, nn.M
     finer = layers(chosen, choice.finer).finer
     for c in chosen:
         reason, after = "for its bytes", c.after
-        if not c.for_bytes:
+        if not c.is_looked_up:
             after = c.finer if c.name in finer else c.after
             reason = f"measured {c.before * 1e6:.0f} -> {after * 1e6:.0f} µs"
+            reason = reason if c.is_faster else f"for its bytes, {reason}"
             if c.name in finer:
                 reason += ", with finer activations for the metric's sake"
         run.layers.append(LayerDecision(c.name, "quantized", reason, None, None, c.before - after))

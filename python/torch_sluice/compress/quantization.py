@@ -3,7 +3,9 @@ metric allows. A weight is found by how it is used when the model runs, whatever
 
 import contextlib
 import copy
+import itertools
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,8 +20,10 @@ from torch_sluice.compress.quantized import QuantizedWeight
 from torch_sluice.compress.report import LayerDecision
 from torch_sluice.compress.uses import Use, float_parameters, watch_uses
 
-SMALLEST = 1 << 16  # elements of a weight that is worth it for its bytes
-_GAIN = 1.1  # a layer must become so many times faster, or just faster if it has SMALLEST weights
+SMALLEST = 1 << 16  # elements of a table that is worth it for its bytes
+_GAIN = 1.1  # a layer that becomes so many times faster is quantised for its time
+_BYTES = 0.005  # of the model's: what a weight has to win that is quantised for its bytes
+_LOSS = 0.02  # of a call's time, which all that is quantised for its bytes may take longer
 TURNS = 3  # of timing
 _CALLS = 5  # in a turn
 
@@ -42,9 +46,14 @@ class Candidate:
     finer: float | None = None  # seconds with finer activations, where that was timed (widths.py)
 
     @property
-    def for_bytes(self) -> bool:
-        """Whether it is only looked up, a share of the time that nobody notices: it is quantised for its bytes."""
+    def is_looked_up(self) -> bool:
+        """Whether nothing else reads it, a share of the time that nobody notices: it is quantised for its bytes."""
         return self.weight.kind == "rows"
+
+    @property
+    def is_faster(self) -> bool:
+        """Whether it is quantised for its time, and not for its bytes alone."""
+        return self.before > _GAIN * self.after
 
 
 def layer_name(parameter: str) -> str:
@@ -87,23 +96,42 @@ def find_candidates(
     stay += apart
     possible, failed = _try_all(model, possible, example_inputs)
     stay += failed
-    timed = [candidate for candidate in possible if not candidate.for_bytes]
+    timed = [candidate for candidate in possible if not candidate.is_looked_up]
+    call = 0.0
     try:
-        _time_in_place(model, timed, example_inputs, progress)
+        call = _time_in_place(model, timed, example_inputs, progress)
     except Exception as error:
         reason = f"it could not be timed: {_first_line(error)}"
         stay += [LayerDecision(candidate.name, "float", reason) for candidate in timed]
-        possible = [candidate for candidate in possible if candidate.for_bytes]
-    chosen = []
-    for candidate in possible:
-        before, after = candidate.before, candidate.after
-        small = sum(math.prod(member.weight.options.shape) for member in candidate.all()) < SMALLEST
-        if candidate.for_bytes or before > (_GAIN if small else 1.0) * after:
-            chosen.append(candidate)
-        else:
-            reason = f"it is not {f'{_GAIN:g} times ' if small else ''}faster quantised"
-            stay.append(LayerDecision(candidate.name, "float", f"{reason}: {before * 1e6:.0f} -> {after * 1e6:.0f} µs"))
+        possible = [candidate for candidate in possible if candidate.is_looked_up]
+    size = sum(model.get_parameter(name).nbytes for name in parameters)
+    chosen, slower = _choose(possible, call, size)
+    for c in slower:
+        reason = f"it is not {_GAIN:g} times faster quantised: {c.before * 1e6:.0f} -> {c.after * 1e6:.0f} µs"
+        stay.append(LayerDecision(c.name, "float", reason))
     return chosen, stay
+
+
+def _choose(candidates: list[Candidate], call: float, size: int) -> tuple[list[Candidate], list[Candidate]]:
+    """Those that are better quantised, and those that are not.
+
+    Better are those that become faster, and of the others those that win bytes, the cheapest first, as long as a call
+    takes next to no longer: what a small layer loses or wins is as little as one call's time is from the next.
+
+    Args:
+        call: seconds of a call of the model.
+        size: bytes of the model's weights.
+    """
+    good = [c for c in candidates if c.is_looked_up or c.is_faster]
+    rest = [c for c in candidates if not (c.is_looked_up or c.is_faster)]
+    left = _LOSS * call
+    for c in sorted(rest, key=lambda c: (c.after - c.before) / max(c.bytes, 1)):
+        lost = c.after - c.before
+        if c.bytes >= _BYTES * size and lost <= left:
+            left -= max(lost, 0.0)
+            good.append(c)
+    names = {c.name for c in good}
+    return [c for c in candidates if c.name in names], [c for c in rest if c.name not in names]
 
 
 def _join(
@@ -237,14 +265,16 @@ def _try_all(
     return [], stay + [LayerDecision(candidate.name, "float", reason) for candidate in good]
 
 
-def _time_in_place(model: nn.Module, candidates: list[Candidate], example_inputs: Any, progress: Progress) -> None:
+def _time_in_place(model: nn.Module, candidates: list[Candidate], example_inputs: Any, progress: Progress) -> float:
     """Measures ``before`` and ``after`` of all candidates within calls of the model, all of them quantised or none.
+    Returns the seconds of a call with none.
 
     In place, since weights that a loop over one layer would find in a cache come from memory in a call of the model,
     four times as many of them in float32. The best of several turns: what another process does meets some of them.
     """
     if not candidates:
-        return
+        return 0.0
+    call = math.inf
     before: dict[str, float] = {}
     after: dict[str, float] = {}
     progress.start("timing", TURNS)
@@ -252,8 +282,20 @@ def _time_in_place(model: nn.Module, candidates: list[Candidate], example_inputs
         progress.step("layers")
         for some, seconds in (([], before), (candidates, after)):
             time_turn(model, some, candidates, example_inputs, seconds)
+        call = min(call, _time_call(model, example_inputs))
     for candidate in candidates:
         candidate.before, candidate.after = before[candidate.places[0]], after[candidate.places[0]]
+    return call
+
+
+def _time_call(model: nn.Module, example_inputs: Any) -> float:
+    """Seconds of the faster of two calls."""
+    with evaluating(model), torch.inference_mode():
+        moments = [time.perf_counter()]
+        for _ in range(2):
+            call_model(model, example_inputs)
+            moments.append(time.perf_counter())
+    return min(end - start for start, end in itertools.pairwise(moments))
 
 
 def time_turn(

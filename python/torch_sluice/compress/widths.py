@@ -39,7 +39,7 @@ def find_finer(
     able = [
         c
         for c in candidates
-        if c.weight.options.policy == "sqnr" and not c.for_bytes and c.weight.options.target_sqnr < FINER_SQNR
+        if c.weight.options.policy == "sqnr" and not c.is_looked_up and c.weight.options.target_sqnr < FINER_SQNR
     ]
     if not able:
         return []
