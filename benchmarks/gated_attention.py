@@ -59,7 +59,7 @@ class Case:
 
     def run_sluice(self, q, k, v, a, b):
         options = (*[None] * 7, self.causal, 0, 0, 0, 0.0, 0.0, self.scale)
-        out, _ = torch.ops.sluice.gated_attention(q, k, v, a, b, self.logit_tau, *options)
+        out, *_ = torch.ops.sluice.gated_attention(q, k, v, a, b, self.logit_tau, *options)
         return out
 
     def run_sdpa(self, q, k, v, a, b):

@@ -126,12 +126,13 @@ sl_status run_backward(const sl_gated_attention_args &args, const Tensor &q) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> gated_attention(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, OptionalTensor logit_tau,
-                                           OptionalTensor key_range, OptionalTensor q_offset, OptionalTensor text_begin,
-                                           OptionalTensor attn_mask, OptionalTensor alibi_slopes,
-                                           OptionalTensor output_gate, OptionalTensor dropout_seed, bool causal,
-                                           int64_t window, int64_t sinks, int64_t sliding_window, double softcap,
-                                           double dropout_p, double scale) {
+std::tuple<Tensor, Tensor, Tensor> gated_attention(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b,
+                                                   OptionalTensor logit_tau, OptionalTensor key_range,
+                                                   OptionalTensor q_offset, OptionalTensor text_begin,
+                                                   OptionalTensor attn_mask, OptionalTensor alibi_slopes,
+                                                   OptionalTensor output_gate, OptionalTensor dropout_seed, bool causal,
+                                                   int64_t window, int64_t sinks, int64_t sliding_window,
+                                                   double softcap, double dropout_p, double scale) {
   Inputs in = check_inputs(q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes,
                            output_gate, dropout_seed, causal, window, sinks, sliding_window, softcap, dropout_p, scale);
   sl_gated_attention_args &args = in.args;
@@ -140,11 +141,12 @@ std::tuple<Tensor, Tensor> gated_attention(Tensor q, Tensor k, Tensor v, Tensor 
   if (q.is_cpu()) check_status(sl_gated_attention_workspace_size(&args, &bytes));
   Tensor out = empty({args.batch, args.heads_q, args.n_q, args.head_dim_v}, in.dtype, q);
   Tensor lse = empty({args.batch, args.heads_q, args.n_q}, in.gate_dtype, q);
+  Tensor kept = empty({args.batch, args.heads_q, args.n_q}, ScalarType::Int, q);
   Tensor workspace = empty({static_cast<int64_t>(bytes)}, ScalarType::Byte, q);
-  args.out = view4(out), args.lse = view3(lse);
+  args.out = view4(out), args.lse = view3(lse), args.kept = kept.mutable_data_ptr();
   args.workspace = workspace.mutable_data_ptr(), args.workspace_size = bytes;
   check_status(run_forward(args, q));
-  return {out, lse};
+  return {out, lse, kept};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_attention_backward(

@@ -40,11 +40,12 @@ sl_tensor4 view_cache(const char *name, const Tensor &cache) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> gated_attention_paged(Tensor q, Tensor k_cache, Tensor v_cache, Tensor a, Tensor b_cache,
-                                                 Tensor block_table, Tensor seqlens_k, OptionalTensor logit_tau,
-                                                 OptionalTensor q_offset, OptionalTensor attn_mask,
-                                                 OptionalTensor alibi_slopes, bool causal, int64_t window,
-                                                 int64_t sinks, int64_t sliding_window, double softcap, double scale) {
+std::tuple<Tensor, Tensor, Tensor> gated_attention_paged(Tensor q, Tensor k_cache, Tensor v_cache, Tensor a,
+                                                         Tensor b_cache, Tensor block_table, Tensor seqlens_k,
+                                                         OptionalTensor logit_tau, OptionalTensor q_offset,
+                                                         OptionalTensor attn_mask, OptionalTensor alibi_slopes,
+                                                         bool causal, int64_t window, int64_t sinks,
+                                                         int64_t sliding_window, double softcap, double scale) {
   Sizes sizes = sizes_of(q, k_cache, v_cache, block_table);
   auto [B, Hq, Nq, D, blocks, block_size, Hkv, Dv, max_blocks] = sizes;
   ScalarType dtype = q.scalar_type();
@@ -99,10 +100,11 @@ std::tuple<Tensor, Tensor> gated_attention_paged(Tensor q, Tensor k_cache, Tenso
   check_status(sl_gated_attention_workspace_size(&args, &bytes));
   Tensor out = empty({B, Hq, Nq, Dv}, dtype, q), lse = empty({B, Hq, Nq}, gate_dtype, q);
   Tensor workspace = empty({static_cast<int64_t>(bytes)}, ScalarType::Byte, q);
-  args.out = view4(out), args.lse = view3(lse);
+  Tensor kept = empty({B, Hq, Nq}, ScalarType::Int, q);
+  args.out = view4(out), args.lse = view3(lse), args.kept = kept.mutable_data_ptr();
   args.workspace = workspace.mutable_data_ptr(), args.workspace_size = bytes;
   check_status(sl_gated_attention(&args));
-  return {out, lse};
+  return {out, lse, kept};
 }
 
 }  // namespace sluice

@@ -38,6 +38,7 @@ static void keep_of_run(few_row *row, const sl_gated_attention_args *args, int64
     float z = *row->rows.a + sl_attention_clamp_logit(run->b[(key - begin) * args->b.token_stride]);
     bool near = key < sinks || llabs(row->position - key) < args->window;
     if (!near && z < row->rows.logit_tau && !(args->causal && key == row->position)) continue;
+    ++*row->rows.kept;
     row->key[row->kept] = (int32_t)key;
     row->token_row[row->kept] = (int32_t)(run->row + key - begin);
     row->gate[row->kept++] = near ? 1 : 1 / (1 + expf(-z));
@@ -86,7 +87,7 @@ static void run_row(void *context, int64_t worker, int64_t task) {
   const sl_gated_attention_args *args = plan->args;
   int64_t query = task % args->n_q, head = task / args->n_q % args->heads_q, batch = task / args->n_q / args->heads_q;
   _Alignas(64) float out[SL_ATTENTION_MAX_HEAD_DIM] = {0};
-  int32_t token = (int32_t)query;
+  int32_t token = (int32_t)query, kept = 0;
   float maximum = -INFINITY, sum = 0;
   float a = sl_attention_clamp_logit(*sl_attention_at3(&args->a, batch, head, query));
   few_row row;
@@ -96,6 +97,7 @@ static void run_row(void *context, int64_t worker, int64_t task) {
   row.rows.a = &a;
   row.rows.maximum = &maximum;
   row.rows.sum = &sum;
+  row.rows.kept = &kept;
   row.rows.out = out;
   row.dropout = sl_dropout_of_row(args, batch, head, query);
   row.position = query + sl_attention_q_offset(args, batch);

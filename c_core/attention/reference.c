@@ -180,6 +180,11 @@ sl_status sl_gated_attention_reference(const sl_gated_attention_args *args) {
           sum *= output_gate(args, batch, head, query, d);
           sl_element_store(args->dtype, args->out.data, offset4(&args->out, batch, head, query) + d, sum);
         }
+        if (args->kept) {
+          int32_t *kept = (int32_t *)args->kept + (batch * args->heads_q + head) * args->n_q + query;
+          *kept = 0;
+          for (int64_t key = 0; key < args->n_k; ++key) *kept += row.kept[key];
+        }
         if (args->lse.data) {
           sl_element_store(row.gate_dtype, args->lse.data, offset3(&args->lse, batch, head, query), row.lse);
         }

@@ -8,6 +8,7 @@
 #include "attention/dropout.h"
 #include "attention/key_rows.h"
 #include "attention/output_gate.h"
+#include "attention/pair_score.h"
 #include "attention/score_bend.h"
 #include "runtime/number.h"
 
@@ -21,6 +22,7 @@ void sl_query_rows_take(sl_query_rows *rows, sl_arena *arena, const sl_attention
   rows->packed = sl_arena_take(arena, padded * plan->row_stride, plan->kernel->element_size);
   rows->maximum = sl_arena_take(arena, padded, sizeof(float));
   rows->sum = sl_arena_take(arena, padded, sizeof(float));
+  rows->kept = sl_arena_take(arena, padded, sizeof(int32_t));
   rows->out = sl_arena_take(arena, padded * plan->row_stride_v, sizeof(float));
 }
 
@@ -65,6 +67,7 @@ static void attend_to_self(sl_query_rows *rows, const sl_attention_plan *plan, i
     if (key < bounds.sinks || key >= bounds.end) continue;
     sl_key_run self = sl_attention_key_run(args, rows->batch, rows->head_kv, key, key + 1);
     if (self.row < 0) continue;
+    rows->kept[r] = sl_attention_pair_is_seen(args, rows->batch, rows->head, rows->token[r], key, key);
     int32_t key_row = (int32_t)self.row;
     float query[SL_ATTENTION_MAX_HEAD_DIM], score;
     memset(query, 0, (size_t)args->head_dim * sizeof(float));
@@ -104,6 +107,7 @@ void sl_query_rows_load(sl_query_rows *rows, const sl_attention_plan *plan, int6
     rows->position[r] = (int32_t)(rows->token[r] + offset);
     rows->maximum[r] = -INFINITY;
     rows->sum[r] = 0;
+    rows->kept[r] = 0;
   }
   memset(rows->out, 0, (size_t)(rows->count * plan->row_stride_v) * sizeof(float));
   rows->self_apart = sorted && args->causal && args->window == 0;
@@ -131,6 +135,7 @@ void sl_query_rows_gather(sl_query_rows *rows, const sl_attention_plan *plan, co
     rows->exp_minus_a[r] = source->exp_minus_a[from];
     rows->maximum[r] = source->maximum[from];
     rows->sum[r] = source->sum[from];
+    rows->kept[r] = source->kept[from];
     memcpy((char *)rows->packed + (size_t)r * packed_bytes, (const char *)source->packed + (size_t)from * packed_bytes,
            packed_bytes);
     memcpy(rows->out + r * plan->row_stride_v, source->out + from * plan->row_stride_v, out_bytes);
@@ -152,6 +157,7 @@ sl_query_rows sl_query_rows_part(const sl_query_rows *rows, const sl_attention_p
   part.packed = (char *)rows->packed + (size_t)(first * plan->row_stride) * plan->kernel->element_size;
   part.maximum += first;
   part.sum += first;
+  part.kept += first;
   part.out += first * plan->row_stride_v;
   return part;
 }
@@ -173,6 +179,8 @@ void sl_query_rows_store(sl_query_rows *rows, const sl_attention_plan *plan) {
     bool empty = rows->maximum[r] == -INFINITY && sum == 0;
     factors[r] = empty ? 0 : dropout_scale / sum;
     sl_output_gate_apply(args, rows->batch, rows->head, rows->token[r], rows->out + r * plan->row_stride_v);
+    int64_t number = (rows->batch * args->heads_q + rows->head) * args->n_q + rows->token[r];
+    if (args->kept) ((int32_t *)args->kept)[number] = rows->kept[r];
     if (!args->lse.data) continue;
     double lse = (double)plan->scale_log2e * 0.6931471805599453 * (double)rows->maximum[r] + log((double)sum);
     *sl_attention_at3(&args->lse, rows->batch, rows->head, rows->token[r]) = empty ? -INFINITY : (float)lse;

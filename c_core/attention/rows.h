@@ -17,7 +17,8 @@ typedef struct sl_query_rows {
   float *exp_minus_a;
   void *packed; /* [row_stride] elements a row */
   float *maximum, *sum;
-  float *out; /* [width_v], stride row_stride_v */
+  int32_t *kept; /* pairs that were attended to */
+  float *out;    /* [width_v], stride row_stride_v */
 } sl_query_rows;
 
 /* Takes the memory of up to `count` rows. */

@@ -96,6 +96,24 @@ static void cut_lengths(sl_staircase *staircase, int64_t start, int64_t count) {
   }
 }
 
+/* Counts the pairs of a block. Where places or a mask leave holes in the rows' prefixes, each is looked at. */
+static void count_kept(const sl_staircase *staircase, const sl_query_rows *rows, const sl_key_chunk *chunk,
+                       int64_t start, int64_t count, bool masked) {
+  const int32_t *lengths = staircase->block_lengths, *key = chunk->index + start;
+  const float *mask = staircase->bend.mask;
+  for (int64_t r = 0; r < count; ++r) {
+    int32_t lowest = masked ? staircase->lowest[r] : INT32_MIN, highest = masked ? staircase->highest[r] : INT32_MAX;
+    int32_t kept = masked || mask ? 0 : lengths[r];
+    if (mask) {
+      const float *row = mask + r * staircase->bend.stride;
+      for (int64_t j = 0; j < lengths[r]; ++j) kept += (row[j] != -INFINITY) & (key[j] >= lowest) & (key[j] <= highest);
+    } else if (masked) {
+      for (int64_t j = 0; j < lengths[r]; ++j) kept += (key[j] >= lowest) & (key[j] <= highest);
+    }
+    rows->kept[r] += kept;
+  }
+}
+
 static void attend_block(void *context, sl_staircase *staircase, const sl_key_chunk *chunk, int64_t start,
                          int64_t count, bool gated, bool masked) {
   const sl_query_rows *rows = context;
@@ -106,6 +124,7 @@ static void attend_block(void *context, sl_staircase *staircase, const sl_key_ch
   const char *depths = (const char *)chunk->v_depths + (size_t)(start * kernel->panel) * kernel->element_size;
   sl_score_bend *bend = &staircase->bend;
   if (plan->bends_scores && !sl_score_bend_load(bend, plan, rows, chunk, start, count, lengths)) return;
+  if (plan->args->kept) count_kept(staircase, rows, chunk, start, count, masked);
   kernel->multiply_nt(count, lengths, rows->packed, plan->row_stride, columns, plan->depth, staircase->scores,
                       staircase->score_stride);
   if (plan->bends_scores) sl_score_bend_apply(bend, plan, rows, chunk, start, count, lengths, staircase->scores);

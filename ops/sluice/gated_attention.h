@@ -14,6 +14,7 @@
  *          and with a sliding window |p_i - j| < sliding_window
  *   out_i = sigmoid(o_i) * sum over j in K_i of softmax over K_i (s_i)_j * d_ij * g_ij * v_j
  *   lse_i = log sum over j in K_i of exp(s_ij)            (of the softmax alone: the gate is not in it)
+ *   kept_i = |K_i|                                        the pairs that are computed
  *
  * PLACES  Positions are places in the text, one offset per batch entry; without them the keys end with the last query:
  *   q_offset    the key at whose place query 0 sits; without, n_k - n_q. Under causal, keys behind the last query are
@@ -62,7 +63,7 @@
  *                           Tensor? q_offset, Tensor? text_begin, Tensor? attn_mask, Tensor? alibi_slopes,
  *                           Tensor? output_gate, Tensor? dropout_seed, bool causal, int window, int sinks,
  *                           int sliding_window, float softcap, float dropout_p, float scale)
- *                           -> (Tensor out, Tensor lse)
+ *                           -> (Tensor out, Tensor lse, Tensor kept)
  *   sluice::gated_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b,
  *                           Tensor? logit_tau, Tensor? key_range, Tensor? q_offset, Tensor? text_begin,
  *                           Tensor? attn_mask, Tensor? alibi_slopes, Tensor? output_gate, Tensor? dropout_seed,
@@ -73,7 +74,8 @@
  *   sluice::gated_attention_paged(Tensor q, Tensor k_cache, Tensor v_cache, Tensor a, Tensor b_cache,
  *                           Tensor block_table, Tensor seqlens_k, Tensor? logit_tau, Tensor? q_offset,
  *                           Tensor? attn_mask, Tensor? alibi_slopes, bool causal, int window, int sinks,
- *                           int sliding_window, float softcap, float scale) -> (Tensor out, Tensor lse)
+ *                           int sliding_window, float softcap, float scale)
+ *                           -> (Tensor out, Tensor lse, Tensor kept)
  *       key_range is [0, seqlens_k), q_offset without a value seqlens_k - n_q. Attention alone has no gradient here:
  *       tensors that require one are refused.
  *
@@ -84,7 +86,7 @@
  *         mask_gradient is false
  *         output_gate [B, Hq, Nq, 1 or Dv] (absent: 1)   doutput_gate like output_gate, or empty
  *         dropout_seed [1] int64 (absent: no dropout)
- *         out [B, Hq, Nq, Dv]  lse, dlse [B, Hq, Nq] (dlse absent: 0).
+ *         out [B, Hq, Nq, Dv]  lse, dlse [B, Hq, Nq] (dlse absent: 0)  kept [B, Hq, Nq] int32.
  *         Hq is a multiple of Hkv; query head h reads key head h / (Hq / Hkv).
  *         1 <= D, Dv <= 256. B, Nq may be 0 (empty results); Nk may be 0 (all rows empty).
  *         gated_attention_paged: k_cache [blocks, block_size, Hkv, D]  v_cache [.., Dv]  b_cache [.., Hkv]
@@ -110,7 +112,8 @@
   "gated_attention(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? logit_tau, "                 \
   "Tensor? key_range, Tensor? q_offset, Tensor? text_begin, Tensor? attn_mask, "                          \
   "Tensor? alibi_slopes, Tensor? output_gate, Tensor? dropout_seed, bool causal, int window, int sinks, " \
-  "int sliding_window, float softcap, float dropout_p, float scale) -> (Tensor out, Tensor lse)"
+  "int sliding_window, float softcap, float dropout_p, float scale) "                                     \
+  "-> (Tensor out, Tensor lse, Tensor kept)"
 #define SL_GATED_ATTENTION_BACKWARD_SCHEMA                                                                       \
   "gated_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, "       \
   "Tensor? logit_tau, Tensor? key_range, Tensor? q_offset, Tensor? text_begin, Tensor? attn_mask, "              \
@@ -121,7 +124,8 @@
 #define SL_GATED_ATTENTION_PAGED_SCHEMA                                                                            \
   "gated_attention_paged(Tensor q, Tensor k_cache, Tensor v_cache, Tensor a, Tensor b_cache, Tensor block_table, " \
   "Tensor seqlens_k, Tensor? logit_tau, Tensor? q_offset, Tensor? attn_mask, Tensor? alibi_slopes, bool causal, "  \
-  "int window, int sinks, int sliding_window, float softcap, float scale) -> (Tensor out, Tensor lse)"
+  "int window, int sinks, int sliding_window, float softcap, float scale) "                                        \
+  "-> (Tensor out, Tensor lse, Tensor kept)"
 
 /* |a| and |b| are clamped to this, so that exp(-a) * exp(-b) stays finite in float32. */
 #define SL_GATE_LOGIT_LIMIT 40.0f
@@ -174,6 +178,7 @@ typedef struct sl_gated_attention_args {
   int64_t max_blocks, block_size, blocks;
   sl_tensor4 out; /* written by the forward, read by the backward */
   sl_tensor3 lse; /* written by the forward (data may be NULL there), read by the backward */
+  void *kept;     /* int32 [batch, heads_q, n_q], contiguous, written by the forward; NULL: not wanted */
 
   /* Backward only. */
   sl_tensor4 dout;              /* read */

@@ -73,10 +73,12 @@ class _Forward(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         tensors, ctx.options = inputs[:TENSORS], inputs[TENSORS:]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *output)
+        out, lse, kept = output
+        ctx.mark_non_differentiable(kept)
+        ctx.save_for_backward(*tensors, out, lse)
 
     @staticmethod
-    def backward(ctx, dout, dlse):
+    def backward(ctx, dout, dlse, _):
         saved = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(saved[-2])
@@ -103,7 +105,7 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def transformed(*arguments) -> tuple[Tensor, Tensor]:
+def transformed(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     """The operator within transforms of torch.func, which ask for it in this form."""
     return _Forward.apply(*arguments)
 
@@ -120,7 +122,7 @@ def _differentiate(function, operator, arguments: tuple):
         return operator(*arguments)
 
 
-def forward(*arguments) -> tuple[Tensor, Tensor]:
+def forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     """The operator's kernel for autograd."""
     return _differentiate(_Forward, _FORWARD, arguments)
 

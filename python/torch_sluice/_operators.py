@@ -88,7 +88,7 @@ def _fake_forward(
     batch, heads_q, n_q, _ = q.shape
     out = q.new_empty((batch, heads_q, n_q, v.shape[3]))
     lse = q.new_empty((batch, heads_q, n_q), dtype=_gate_dtype(q.dtype))
-    return out, lse
+    return out, lse, q.new_empty((batch, heads_q, n_q), dtype=torch.int32)
 
 
 @register_fake("gated_attention_backward")

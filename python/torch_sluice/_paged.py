@@ -53,12 +53,12 @@ def _fake(
     if attn_mask is not None:
         full = (batch, heads_q, n_q, max_blocks * block_size)
         _check_mask(attn_mask, full, "[batch, heads_q, n_q, max_blocks * block_size]")
-    return q.new_empty((batch, heads_q, n_q, head_dim_v)), q.new_empty(
-        (batch, heads_q, n_q), dtype=_gate_dtype(q.dtype)
-    )
+    rows = batch, heads_q, n_q
+    lse, kept = q.new_empty(rows, dtype=_gate_dtype(q.dtype)), q.new_empty(rows, dtype=torch.int32)
+    return q.new_empty((*rows, head_dim_v)), lse, kept
 
 
-def _refuse_gradients(*arguments) -> tuple[Tensor, Tensor]:
+def _refuse_gradients(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     """The operator's kernel for autograd."""
     check_tensors(**dict(zip(_NAMES, arguments, strict=False)))
     tensors = [value for value in arguments if isinstance(value, Tensor)]
@@ -75,7 +75,7 @@ def _refuse_gradients(*arguments) -> tuple[Tensor, Tensor]:
         return OPERATOR(*arguments)
 
 
-def run(arguments: tuple) -> tuple[Tensor, Tensor]:
+def run(arguments: tuple) -> tuple[Tensor, Tensor, Tensor]:
     """The operator; where nothing is differentiated past the kernel above, which is Python and costs microseconds."""
     if torch.compiler.is_compiling() or _functorch.is_transformed() or forward_ad._current_level >= 0:
         return OPERATOR(*arguments)

@@ -119,7 +119,7 @@ def seed_of(dropout_p: float, q: Tensor) -> Tensor | None:
     return torch.randint(2**62, (1,), device=q.device) if dropout_p else None
 
 
-def _run(arguments: tuple) -> tuple[Tensor, Tensor]:
+def _run(arguments: tuple) -> tuple[Tensor, Tensor, Tensor]:
     try:
         q, k, v, a, b = arguments[:5]
         if _functorch.is_transformed():
@@ -140,8 +140,14 @@ def _run(arguments: tuple) -> tuple[Tensor, Tensor]:
         raise as_value_error(error) from None
 
 
-def _run_compiled(arguments: tuple) -> tuple[Tensor, Tensor]:
+def _run_compiled(arguments: tuple) -> tuple[Tensor, Tensor, Tensor]:
     return _operator(*arguments)
+
+
+def results_of(out: Tensor, *others: Tensor | None) -> Tensor | tuple[Tensor, ...]:
+    """What a function returns of out and what was asked for beside it."""
+    others = [x for x in others if x is not None]
+    return (out, *others) if others else out
 
 
 def gated_attention(
@@ -168,7 +174,8 @@ def gated_attention(
     output_gate: Tensor | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_kept: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     r"""Attention in which a separable gate picks the pairs of query and key that are worth computing.
 
     With ``z_ij = clamp(a_i, -40, 40) + clamp(b_j, -40, 40)`` and ``p_i = i + q_offset``, the place of query i among
@@ -231,9 +238,12 @@ def gated_attention(
             none. Of ``"post"`` it is that of all pairs, of ``"log"`` that of the gated scores. With it parts of the
             keys can be put together, or a logit added that no value belongs to: ``out * sigmoid(lse - s_aux)`` is
             attention with the sink logits ``s_aux`` [Hq, 1] of gpt-oss.
+        return_kept: also return the number of pairs that each head kept, the sum over i of the sizes of K_i, int64
+            [B, Hq]: exact, near pairs and masks included. The kernel knows it anyway.
 
     Returns:
-        out [B, Hq, Nq, Dv] in the dtype of q; with ``return_lse`` the tuple (out, lse).
+        out [B, Hq, Nq, Dv] in the dtype of q; with ``return_lse`` or ``return_kept`` the tuple (out, lse), (out, kept)
+        or (out, lse, kept).
 
     Gradients flow to q, k, v, a, b, attn_mask and output_gate; dropped pairs have none. They are of first order and
     reverse mode, by autograd or torch.func (``grad``, ``vjp``, ``vmap``); second order and forward mode raise
@@ -272,7 +282,7 @@ def gated_attention(
     numbers = (causal, window, sinks, sliding_window, softcap, dropout_p, scale)
     arguments = (q, k, v, a, b, logit_tau, *places, *of_scores, *behind, *numbers)
     run = _run_compiled if torch.compiler.is_compiling() else _run
-    out, lse = run(arguments) if mode == "select" else run_mode(mode, run, arguments)
+    out, lse, kept = run(arguments) if mode == "select" else run_mode(mode, run, arguments)
     if output_gate is not None and not q.is_cpu:
         out = out * output_gate.sigmoid()
-    return (out, lse) if return_lse else out
+    return results_of(out, lse if return_lse else None, kept.sum(-1) if return_kept else None)

@@ -16,11 +16,11 @@ from torch_sluice._functorch import OUTPUT_GATE
 
 MODES = ("select", "post", "log")
 MAX_HEAD_DIM = 256
-Operator = Callable[[tuple], tuple[Tensor, Tensor]]
+Operator = Callable[[tuple], tuple[Tensor, Tensor, Tensor]]
 
 
-def run_mode(mode: str, run: Operator, arguments: tuple) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a mode, by the operator ``run`` and its arguments (``ops/sluice/gated_attention.h``)."""
+def run_mode(mode: str, run: Operator, arguments: tuple) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, kept) of a mode, by the operator ``run`` and its arguments (``ops/sluice/gated_attention.h``)."""
     if mode == "select":
         return run(arguments)
     gate = arguments[OUTPUT_GATE]
@@ -29,23 +29,23 @@ def run_mode(mode: str, run: Operator, arguments: tuple) -> tuple[Tensor, Tensor
     if mode == "log" and torch.is_autocast_enabled(q.device.type):  # in float32, though out is of autocast's dtype
         dtype = torch.get_autocast_dtype(q.device.type) if q.dtype != torch.float64 else q.dtype
         with torch.autocast(q.device.type, enabled=False):
-            out, lse = _run_log(run, *arguments)
+            out, lse, kept = _run_log(run, *arguments)
         out = out.to(dtype)
     else:
-        out, lse = (_run_post if mode == "post" else _run_log)(run, *arguments)
-    return (out if gate is None else out * gate.sigmoid().to(out.dtype)), lse
+        out, lse, kept = (_run_post if mode == "post" else _run_log)(run, *arguments)
+    return (out if gate is None else out * gate.sigmoid().to(out.dtype)), lse, kept
 
 
 def _run_post(run: Operator, q, k, v, a, b, logit_tau, *options):
     *of_scores, _, _, causal, _, _, sliding_window, softcap, _, scale = options
-    out, lse = run((q, k, v, a, b, logit_tau, *options))
+    out, lse, kept = run((q, k, v, a, b, logit_tau, *options))
     if logit_tau is None:  # nothing is dropped
-        return out, lse
+        return out, lse, kept
     nothing = v.new_zeros(1, 1, 1, 1).expand(*v.shape[:3], 1)
     rest = (*of_scores, None, None, causal, 0, 0, sliding_window, softcap, 0.0, scale)
-    _, lse_of_all = run((q, k, nothing, a.detach(), b.detach(), None, *rest))
+    _, lse_of_all, _ = run((q, k, nothing, a.detach(), b.detach(), None, *rest))
     share = (lse - lse_of_all).masked_fill(lse == -torch.inf, -torch.inf).exp()
-    return out * share.unsqueeze(-1).to(out.dtype), lse_of_all
+    return out * share.unsqueeze(-1).to(out.dtype), lse_of_all, kept
 
 
 def _run_log(run: Operator, q, k, v, a, b, *options):
@@ -55,14 +55,14 @@ def _run_log(run: Operator, q, k, v, a, b, *options):
     ones = v.new_ones(1, 1, 1, 1).expand(*v.shape[:3], 1)
     *tensors, _, causal, window, sinks, sliding_window, softcap, dropout_p, scale = options
     if width < MAX_HEAD_DIM and not dropout_p:
-        out, lse = run((q, k, torch.cat((v, ones), -1), a, b, *options))
+        out, lse, kept = run((q, k, torch.cat((v, ones), -1), a, b, *options))
         out, total = out[..., :width], out[..., width:]
     else:
-        out, lse = run((q, k, v, a, b, *options))
+        out, lse, kept = run((q, k, v, a, b, *options))
         whole = (*tensors, None, causal, window, sinks, sliding_window, softcap, 0.0, scale)
-        total, _ = run((q, k, ones, a, b, *whole))
+        total, *_ = run((q, k, ones, a, b, *whole))
     total = total.masked_fill((lse == -torch.inf).unsqueeze(-1), 1)
-    return (out / total).to(dtype), lse + total.squeeze(-1).log().to(lse.dtype)
+    return (out / total).to(dtype), lse + total.squeeze(-1).log().to(lse.dtype), kept
 
 
 def dropped_bound(v: Tensor, tau: float | Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torch_sluice._errors import as_value_error, check_tensors
 from torch_sluice._paged import run
-from torch_sluice.functional import _gates_of, _logit_tau_of, cuts_of, mask_of, slopes_of
+from torch_sluice.functional import _gates_of, _logit_tau_of, cuts_of, mask_of, results_of, slopes_of
 from torch_sluice.places import check_places
 
 
@@ -31,7 +31,8 @@ def gated_attention_paged(
     softcap: float | None = 0.0,
     sliding_window: int | None = 0,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_kept: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """``torch_sluice.gated_attention`` of keys and values that lie in the blocks of a cache, on the CPU, forward only.
 
     Key j of sequence i is row ``j % block_size`` of block ``block_table[i, j // block_size]``. It gives the numbers
@@ -54,10 +55,11 @@ def gated_attention_paged(
         q_offset: [B] int64, the place of query 0 of each sequence, from -Nq; default ``seqlens_k - Nq``. Queries at
             places below 0 give 0 under ``causal``.
         attn_mask: broadcasts to [B, Hq, Nq, max_blocks * block_size], by place in the text.
-        window, sinks, scale, alibi_slopes, softcap, sliding_window, return_lse: as in ``gated_attention``.
+        window, sinks, scale, alibi_slopes, softcap, sliding_window, return_lse, return_kept: as in ``gated_attention``.
 
     Returns:
-        out [B, Hq, Nq, Dv] in the dtype of q; with ``return_lse`` the tuple (out, lse [B, Hq, Nq]).
+        out [B, Hq, Nq, Dv] in the dtype of q; with ``return_lse`` or ``return_kept`` a tuple, as of
+        ``gated_attention``.
 
     There are no gradients; ``torch.func.vmap`` takes one call after the other. Under autocast q takes the dtype of the
     cache. The same inputs give the same bits, whatever the number of threads, and whichever blocks are used.
@@ -82,7 +84,7 @@ def gated_attention_paged(
     of_scores = (mask_of(attn_mask), slopes_of(alibi_slopes, q, dtype))
     sliding_window, softcap = cuts_of(sliding_window, softcap)
     try:
-        out, lse = run(
+        out, lse, kept = run(
             (
                 *(q, k_cache, v_cache, a, b_cache, block_table, seqlens_k, logit_tau, q_offset, *of_scores),
                 *(causal, window, sinks, sliding_window, softcap, scale),
@@ -90,4 +92,4 @@ def gated_attention_paged(
         )
     except RuntimeError as error:
         raise as_value_error(error) from None
-    return (out, lse) if return_lse else out
+    return results_of(out, lse if return_lse else None, kept.sum(-1) if return_kept else None)

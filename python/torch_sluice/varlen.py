@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_sluice.functional import gated_attention
+from torch_sluice.functional import gated_attention, results_of
 
 _INTEGERS = (torch.int32, torch.int64)
 
@@ -61,7 +61,8 @@ def gated_attention_varlen(
     output_gate: Tensor | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_kept: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """``torch_sluice.gated_attention`` of packed sequences, in the layout of ``torch.nn.attention.varlen``.
 
     Sequence s has queries ``cu_seqlens_q[s]`` to ``cu_seqlens_q[s + 1]`` and keys alike, and sees no other. Each is
@@ -80,7 +81,8 @@ def gated_attention_varlen(
         The others: as in ``gated_attention``.
 
     Returns:
-        out [Tq, Hq, Dv] in the dtype of q; with ``return_lse`` the tuple (out, lse [Hq, Tq]).
+        out [Tq, Hq, Dv] in the dtype of q; with ``return_lse`` or ``return_kept`` the tuple (out, lse [Hq, Tq]),
+        (out, kept [S, Hq]) or (out, lse, kept).
 
     Raises:
         ValueError: an argument of a wrong shape, dtype or value; the message names it.
@@ -104,7 +106,7 @@ def gated_attention_varlen(
         raise ValueError(
             f"cu_seqlens_k has {len(lengths_k)} sequences, expected those of cu_seqlens_q, {len(lengths_q)}"
         )
-    runs, first, outs, lses = find_runs(list(zip(lengths_q, lengths_k, strict=True))), 0, [], []
+    runs, first, results = find_runs(list(zip(lengths_q, lengths_k, strict=True))), 0, []
     gates = [None] * len(runs)
     if output_gate is not None:
         if not isinstance(output_gate, Tensor) or output_gate.shape not in (
@@ -117,20 +119,22 @@ def gated_attention_varlen(
     of_sequences = _chosen_for(len(lengths_q), q.shape[1])
     for run, gate, *inputs in zip(runs, gates, *columns, strict=True):
         last = first + run.count
-        out, lse = gated_attention(
+        each = gated_attention(
             *inputs, causal=causal, mode=mode, tau=of_sequences("tau", tau, first, last),
             density=of_sequences("density", density, first, last), window=window, sinks=sinks, scale=scale,
             alibi_slopes=of_sequences("alibi_slopes", alibi_slopes, first, last), softcap=softcap,
             sliding_window=sliding_window, output_gate=gate, dropout_p=dropout_p, return_lse=True,
+            return_kept=True,
         )  # fmt: skip
-        outs.append(out)
-        lses.append(lse)
+        results.append(each)
         first = last
-    if not runs:
-        out = q.new_empty(0, q.shape[1], v.shape[2])
-        return (out, a.new_empty(q.shape[1], 0)) if return_lse else out
-    out = join_runs(outs)
-    return (out, join_runs(lses).T) if return_lse else out
+    if runs:
+        outs, lses, kept = zip(*results, strict=True)
+        out, lse, kept = join_runs(outs), join_runs(lses).T, torch.cat(kept)
+    else:
+        out, lse = q.new_empty(0, q.shape[1], v.shape[2]), a.new_empty(q.shape[1], 0)
+        kept = q.new_empty(0, q.shape[1], dtype=torch.int64)
+    return results_of(out, lse if return_lse else None, kept if return_kept else None)
 
 
 def _lengths_of(name: str, ends: Tensor, tokens: int, of: str) -> list[int]:

@@ -336,6 +336,7 @@ class AttentionProblem {
   void clear_results() {
     out = Tensor(shape_.dtype, {shape_.batch, shape_.heads_q, shape_.n_q, shape_.head_dim_v}, shape_.layout);
     lse = Tensor(gate_dtype(), {shape_.batch, shape_.heads_q, shape_.n_q, 1}, shape_.layout);
+    kept = Tensor(SL_I32, {shape_.batch, shape_.heads_q, shape_.n_q, 1});
     clear_gradients();
   }
   void clear_gradients() {
@@ -372,7 +373,7 @@ class AttentionProblem {
     args.dropout_p = shape_.dropout, args.dropout_seed = &dropout_seed;
     args.softcap = shape_.softcap, args.sliding_window = shape_.sliding_window;
     args.causal = shape_.causal, args.window = shape_.window, args.sinks = shape_.sinks, args.scale = shape_.scale;
-    args.out = out.view4(), args.lse = lse.view3();
+    args.out = out.view4(), args.lse = lse.view3(), args.kept = kept.data();
     if (shape_.lse_gradient) args.dlse = dlse.view3();
     args.dout = dout.view4(), args.dq = dq.view4(), args.dk = dk.view4(), args.dv = dv.view4();
     args.da = da.view3(), args.db = db.view3();
@@ -400,6 +401,7 @@ class AttentionProblem {
                                                            {"logit_tau", &logit_tau},
                                                            {"out", &out},
                                                            {"lse", &lse},
+                                                           {"kept", &kept},
                                                            {"dout", &dout},
                                                            {"dlse", &dlse},
                                                            {"dq", &dq},
@@ -417,8 +419,8 @@ class AttentionProblem {
     return names;
   }
 
-  Tensor q, k, v, a, b, logit_tau, alibi_slopes, mask, output_gate, out, lse, dout, dlse, dq, dk, dv, da, db, dmask,
-      doutput_gate;
+  Tensor q, k, v, a, b, logit_tau, alibi_slopes, mask, output_gate, out, lse, kept, dout, dlse, dq, dk, dv, da, db,
+      dmask, doutput_gate;
   int64_t dropout_seed = 77;
 
  private:

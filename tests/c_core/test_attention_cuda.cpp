@@ -33,8 +33,8 @@ struct Result {
   const Tensor *tensor;
 };
 std::vector<Result> results_of(const AttentionProblem &p) {
-  return {{"out", &p.out}, {"lse", &p.lse}, {"dq", &p.dq}, {"dk", &p.dk},
-          {"dv", &p.dv},   {"da", &p.da},   {"db", &p.db}, {"dmask", &p.dmask}};
+  return {{"out", &p.out}, {"lse", &p.lse}, {"kept", &p.kept}, {"dq", &p.dq},      {"dk", &p.dk},
+          {"dv", &p.dv},   {"da", &p.da},   {"db", &p.db},     {"dmask", &p.dmask}};
 }
 
 // Largest error, relative to the largest value and to 1, the size of the inputs: a gradient that is 0 in exact

@@ -30,14 +30,14 @@ std::vector<sl_isa> tiers() {
 double rms_limit(sl_dtype dtype) { return dtype == SL_F32 ? 4e-6 : dtype == SL_F16 ? 4e-4 : 4e-3; }
 
 struct Wanted {
-  std::vector<double> out, lse;
+  std::vector<double> out, lse, kept;
 };
 
 Wanted compute_wanted(AttentionProblem &problem) {
   problem.clear_results();
   sl_gated_attention_args args = problem.args();
   EXPECT_EQ(sl_gated_attention_reference(&args), SL_OK) << sl_last_error();
-  return {problem.out.values(), problem.lse.values()};
+  return {problem.out.values(), problem.lse.values(), problem.kept.values()};
 }
 
 void expect_close(AttentionProblem &problem, const Wanted &wanted, const sl_executor *executor = nullptr) {
@@ -51,6 +51,7 @@ void expect_close(AttentionProblem &problem, const Wanted &wanted, const sl_exec
   EXPECT_LE(out.relative_rms, rms_limit(problem.shape().dtype));
   EXPECT_LE(out.relative_maximum, 8 * rms_limit(problem.shape().dtype));
   EXPECT_LE(lse.relative_maximum, 4e-6);
+  EXPECT_EQ(problem.kept.values(), wanted.kept);
 }
 
 void expect_close_on_all_tiers(AttentionProblem &problem) {
@@ -242,7 +243,7 @@ TEST(AttentionForward, SameBitsWithAnyNumberOfThreads) {
     shape.dtype = dtype, shape.batch = 2, shape.heads_q = 4, shape.heads_kv = 2;
     AttentionProblem problem(shape, 1);
     ASSERT_EQ(problem.run_forward(), SL_OK);
-    std::vector<double> want = problem.out.values(), want_lse = problem.lse.values();
+    std::vector<double> want = problem.out.values(), want_lse = problem.lse.values(), want_kept = problem.kept.values();
     for (int threads : {1, 2, 7}) {
       ThreadExecutor executor(threads);
       problem.clear_results();
@@ -250,6 +251,7 @@ TEST(AttentionForward, SameBitsWithAnyNumberOfThreads) {
       EXPECT_EQ(problem.damage(), "");
       EXPECT_EQ(problem.out.values(), want) << threads;
       EXPECT_EQ(problem.lse.values(), want_lse) << threads;
+      EXPECT_EQ(problem.kept.values(), want_kept) << threads;
     }
   }
 }

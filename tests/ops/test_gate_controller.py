@@ -8,6 +8,7 @@ from torch import nn
 
 import torch_sluice
 from torch_sluice.attention import DensityController, Gate, QualityController, attend, parameter_groups
+from torch_sluice.attention.density import kept_pairs
 
 
 class Toy(nn.Module):
@@ -280,3 +281,21 @@ def test_gates_are_a_group_of_their_own():
         gate.requires_grad_(False)
     (only,) = parameter_groups(model, 1e-3)
     assert len(only["params"]) == 3
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_density_is_what_the_kernel_counted_but_for_noise(noise):
+    torch.manual_seed(0)
+    heads, n = 2, 1024  # 2^21 pairs, of which a sample would look at a quarter
+    model = torch_sluice.GatedAttention(8, heads, window=2)
+    with torch.no_grad():
+        for parameter in model.gate.parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+    controller = DensityController(model, 0.4, 10, noise=noise, rows=0.0, hard=0.0)
+    x = torch.randn(1, n, 8)
+    controller.loss(model(x).square().mean())
+    controller.step()
+    kept, possible = kept_pairs(*model.gate(x), tau=model.gate.tau, causal=model.causal, window=2)
+    density = float(kept.sum() / (possible.sum() * heads))
+    assert controller.density == pytest.approx(density, abs=0.05 if noise else 1e-9)
+    assert noise == 0 or controller.density != pytest.approx(density, abs=1e-6)

@@ -109,7 +109,7 @@ def test_attention_at_a_density_is_attention_at_its_threshold():
     options = dict(causal=True, window=8)
     at_density = gated_attention(q, k, v, a, b, density=0.2, **options)
     tau = select_logit_tau(a, b, 0.2, **options)
-    right, _ = torch.ops.sluice.gated_attention(q, k, v, a, b, tau, *[None] * 7, True, 8, 0, 0, 0.0, 0.0, 8**-0.5)
+    right, *_ = torch.ops.sluice.gated_attention(q, k, v, a, b, tau, *[None] * 7, True, 8, 0, 0, 0.0, 0.0, 8**-0.5)
     assert torch.equal(at_density, right)
     assert not torch.equal(at_density, gated_attention(q, k, v, a, b, **options))
     assert torch.equal(gated_attention(q, k, v, a, b, density=1.0), gated_attention(q, k, v, a, b))

@@ -17,7 +17,7 @@ torch.ops.load_library(sys.argv[1])
 torch.manual_seed(0)
 q, k, v = (torch.randn(1, 2, 33, 8) for _ in range(3))
 a, b = torch.randn(1, 2, 33), torch.randn(1, 2, 33)
-out, lse = torch.ops.sluice.gated_attention(q, k, v, a, b, *[None] * 8, True, 0, 0, 0, 0.0, 0.0, 8**-0.5)
+out, lse, kept = torch.ops.sluice.gated_attention(q, k, v, a, b, *[None] * 8, True, 0, 0, 0, 0.0, 0.0, 8**-0.5)
 scores = (q @ k.mT * 8**-0.5).masked_fill(torch.ones(33, 33).triu(1).bool(), -torch.inf)
 expected = scores.softmax(-1) * torch.sigmoid(a[..., None] + b[..., None, :]) @ v
 torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)

@@ -5,6 +5,37 @@ import math
 import torch
 
 
+def choose_pairs(
+    a, b, *, causal=False, tau=0.0, window=0, sinks=0, key_range=None, q_offset=None, text_begin=None, attn_mask=None,
+    sliding_window=0, choice_dtype=None,
+):  # fmt: skip
+    """(near, kept): which pairs are near, and K_i, the second [B, Hq, Nq, Nk]. Arguments: as of ``formula``."""
+    batch, heads, n_q = a.shape
+    n_k = b.shape[2]
+    dtype = a.dtype if choice_dtype is None else choice_dtype
+    b = b.detach().clamp(-40, 40).to(dtype).repeat_interleave(heads // b.shape[1], 1)
+    choice = a.detach().clamp(-40, 40).to(dtype)[..., :, None] + b[..., None, :]
+    tau = torch.as_tensor(tau, dtype=torch.float64, device=a.device)
+    logit_tau = torch.logit(tau).to(dtype).expand(batch, heads)[..., None, None]
+    offset = n_k - n_q if q_offset is None else q_offset[:, None, None, None]
+    i = torch.arange(n_q, device=a.device)[:, None] + offset
+    j = torch.arange(n_k, device=a.device)[None, :]
+    first = key_range[:, 0] if key_range is not None and text_begin is None else text_begin
+    first = 0 if first is None else first[:, None, None, None]
+    near = ((i - j).abs() < window) | (j - first < sinks)
+    kept = near | ~(choice < logit_tau)
+    if causal:
+        kept = (kept | (i == j)) & (j <= i)
+    if key_range is not None:
+        begin, end = key_range[:, 0, None, None, None], key_range[:, 1, None, None, None]
+        kept = kept & (j >= begin) & (j < end)
+    if sliding_window:
+        kept = kept & ((i - j).abs() < sliding_window)
+    if attn_mask is not None:
+        kept = kept & (attn_mask if attn_mask.dtype == torch.bool else attn_mask != -math.inf)
+    return near, kept.expand(batch, heads, n_q, n_k)
+
+
 def formula(
     q, k, v, a, b, *, causal=False, tau=0.0, window=0, sinks=0, scale=None, key_range=None, q_offset=None,
     text_begin=None, attn_mask=None, alibi_slopes=None, softcap=0.0, sliding_window=0, output_gate=None,
@@ -17,41 +48,23 @@ def formula(
     """
     dtype, gate_dtype = q.dtype, a.dtype
     group = q.shape[1] // k.shape[1]
+    near, kept = choose_pairs(
+        a, b, causal=causal, tau=tau, window=window, sinks=sinks, key_range=key_range, q_offset=q_offset,
+        text_begin=text_begin, attn_mask=attn_mask, sliding_window=sliding_window, choice_dtype=choice_dtype,
+    )  # fmt: skip
     k, v, b = (x.repeat_interleave(group, 1) for x in (k, v, b))
     z = a.clamp(-40, 40)[..., :, None] + b.clamp(-40, 40)[..., None, :]
-    choice = z.detach()
-    if choice_dtype is not None:
-        choice = a.clamp(-40, 40).to(choice_dtype)[..., :, None] + b.clamp(-40, 40).to(choice_dtype)[..., None, :]
-    batch, heads, n_q, head_dim = q.shape
-    n_k = k.shape[2]
-    tau = torch.as_tensor(tau, dtype=torch.float64, device=q.device)
-    logit_tau = torch.logit(tau).to(choice.dtype).expand(batch, heads)[..., None, None]
-    offset = n_k - n_q if q_offset is None else q_offset[:, None, None, None]
-    i = torch.arange(n_q, device=q.device)[:, None] + offset
-    j = torch.arange(n_k, device=q.device)[None, :]
-    first = key_range[:, 0] if key_range is not None and text_begin is None else text_begin
-    first = 0 if first is None else first[:, None, None, None]
-    near = ((i - j).abs() < window) | (j - first < sinks)
-    kept = near | ~(choice < logit_tau)
-    if causal:
-        kept = (kept | (i == j)) & (j <= i)
-    if key_range is not None:
-        begin, end = key_range[:, 0, None, None, None], key_range[:, 1, None, None, None]
-        kept = kept & (j >= begin) & (j < end)
-    if sliding_window:
-        kept = kept & ((i - j).abs() < sliding_window)
-    kept = kept.expand(z.shape)
+    n_q, n_k, head_dim = q.shape[2], k.shape[2], q.shape[3]
+    i = torch.arange(n_q, device=q.device)[:, None]
+    i = i + (n_k - n_q if q_offset is None else q_offset[:, None, None, None])
+    j = torch.arange(n_k, device=q.device)
     scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(head_dim) if scale is None else scale)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if alibi_slopes is not None:
         scores = scores - alibi_slopes.to(dtype)[..., None, None] * (i - j).abs()
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        kept = kept & attn_mask
-    elif attn_mask is not None:
-        shut = attn_mask == -math.inf
-        kept = kept & ~shut
-        scores = scores + attn_mask.masked_fill(shut, 0).to(dtype)
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        scores = scores + attn_mask.masked_fill(attn_mask == -math.inf, 0).to(dtype)
     # A row without weight (it keeps nothing, or only scores of -inf) gives 0.
     empty = (scores.masked_fill(~kept, -math.inf) == -math.inf).all(-1, keepdim=True)
     p = scores.masked_fill(~kept & ~empty, -math.inf).softmax(-1)

@@ -16,12 +16,13 @@ import traceback
 
 import torch
 
-from support.attention import formula_with_gradients
+from support.attention import choose_pairs, formula_with_gradients
 from support.errors import assert_close_as_torch
 from torch_sluice import gated_attention
 from torch_sluice.info import describe_plugin
 
 NAMES = ("out", "lse", "dq", "dk", "dv", "da", "db")
+CHOOSING = {"causal", "tau", "window", "sinks", "key_range", "q_offset", "text_begin", "attn_mask", "sliding_window"}
 TIERS = ("scalar", "avx2", "avx512", "avx512bf16")
 LAYOUTS = ("plain", "heads inside", "expanded batch", "cut out", "shifted", "strided")
 _PAIRS = 1 << 21  # at most, of a call: the formula is dense
@@ -149,8 +150,10 @@ def check_call(seed):
             options, names = options | dict(attn_mask=leaves[-1]), (*names, "dattn_mask")
         out, lse = gated_attention(*leaves[:5], return_lse=True, **options)
         found = out.detach(), lse, *torch.autograd.grad(out, leaves, dout)
-        again = gated_attention(*inputs, **options)
+        again, kept = gated_attention(*inputs, return_kept=True, **options)
         assert torch.equal(out.detach(), again), "the same call gave other bits"
+        chosen = choose_pairs(*inputs[3:], **{name: options[name] for name in options.keys() & CHOOSING})[1]
+        assert torch.equal(kept, chosen.sum((-1, -2))), "the count of kept pairs is wrong"
         truth = formula_with_gradients(inputs, dout, exact=True, **options)
         peer = formula_with_gradients(inputs, dout, **options)
         q, k, v, a, _ = inputs

@@ -28,6 +28,7 @@ FEATURES = {
     "`output_gate`": dict(output_gate=torch.linspace(-2, 2, 4 * TOKENS).view(1, 4, TOKENS)),
     "`dropout_p`": dict(dropout_p=0.3),
     "`return_lse`": dict(return_lse=True),
+    "`return_kept`": dict(return_kept=True, tau=0.6),
 }
 COLUMNS = ("float32, bfloat16, float16", "gradients", "varlen", "paged", "post, log", "compiled", "vmap")
 REFUSALS = (ValueError, TypeError, NotImplementedError)
@@ -39,7 +40,7 @@ def close(found, wanted, dtype):
 
 
 def reference_options(options):
-    options = {name: x for name, x in options.items() if name != "return_lse"}
+    options = {name: x for name, x in options.items() if name not in ("return_lse", "return_kept")}
     return {
         name: x[(None,) * (4 - x.dim())] if name == "attn_mask" else x[..., None] if name == "output_gate" else x
         for name, x in options.items()
@@ -68,7 +69,8 @@ def try_gradients(options):
     learning = {name: x.clone() for name, x in options.items() if name in ("attn_mask", "output_gate")}
     learning = {name: x.requires_grad_() for name, x in learning.items() if x.is_floating_point()}
     result = gated_attention(*leaves, **options | learning)
-    loss = sum(x.square().sum() for x in (result if isinstance(result, tuple) else (result,)))
+    results = result if isinstance(result, tuple) else (result,)
+    loss = sum(x.square().sum() for x in results if x.is_floating_point())
     for gradient in torch.autograd.grad(loss, [*leaves, *learning.values()]):
         assert gradient.isfinite().all()
         assert gradient.any()

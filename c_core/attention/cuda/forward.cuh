@@ -63,10 +63,12 @@ __global__ void __launch_bounds__(BLOCK_WARPS *WARP) attend_rows(const sl_gated_
     __syncwarp();
 
     N maximum = -infinity, sum = 0, sums[LANE_CHANNELS] = {};
+    int32_t count = 0;
     for (int64_t first = row.key_begin; first < row.key_end; first += WARP) {
       Pair<N> pair = judge_key(args, row, first + lane);
       unsigned kept = __ballot_sync(ALL_LANES, pair.kept);
       if (!kept) continue;
+      count += __popc(kept);
       N score = -infinity;
       if (pair.kept) {
         int64_t key = first + lane;
@@ -90,6 +92,7 @@ __global__ void __launch_bounds__(BLOCK_WARPS *WARP) attend_rows(const sl_gated_
 
     /* sum is 0 for a row that keeps nothing, or only scores of -inf: out is then what was added up, which is 0. */
     write_row(row_of<T>(args.out, row.batch, row.head, row.query), sums, sum == 0 ? N{1} : 1 / sum, width_v, lane);
+    if (args.kept && lane == 0) static_cast<int32_t *>(args.kept)[index] = count;
     if (args.lse.data && lane == 0) {
       *cell_of<N>(args.lse, row.batch, row.head, row.query) = (maximum == -infinity ? 0 : maximum) + log(sum);
     }

@@ -200,7 +200,11 @@ class _Controller:
             for record in gate.record or ():
                 mean, *counts = sample_gate(record.a, record.b, tau=record.tau, **record.near)
                 means.append(mean)
-                self._add(torch.stack(counts).double())
+                counts = torch.stack(counts).double()
+                # Of a mask the possible pairs are those of the sample, and so are the kept ones.
+                if record.kept is not None and record.near["attn_mask"] is None:
+                    counts[0] = record.kept.sum()
+                self._add(counts)
                 if not record.a.requires_grad:
                     later.append(gate)
             if gate.record:
@@ -268,8 +272,9 @@ class DensityController(_Controller):
         hard: share of the steps, at the end, without either: the function that is deployed.
 
     Attributes:
-        density: kept pairs / possible pairs at the last step (1 before the first). Beyond 2^19 pairs per attention
-            call it is estimated from a sample of the rows; ``kept_pairs`` counts exactly.
+        density: kept pairs / possible pairs at the last step (1 before the first), as the kernel counted them. Under
+            noise and with a mask it is that of a sample of the rows, beyond 2^19 pairs per attention call;
+            ``kept_pairs`` counts exactly.
         goal: what the density is held to now.
         strength: present weight of the mean gate in the loss.
         phase: of the next forward, one of ``torch_sluice.attention.PHASES``.

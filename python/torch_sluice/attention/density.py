@@ -129,6 +129,32 @@ def kept_pairs(
     return kept, possible
 
 
+@torch.no_grad()
+def possible_pairs(
+    a, n_k, *, causal=False, key_range=None, q_offset=None, sliding_window=0, attn_mask=None, **near,
+):  # fmt: skip
+    """How many pairs may be looked at before a gate is asked, over batch and heads: an int64 scalar.
+
+    Args:
+        a: [B, Hq, Nq], the gate logits of the queries, for their sizes.
+        n_k: number of keys.
+        The others: as in ``kept_pairs``, of which some don't matter here.
+    """
+    batch, heads, n_q = a.shape
+    places = query_places(n_q, n_k, q_offset, a.device)
+    if attn_mask is None:
+        begin, end = _valid_range(places, n_k, causal, key_range, sliding_window)
+        return (end - begin).expand(batch, -1).sum() * heads
+    seen = dict(causal=causal, key_range=key_range, sliding_window=sliding_window)
+    possible = torch.zeros((), dtype=torch.int64, device=a.device)
+    for start in range(0, n_q, _ROWS):
+        part = slice(start, start + _ROWS)
+        visible = visible_pairs(places[:, part], n_k, attn_mask=rows_of_mask(attn_mask, part), **seen)
+        alike = batch * heads // visible.shape[:2].numel()  # those that a mask is broadcast over
+        possible += visible.sum() * alike
+    return possible
+
+
 def count_rows(a, b, limit, places, sinks_end, window, attn_mask, seen):
     """(kept, possible) [B, Hq] by looking at each pair, some rows of queries at a time.
 

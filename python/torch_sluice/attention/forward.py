@@ -1,7 +1,8 @@
 """Attention through a gate: the one call that an attention layer makes, whatever phase its gate is in."""
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -14,13 +15,15 @@ from torch_sluice.functional import gated_attention, mask_of, slopes_of
 listeners: list = []
 
 
-class GateRecord(NamedTuple):
+@dataclass
+class GateRecord:
     """What a controller needs to know of one attention call: shapes as in ``attend``, graph attached."""
 
     a: torch.Tensor
     b: torch.Tensor
     tau: float
     near: dict[str, Any]  # causal, window, sinks, key_range, q_offset, text_begin, sliding_window, attn_mask
+    kept: torch.Tensor | None = None  # int64 [B, Hq], the pairs that a and b keep; None where noise was added to them
 
 
 def add_sink_logits(out: torch.Tensor, lse: torch.Tensor, sink_logits: torch.Tensor) -> tuple:
@@ -80,20 +83,27 @@ def attend(
         causal=causal, window=window, sinks=sinks, key_range=key_range, q_offset=q_offset, text_begin=text_begin,
         sliding_window=sliding_window, attn_mask=attn_mask,
     )  # fmt: skip
-    if gate.record is not None and teaching:
-        record = near if attn_mask is None else near | dict(attn_mask=attn_mask.detach())
-        a = note_call(gate, GateRecord(a, b, gate.tau, record))
-    if listeners and not torch.compiler.is_compiling():
-        for listener in tuple(listeners):
-            listener(gate, GateRecord(a, b, gate.tau, near))
-    if phase == "noise" and gate.noise > 0:
+    record, recorded = None, gate.record is not None and teaching
+    if recorded or (listeners and not torch.compiler.is_compiling()):
+        seen = near if attn_mask is None else near | dict(attn_mask=attn_mask.detach())
+        record = GateRecord(a, b, gate.tau, seen)
+    if recorded:
+        a = note_call(gate, record)
+    noisy = phase == "noise" and gate.noise > 0
+    if noisy:
         a = a + gate.noise * torch.randn_like(a)
         b = b + gate.noise * torch.randn_like(b)
-    near = near | dict(alibi_slopes=alibi_slopes, softcap=softcap)
-    if sink_logits is None and (phase == "hard" or gate.rows <= 0):
-        return gated_attention(q, k, v, a, b, tau=gate.tau, scale=scale, dropout_p=dropout_p, **near)
     scale = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
-    out, lse = gated_attention(q, k, v, a, b, tau=gate.tau, scale=scale, dropout_p=dropout_p, return_lse=True, **near)
+    near = near | dict(alibi_slopes=alibi_slopes, softcap=softcap)
+    counted = record is not None and not noisy
+    out, lse, *kept = gated_attention(
+        q, k, v, a, b, tau=gate.tau, scale=scale, dropout_p=dropout_p, return_lse=True, return_kept=counted, **near
+    )
+    if counted:
+        record.kept = kept[0]
+    if record is not None and not torch.compiler.is_compiling():
+        for listener in tuple(listeners):
+            listener(gate, record)
     if sink_logits is not None:
         out, lse = add_sink_logits(out, lse, sink_logits)
     if phase == "hard" or gate.rows <= 0:

@@ -152,7 +152,7 @@ class StepFlopCounter(dispatch.TorchDispatchMode):
         """The operator's formula, ready to be asked; in this order: ours, torch's, those of operators in place."""
         packet, name = operator._overloadpacket, qualified_name(operator)
         if packet in formulas.GATED:
-            kwargs = {**kwargs, "pairs": self._pairs}
+            kwargs = {**kwargs, "pairs": self._pairs, "out_val": out}
         elif packet in formulas.OVERRIDES:
             kwargs = {**kwargs, "out_val": out}
         if packet in formulas.OVERRIDES:

@@ -9,7 +9,10 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import register_flop_formula
 
+from torch_sluice.attention.density import possible_pairs
 from torch_sluice.monitor.pairs import causal_pairs, count_kept_paged_pairs, count_kept_pairs
+
+_CHOICE = ("key_range", "q_offset", "text_begin", "attn_mask")
 
 
 class PairCache:
@@ -18,9 +21,9 @@ class PairCache:
     def __init__(self):
         self._known = {}
 
-    def count(self, q, k, a, b, *choice, forward: bool, causal, **near) -> tuple[int, int]:
+    def count(self, q, k, a, b, *choice, results=None, causal, **near) -> tuple[int, int]:
         """(kept pairs, pairs that may be looked at). choice: logit_tau, key_range, q_offset, text_begin and attn_mask
-        of the operator; near: window, sinks, sliding_window."""
+        of the operator; results: those of the forward; near: window, sinks, sliding_window."""
         if not _has_values(a):
             # Values are not known: count as if every pair were kept.
             n_q, n_k = q.shape[2], k.shape[2]
@@ -28,25 +31,30 @@ class PairCache:
             return pairs, pairs
         places = tuple(None if x is None else x.data_ptr() for x in choice)
         key = (a.data_ptr(), b.data_ptr(), a.shape, b.shape, causal, *near.values(), places)
-        if forward or key not in self._known:
+        if results is not None:
+            possible = possible_pairs(
+                a, k.shape[2], causal=causal, **dict(zip(_CHOICE, choice[1:], strict=True)), **near
+            )
+            self._known[key] = int(results[2].sum()), int(possible)
+        elif key not in self._known:
             self._known[key] = count_kept_pairs(a, b, *choice, causal=causal, **near)
         return self._known[key]
 
 
 def _gated_attention(
     q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes, output_gate, dropout_seed,
-    causal, window, sinks, sliding_window, softcap, dropout_p, scale, *, pairs,
+    causal, window, sinks, sliding_window, softcap, dropout_p, scale, *, pairs, out_val=None,
 ) -> tuple[int, int]:  # fmt: skip
     """QK^T and PV: 2 D + 2 Dv operations a pair."""
     each = 2 * (q.shape[3] + v.shape[3])
     near = dict(causal=causal, window=window, sinks=sinks, sliding_window=sliding_window)
     choice = (logit_tau, key_range, q_offset, text_begin, attn_mask)
-    return _times(each, pairs.count(q, k, a, b, *choice, **near, forward=True))
+    return _times(each, pairs.count(q, k, a, b, *choice, **near, results=out_val))
 
 
 def _gated_attention_paged(
     q, k_cache, v_cache, a, b_cache, block_table, seqlens_k, logit_tau, q_offset, attn_mask, alibi_slopes, causal,
-    window, sinks, sliding_window, softcap, scale, *, pairs,
+    window, sinks, sliding_window, softcap, scale, *, pairs, out_val=None,
 ) -> tuple[int, int]:  # fmt: skip
     """As of the dense operator; without values, as if every key of the table were kept."""
     each = 2 * (q.shape[3] + v_cache.shape[3])
@@ -61,12 +69,13 @@ def _gated_attention_paged(
 def _gated_attention_backward(
     dout, dlse, q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes, output_gate,
     dropout_seed, out, lse, causal, window, sinks, sliding_window, softcap, dropout_p, scale, mask_gradient, *, pairs,
+    out_val=None,
 ) -> tuple[int, int]:  # fmt: skip
     """QK^T again, dQ, dK: 6 D; dP and dV: 4 Dv operations a pair."""
     each = 6 * q.shape[3] + 4 * v.shape[3]
     near = dict(causal=causal, window=window, sinks=sinks, sliding_window=sliding_window)
     choice = (logit_tau, key_range, q_offset, text_begin, attn_mask)
-    return _times(each, pairs.count(q, k, a, b, *choice, **near, forward=False))
+    return _times(each, pairs.count(q, k, a, b, *choice, **near))
 
 
 def _has_values(tensor) -> bool:
@@ -155,7 +164,7 @@ def _register() -> None:
     """Tells torch's own counter of our operators."""
     for operator, formula in GATED.items():
         register_flop_formula(operator, get_raw=True)(
-            lambda *args, out_val=None, _formula=formula, **options: _formula(*args, pairs=PairCache(), **options)[0]
+            lambda *args, _formula=formula, **options: _formula(*args, pairs=PairCache(), **options)[0]
         )
     for operator, formula in QUANTISED.items():
         register_flop_formula(operator, get_raw=True)(

@@ -5,7 +5,7 @@ import math
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch_sluice.attention.density import count_rows, kept_pairs
+from torch_sluice.attention.density import count_rows, kept_pairs, possible_pairs
 from torch_sluice.places import end_of_sinks, query_places, shown_by_mask
 
 _FORWARD = torch.ops.sluice.gated_attention.default
@@ -92,10 +92,18 @@ class KeptPairCounter(TorchDispatchMode):
         return self.kept / self.total if self.total else 1.0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
         if func is _FORWARD:
-            _, _, _, *tensors, _, _, _, causal, window, sinks, sliding_window, _, _, _ = args
-            near = dict(causal=causal, window=window, sinks=sinks, sliding_window=sliding_window)
-            kept, total = count_kept_pairs(*tensors, **near)
+            kept, total = counted_pairs(results[2], *args[:17])
             self.kept += kept
             self.total += total
-        return func(*args, **(kwargs or {}))
+        return results
+
+
+def counted_pairs(
+    kept, q, k, v, a, b, logit_tau, key_range, q_offset, text_begin, attn_mask, alibi_slopes, output_gate, dropout_seed,
+    causal, window, sinks, sliding_window,
+) -> tuple[int, int]:  # fmt: skip
+    """(kept, all) of a call of the operator, by the count that it gives."""
+    seen = dict(causal=causal, key_range=key_range, q_offset=q_offset, attn_mask=attn_mask)
+    return int(kept.sum()), int(possible_pairs(a, k.shape[2], sliding_window=sliding_window, **seen))

@@ -1,5 +1,6 @@
 """What a monitor takes from the model by itself, on some steps: kept pairs, chosen bits, 16-bit sums of gradients."""
 
+import dataclasses
 import threading
 import weakref
 
@@ -9,7 +10,7 @@ from torch import nn
 from torch_sluice.accumulate.session import open_sessions
 from torch_sluice.attention import Gate
 from torch_sluice.attention import forward as attention
-from torch_sluice.attention.density import sample_gate
+from torch_sluice.attention.density import possible_pairs, sample_gate
 from torch_sluice.monitor import bits
 from torch_sluice.monitor.records import Budget
 
@@ -72,7 +73,7 @@ class ModelSampler:
 
     def hear_attention(self, gate: Gate, record) -> None:
         if id(gate) in self._modules and len(self._calls) < _MOST_CALLS:
-            self._calls.append(record._replace(a=record.a.detach(), b=record.b.detach()))
+            self._calls.append(dataclasses.replace(record, a=record.a.detach(), b=record.b.detach()))
 
     def hear_bits(self, widths: torch.Tensor, source: nn.Module | torch.Tensor | None) -> None:
         if (source is None or id(source) in self._modules) and len(self._widths) < _MOST_CALLS:
@@ -108,11 +109,16 @@ def _fall_silent() -> None:
 
 
 def _density_of(calls) -> float:
-    """Kept pairs / pairs that the causal masks and key ranges allow, over all calls."""
+    """Kept pairs / pairs that the causal masks and key ranges allow, over all calls: by the kernel's count, or, under
+    noise and with masks, whose pairs would have to be counted one by one, by a sample of the rows."""
     kept = possible = 0.0
     # Random rows, but not at the cost of the model's random numbers: those must come as without a monitor.
     with torch.random.fork_rng(devices=[]):
         for call in calls:
+            if call.kept is not None and call.near["attn_mask"] is None:
+                kept += float(call.kept.sum())
+                possible += float(possible_pairs(call.a, call.b.shape[2], **call.near))
+                continue
             near = {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in call.near.items()}
             _, call_kept, _, call_possible = sample_gate(call.a.cpu(), call.b.cpu(), tau=call.tau, **near)
             kept += float(call_kept)
