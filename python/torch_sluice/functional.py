@@ -11,6 +11,7 @@ from torch_sluice._errors import as_value_error, check_tensors
 from torch_sluice.modes import MODES, run_mode
 from torch_sluice.places import check_places
 from torch_sluice.selection import select_logit_tau
+from torch_sluice.skipping import skip_logit_tau
 
 _operator = _operators._FORWARD
 
@@ -159,7 +160,7 @@ def gated_attention(
     *,
     causal: bool = False,
     mode: str = "select",
-    tau: float | Tensor = 0.0,
+    tau: float | Tensor | None = None,
     density: float | Tensor | None = None,
     window: int = 0,
     sinks: int = 0,
@@ -206,7 +207,9 @@ def gated_attention(
             pairs. ``"log"``: softmax of ``s_ij + log g_ij`` over the kept pairs, weights that add up to 1; computed in
             float32.
         tau: threshold on g in [0, 1): a number, [Hq] or [B, Hq]. 0 keeps every pair. The values of a tensor that lies
-            on an accelerator or is traced by a compiler are not checked. Not differentiable.
+            on an accelerator or is traced by a compiler are not checked. Not differentiable. Default: 0; with
+            ``mode="log"`` one that drops pairs which together hold at most e^-10 of any row's weight, found from bounds
+            on the scores (:func:`torch_sluice.skipping.skip_logit_tau`).
         density: share in [0, 1] of the *far* pairs (those not near) to keep, a number or a tensor that broadcasts to
             [B, Hq]; picks tau per (batch, head) from a sample of a and b, see
             :func:`torch_sluice.selection.select_logit_tau` for its accuracy. Excludes ``tau``.
@@ -264,9 +267,9 @@ def gated_attention(
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     a, b = _gates_of("a", a, dtype), _gates_of("b", b, dtype)
     if density is None:
-        logit_tau = _logit_tau_of(tau, q, dtype)
+        logit_tau = _logit_tau_of(0.0 if tau is None else tau, q, dtype)
     else:
-        if isinstance(tau, Tensor) or tau != 0:
+        if isinstance(tau, Tensor) or tau:
             raise ValueError(f"tau is {tau} and density is {density}, expected at most one of them")
         logit_tau = select_logit_tau(
             a, b, density, causal=causal, window=window, sinks=sinks, key_range=key_range, q_offset=q_offset,
@@ -279,6 +282,12 @@ def gated_attention(
     of_scores = (mask_of(attn_mask), slopes_of(alibi_slopes, q, dtype))
     output_gate = gate_of(output_gate, q, v)
     behind = (output_gate if q.is_cpu else None, seed_of(dropout_p, q))
+    if mode == "log" and tau is None and density is None:
+        logit_tau = skip_logit_tau(
+            q, k, a, b, scale=scale, causal=causal, window=window, sinks=sinks, key_range=key_range, q_offset=q_offset,
+            text_begin=text_begin, sliding_window=sliding_window, attn_mask=of_scores[0], alibi_slopes=of_scores[1],
+            softcap=softcap,
+        )  # fmt: skip
     numbers = (causal, window, sinks, sliding_window, softcap, dropout_p, scale)
     arguments = (q, k, v, a, b, logit_tau, *places, *of_scores, *behind, *numbers)
     run = _run_compiled if torch.compiler.is_compiling() else _run

@@ -50,7 +50,7 @@ def gated_attention_varlen(
     *,
     causal: bool = False,
     mode: str = "select",
-    tau: float | Tensor = 0.0,
+    tau: float | Tensor | None = None,
     density: float | Tensor | None = None,
     window: int = 0,
     sinks: int = 0,
