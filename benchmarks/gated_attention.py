@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import torch_sluice  # noqa: F401
-from benchmarks import harness
+from benchmarks import attention_profile, harness
 from torch_sluice.attention.density import kept_pairs
 
 PEERS = ("sdpa", "flex", "eager")
@@ -57,10 +57,19 @@ class Case:
             low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
         return high
 
-    def run_sluice(self, q, k, v, a, b):
+    def run_operator(self, q, k, v, a, b):
+        """out, lse, and the kept pairs of each query."""
         options = (*[None] * 7, self.causal, 0, 0, 0, 0.0, 0.0, self.scale)
-        out, *_ = torch.ops.sluice.gated_attention(q, k, v, a, b, self.logit_tau, *options)
-        return out
+        return torch.ops.sluice.gated_attention(q, k, v, a, b, self.logit_tau, *options)
+
+    def run_sluice(self, q, k, v, a, b):
+        return self.run_operator(q, k, v, a, b)[0]
+
+    def count_needed(self) -> int:
+        """Pairs that the products must go over: those that are kept. But those of queries with themselves the kernel
+        takes apart, where a causal call drops others."""
+        kept = int(self.run_operator(self.q, self.k, self.v, self.a, self.b)[2].sum())
+        return kept - (self.a.numel() if self.causal and self.logit_tau is not None else 0)
 
     def run_sdpa(self, q, k, v, a, b):
         return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=self.grouped)
@@ -163,6 +172,7 @@ def measure(case: Case, options, flex: Flex, machine: dict) -> dict:
     slow = harness.time_interleaved({"eager": eager}, 2) if eager is not None else None
     peers = {name: timings.seconds(name) if name in candidates else None for name in PEERS}
     peers["eager"] = slow.seconds("eager") if slow else None
+    profile = attention_profile.measure(candidates["sluice"], case.count_needed(), options) if forward else None
     best = timings.fastest(name for name in PEERS if name in candidates)
     return {
         "pass": case.direction,
@@ -174,6 +184,7 @@ def measure(case: Case, options, flex: Flex, machine: dict) -> dict:
         "seconds": timings.seconds("sluice"),
         "peers": peers,
         "ratio": timings.ratio(best, "sluice"),
+        **({"profile": profile} if options.profile else {}),
         "batch": options.batch,
         "heads": options.heads,
         "kv_heads": options.kv_heads or options.heads,
@@ -201,6 +212,7 @@ def parse_options(arguments=None):
     parser.add_argument("--kv-heads", type=int, help="key heads (default: as many as heads)")
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out: compiling takes a minute")
+    parser.add_argument("--profile", action="store_true", help="also say where the time of forwards goes")
     options = parser.parse_args(arguments)
     for density in options.density:
         if not 0 < density <= 1:
@@ -241,6 +253,7 @@ def main(arguments=None) -> None:
             "ratio": lambda row: f"{row['ratio']:.2f}",
         },
     )
+    attention_profile.print_profiles(rows)
     if flex.problem:
         harness.console.print(f"FlexAttention did not compile: {flex.problem}", highlight=False)
     harness.write_json(options.json, rows)

@@ -4,6 +4,7 @@
 #include <math.h>
 
 #include "attention/key_rows.h"
+#include "attention/profile.h"
 
 void sl_key_chunk_take(sl_key_chunk *chunk, sl_arena *arena, const sl_attention_plan *plan, int64_t keys, int parts) {
   size_t element = plan->kernel->element_size;
@@ -66,14 +67,18 @@ void sl_key_chunk_fill(sl_key_chunk *chunk, const sl_attention_plan *plan, int64
   chunk->begin = begin;
   chunk->end = end;
   chunk->sorted = sorted;
+  int64_t begun = sl_profile_start();
   order_keys(chunk, args, batch, head_kv);
+  sl_profile_end(SL_PROFILE_SORT, begun);
   if (chunk->count == 0) return;
+  begun = sl_profile_start();
   sl_token_rows k = sl_attention_key_rows(args, &args->k, batch, head_kv, args->head_dim);
   sl_token_rows v = sl_attention_key_rows(args, &args->v, batch, head_kv, args->head_dim_v);
   if (chunk->k_columns) kernel->pack_columns(chunk->k_columns, &k, chunk->row, chunk->count);
   if (chunk->v_depths) kernel->pack_depths(chunk->v_depths, chunk->capacity, &v, chunk->row, chunk->count);
   if (chunk->v_columns) kernel->pack_columns(chunk->v_columns, &v, chunk->row, chunk->count);
   if (chunk->k_depths) kernel->pack_depths(chunk->k_depths, chunk->capacity, &k, chunk->row, chunk->count);
+  sl_profile_end(SL_PROFILE_PACK, begun);
 }
 
 int64_t sl_key_chunk_count_up_to(const sl_key_chunk *chunk, int64_t position) {

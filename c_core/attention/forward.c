@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "attention/key_ranges.h"
+#include "attention/profile.h"
 #include "attention/staircase.h"
 #include "runtime/executor.h"
 #include "runtime/status.h"
@@ -103,12 +104,20 @@ static void attend_segments(forward_worker *worker, const sl_attention_plan *pla
 /* The same rows with their state in another order: each `tile` by falling a. */
 static void reorder_rows(forward_worker *worker, const sl_attention_plan *plan, sl_query_rows *target,
                          const sl_query_rows *source, int64_t tile) {
+  int64_t begun = sl_profile_start();
   for (int64_t first = 0; first < source->count; first += tile) {
     int64_t count = smaller(tile, source->count - first);
     sl_sort_falling(source->a + first, count, worker->order + first);
     for (int64_t i = 0; i < count; ++i) worker->order[first + i] += (int32_t)first;
   }
   sl_query_rows_gather(target, plan, source, worker->order, source->count);
+  sl_profile_end(SL_PROFILE_ROWS, begun);
+}
+
+static void store_rows(sl_query_rows *rows, const sl_attention_plan *plan) {
+  int64_t begun = sl_profile_start();
+  sl_query_rows_store(rows, plan);
+  sl_profile_end(SL_PROFILE_ROWS, begun);
 }
 
 /* Chunk i of the key head of rows: one of those packed for all, or packed now. */
@@ -137,7 +146,7 @@ static void run_unsorted(const forward_pass *pass, forward_worker *worker, const
     if (args->window > 0) attend_chunk(worker, plan, rows, chunk, SL_REGION_NEAR, plan->near_tile);
     if (!args->causal && !all) attend_chunk(worker, plan, rows, chunk, SL_REGION_AFTER, plan->far_tile);
   }
-  sl_query_rows_store(rows, plan);
+  store_rows(rows, plan);
 }
 
 /* Near keys with rows in order of position, then the border between near and far with rows sorted among neighbours,
@@ -162,10 +171,11 @@ static void run_sorted(const forward_pass *pass, forward_worker *worker, const s
     if (i >= ranges->past_whole && i < ranges->after_whole) continue;
     attend_chunk(worker, plan, other, get_chunk(pass, worker, other, ranges, i), SL_REGION_ALL, plan->far_tile);
   }
-  sl_query_rows_store(other, plan);
+  store_rows(other, plan);
 }
 
 static void run_queries(void *context, int64_t worker_number, int64_t task) {
+  int64_t task_begun = sl_profile_start();
   const forward_pass *pass = context;
   const sl_attention_plan *plan = pass->plan;
   const sl_gated_attention_args *args = plan->args;
@@ -181,9 +191,12 @@ static void run_queries(void *context, int64_t worker_number, int64_t task) {
   forward_worker worker;
   sl_arena arena = sl_arena_make(pass->worker_memory + (size_t)worker_number * pass->worker_bytes, pass->worker_bytes);
   take_worker(&worker, &arena, plan);
+  int64_t begun = sl_profile_start();
   sl_query_rows_load(&worker.rows, plan, batch, head_kv * plan->group + task % plan->group, begin, end,
                      ranges.sorted && args->window == 0);
+  sl_profile_end(SL_PROFILE_ROWS, begun);
   (ranges.sorted ? run_sorted : run_unsorted)(pass, &worker, &ranges);
+  sl_profile_end(SL_PROFILE_BUSY, task_begun);
 }
 
 static void pack_keys(void *context, int64_t worker, int64_t task) {
@@ -198,11 +211,13 @@ static void pack_keys(void *context, int64_t worker, int64_t task) {
   if (number >= ranges.chunks) return;
   /* A sorted chunk that is not whole for the last queries is not whole for any. */
   if (args->causal && ranges.sorted && number >= ranges.past_whole) return;
+  int64_t begun = sl_profile_start();
   sl_key_chunk *chunk = pass->key_chunks + task;
   sl_arena arena = sl_arena_make(pass->chunk_memory + (size_t)task * pass->chunk_bytes, pass->chunk_bytes);
   sl_key_chunk_take(chunk, &arena, plan, smaller(plan->chunk, args->n_k), SL_K_COLUMNS | SL_V_DEPTHS);
   sl_key_range keys = sl_key_ranges_chunk(&ranges, plan, number);
   sl_key_chunk_fill(chunk, plan, batch, head_kv, keys.begin, keys.end, ranges.sorted);
+  sl_profile_end(SL_PROFILE_BUSY, begun);
 }
 
 sl_status sl_attention_run_tiled(const sl_attention_plan *plan) {

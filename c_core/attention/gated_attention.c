@@ -3,6 +3,7 @@
 
 #include "attention/backward.h"
 #include "attention/forward.h"
+#include "attention/profile.h"
 #include "attention/validate.h"
 #include "runtime/status.h"
 
@@ -32,7 +33,7 @@ sl_status sl_gated_attention(const sl_gated_attention_args *args) {
   SL_CHECK(sl_gated_attention_validate(args, SL_FORWARD_TENSORS));
   const sl_attention_kernel *kernel = choose_kernel(args->dtype);
   if (!kernel) return sl_gated_attention_reference(args);
-  sl_attention_plan plan = sl_attention_make_plan(args, kernel);
+  sl_attention_plan plan = sl_attention_make_plan(args, sl_profile_kernel(kernel));
   if (!sl_attention_is_few_rows(args)) return sl_attention_run_tiled(&plan);
   sl_attention_run_few_rows(&plan);
   return SL_OK;

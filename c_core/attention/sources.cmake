@@ -2,7 +2,7 @@ target_sources(sluice_objects PRIVATE
   attention/backward.c attention/backward_queries.c attention/chunk.c attention/dropout.c attention/exact_row.c
   attention/few_rows.c attention/forward.c attention/gated_attention.c attention/gradient_rows.c attention/kernels.c
   attention/key_gradients.c attention/key_ranges.c attention/mask_gradient.c attention/output_gate.c attention/pages.c
-  attention/plan.c attention/reference.c attention/rows.c attention/score_bend.c attention/sort.c
+  attention/plan.c attention/profile.c attention/reference.c attention/rows.c attention/score_bend.c attention/sort.c
   attention/staircase.c attention/validate.c attention/tiers/scalar.c)
 
 # Overlays of the micro-op table; kernels.def names them.

@@ -216,6 +216,22 @@ SL_API sl_status sl_gated_attention_backward_reference(const sl_gated_attention_
 /* Name of the kernel that dispatch picks for this dtype on this machine, e.g. "avx2_f32_6x16". Never NULL. */
 SL_API const char *sl_gated_attention_kernel_name(sl_dtype dtype);
 
+/* Where the time of forwards of many queries went between the two calls below, on the CPU: seconds, summed over the
+ * workers. For benchmarks: of the whole process, whose calls must come one after the other. */
+typedef struct sl_attention_profile {
+  double busy;                      /* all of it */
+  double sort;                      /* putting keys in order */
+  double pack;                      /* packing keys and values */
+  double rows;                      /* loading queries, putting them in order, storing results */
+  double scores;                    /* products of queries and keys */
+  double softmax;                   /* with the gate, and what cuts by position */
+  double values;                    /* products of weights and values */
+  int64_t score_pairs, value_pairs; /* that these products went over; kept says how many were needed */
+} sl_attention_profile;
+
+SL_API void sl_attention_profile_begin(void);                        /* sets all to 0, and times from now on */
+SL_API void sl_attention_profile_end(sl_attention_profile *profile); /* stops, and says what there was */
+
 #ifdef __cplusplus
 }
 #endif

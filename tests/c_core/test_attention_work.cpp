@@ -204,6 +204,37 @@ TEST_P(Work, DecodingTouchesKeptKeysOnly) {
   EXPECT_EQ(forward.scores, 0);
 }
 
+// What a profile counts is what this table counts, and it changes no bit.
+TEST(Profile, CountsWhatTheProductsGoOver) {
+  for (double logit_tau : {-100.0, 1.0}) {
+    AttentionShape shape;
+    shape.n_q = shape.n_k = 500, shape.causal = true, shape.logit_tau = logit_tau;
+    AttentionProblem problem(shape, 3);
+    ASSERT_EQ(problem.run_forward(), SL_OK) << sl_last_error();
+    std::vector<double> out = problem.out.values();
+    int64_t kept = 0;
+    for (double each : problem.kept.values()) kept += static_cast<int64_t>(each);
+    sl_attention_profile profile, nothing;
+    sl_attention_profile_begin();
+    ASSERT_EQ(problem.run_forward(), SL_OK) << sl_last_error();
+    sl_attention_profile_end(&profile);
+    EXPECT_EQ(problem.out.values(), out);
+    EXPECT_GE(profile.score_pairs, kept - shape.batch * shape.heads_q * shape.n_q);  // own keys are taken apart
+    EXPECT_GE(profile.score_pairs, profile.value_pairs);
+    double parts = 0;
+    for (double part : {profile.sort, profile.pack, profile.rows, profile.scores, profile.softmax, profile.values}) {
+      EXPECT_GT(part, 0);
+      parts += part;
+    }
+    EXPECT_LE(parts, profile.busy);
+    ASSERT_EQ(problem.run_forward(), SL_OK);  // while nobody asks
+    sl_attention_profile_begin();
+    sl_attention_profile_end(&nothing);
+    EXPECT_EQ(nothing.score_pairs, 0);
+    EXPECT_EQ(nothing.busy, 0);
+  }
+}
+
 // Which pairs are computed depends on a table's tile, not on its dtype: one table of each tile.
 INSTANTIATE_TEST_SUITE_P(Attention, Work, testing::ValuesIn([] {
                            std::vector<int> numbers;

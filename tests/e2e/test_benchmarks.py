@@ -9,6 +9,7 @@ import torch_sluice.info
 from benchmarks import (
     accumulate,
     accumulate_overhead,
+    attention_profile,
     channel_norms,
     gated_attention,
     import_time,
@@ -59,6 +60,20 @@ def test_gated_attention(rows_of, capsys):
         # One round, so the ratio of the round is that of the times.
         assert row["ratio"] == pytest.approx(row["peers"]["sdpa"] / row["seconds"])
     assert "ratio = best peer / sluice" in capsys.readouterr().out
+
+
+def test_the_profile_of_gated_attention(rows_of, capsys):
+    sizes = "--n=200", "--heads=2", "--head-dim=16", "--repeats=1", "--no-flex"
+    rows = rows_of(gated_attention, *sizes, "--density", 1, 0.2, "--dtype", "float32", "--profile")
+    assert "where the forward's time goes" in capsys.readouterr().out
+    assert [row["pass"] for row in rows if row["profile"]] == ["forward", "forward"]
+    dense, sparse = (row["profile"] for row in rows[:2])
+    assert tuple(sparse) == attention_profile.PARTS
+    assert all(seconds >= 0 for seconds in (*dense.values(), *sparse.values()))
+    assert all(sparse[part] > 0 for part in set(attention_profile.PARTS) - {"idle"})
+    # Time is not compared: of the products it is the share of wasted pairs, which is counted.
+    shares = [profile["waste"] / (profile["waste"] + profile["products"]) for profile in (dense, sparse)]
+    assert 0 < shares[0] < shares[1] < 1
 
 
 def test_kv_cache(rows_of, capsys):
