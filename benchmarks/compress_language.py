@@ -13,9 +13,7 @@ most that the process held meanwhile beyond what it held before, as a multiple o
 ``goals`` (met or not).
 """
 
-import contextlib
 import copy
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,6 +27,7 @@ import torch_sluice
 from benchmarks import harness
 from benchmarks.compress_peers import stored_bytes
 from benchmarks.compress_timing import measure_latencies, median_ratio
+from benchmarks.memory import forget_peak, held_bytes, peak_bytes
 from benchmarks.models import smollm
 from benchmarks.models.smollm import NextToken, next_token_accuracy, next_token_probability
 from benchmarks.models.task import MissingPackageError
@@ -37,23 +36,6 @@ METRICS = {"probability": next_token_probability, "accuracy": next_token_accurac
 GOALS = {"kept": 0.99, "share": 0.3, "seconds": 600.0, "memory": 3.0}
 OURS, EAGER, PEER = "sluice", "eager", "torch.ao"
 QUICK_LAYERS, QUICK_FILES = 2, 40
-
-
-def held_bytes() -> int:
-    """What the process holds in memory now; 0 where /proc is not to be had."""
-    with contextlib.suppress(OSError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    return 0
-
-
-def forget_peak() -> None:
-    """Lets the kernel measure the largest memory from now on, where it can: loading may have taken more."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Decode:

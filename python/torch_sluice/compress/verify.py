@@ -6,6 +6,7 @@ group is refused, with a sentence. Many groups are proved in one pair of runs, a
 """
 
 import contextlib
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -39,6 +40,12 @@ def prove(
     with varied_constants(model, {m.name for ways in candidates for g in ways for m in g.members}):
         proved = _prove_together(model, likely, inputs, report)
         groups = [first for first in likely if id(first) in proved]
+        others = []
+        for number, other in _that_run(model, candidates, likely, groups, inputs):
+            likely[number] = other
+            others.append(other)
+        proved |= _prove_together(model, others, inputs, report)
+        groups = [first for first in likely if id(first) in proved]
         for ways, first in zip(candidates, likely, strict=True):
             if id(first) in proved:
                 continue
@@ -59,19 +66,37 @@ def prove(
 def _first_that_holds(model, ways: list[ChannelGroup], inputs) -> tuple[ChannelGroup | None, str | None]:
     """The first way to form units that holds, with what counts them; or why the first does not."""
     reason = None
+    for steps in _trials(model, ways):
+        for trial in steps:
+            wrong = _difference(model, [trial], inputs)
+            if wrong is None:
+                return trial, None
+            reason = reason or wrong + advice(trial.moves)
+            if not wrong.startswith(_DOES_NOT_RUN):
+                break
+    return None, reason
+
+
+def _trials(model, ways: list[ChannelGroup]) -> Iterator[Iterator[ChannelGroup]]:
+    """For each way to form units, and each to count them, those with more and more units that leave at a time."""
     for way in _with_arranged(ways):
         for sizes in ways_to_count(model, way):
-            for step in _STEPS:
-                if step > 1 and (way.width % step or way.width < 4 * step):
-                    continue
-                trial = replace(way, sizes=sizes, step=step)
-                wrong = _difference(model, [trial], inputs)
-                if wrong is None:
-                    return trial, None
-                reason = reason or wrong + advice(way.moves)
-                if not wrong.startswith(_DOES_NOT_RUN):
-                    break
-    return None, reason
+            steps = [step for step in _STEPS if step == 1 or (way.width % step == 0 and way.width >= 4 * step)]
+            yield (replace(way, sizes=sizes, step=step) for step in steps)
+
+
+def _that_run(model, candidates, likely, groups, inputs) -> Iterator[tuple[int, ChannelGroup]]:
+    """Of layers of which nothing is proved yet and whose likely group does not run when it is cut: the first that does,
+    with its number. That is seen without following any channel, and they are proved together then."""
+    proved = {id(group) for group in groups}
+    for number, ways in enumerate(candidates):
+        if id(likely[number]) in proved or _runs_without(model, likely[number], inputs, 0):
+            continue
+        free = [way for way in ways if _is_free(way, groups)]
+        trials = itertools.chain.from_iterable(_trials(model, free))
+        other = next((trial for trial in trials if _runs_without(model, trial, inputs, 0)), None)
+        if other is not None:
+            yield number, other
 
 
 def _with_arranged(ways: list[ChannelGroup]) -> list[ChannelGroup]:
