@@ -15,7 +15,14 @@ from torch_sluice.modes import dropped_bound  # noqa: E402
 from torch_sluice.modules import GatedAttention  # noqa: E402
 from torch_sluice.monitor import Monitor  # noqa: E402
 from torch_sluice.paged import gated_attention_paged  # noqa: E402
-from torch_sluice.swap import gate_parameters, load_gates, restore, save_gates, swap_attention  # noqa: E402
+from torch_sluice.swap import (  # noqa: E402
+    attention_function,
+    gate_parameters,
+    load_gates,
+    restore,
+    save_gates,
+    swap_attention,
+)
 from torch_sluice.varlen import gated_attention_varlen  # noqa: E402
 
 __version__ = _library.version()
@@ -24,6 +31,7 @@ __all__ = [
     "KVCache",
     "Monitor",
     "accumulate",
+    "attention_function",
     "compress",
     "dropped_bound",
     "gate_parameters",

@@ -8,8 +8,9 @@ from torch import nn
 from torch_sluice.attention import Gate
 from torch_sluice.swap import changes, gate_file, hugging_face
 from torch_sluice.swap.call import GateOptions
+from torch_sluice.swap.marked import attention_function
 
-__all__ = ["gate_parameters", "load_gates", "restore", "save_gates", "swap_attention"]
+__all__ = ["attention_function", "gate_parameters", "load_gates", "restore", "save_gates", "swap_attention"]
 
 
 def swap_attention(
@@ -40,9 +41,9 @@ def swap_attention(
       mask, sliding windows and generation with any cache run on the operator. Cross attention stays open without
       ``cross``.
     - ``nn.MultiheadAttention``, also within ``nn.TransformerEncoderLayer`` and ``nn.TransformerDecoderLayer``.
-    - modules that call ``F.scaled_dot_product_attention`` themselves: those of whose class some method names that
-      function, and those given in ``modules``. Their calls are caught while their ``forward`` runs; the gate reads the
-      first floating-point [B, N, dim] argument of that forward.
+    - modules that call ``F.scaled_dot_product_attention`` themselves, or a function that ``attention_function`` marks:
+      those of whose class some method names that function, and those given in ``modules``. Their calls are caught
+      while their ``forward`` runs; the gate reads the first floating-point [B, N, dim] argument of that forward.
 
     With open gates, what the operator does not take (dropout, a bias or another pattern as mask, attention weights) is
     done as before the swap. With gates, all of these are the operator's but masks that show a causal layer later keys,

@@ -5,8 +5,17 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from torch_sluice.swap import hugging_face, multihead, sdpa
+from torch_sluice.swap.marked import is_forward, marked_functions
 from torch_sluice.swap.original import original_of
+from torch_sluice.swap.sdpa_sizes import guess_sizes
 from torch_sluice.swap.verify import first_difference, record
+
+_BY_ITSELF = "it computes attention itself"
+_ADVICE = (
+    "Where a layer computes attention itself, put that into a function or method and mark it by "
+    "torch_sluice.attention_function; where it calls F.scaled_dot_product_attention or a marked function through a "
+    "helper outside of its class, name the layer in modules="
+)
 
 
 @dataclass
@@ -136,39 +145,55 @@ def _fill(model, swap, options, modules, example, gate_arguments, with_cross):
 
     done = {id(module) for _, module in layers} | {id(module) for module, *_ in swap.multiheads}
     named = modules is not None and not callable(modules)
-    owners = [
-        (name, module)
-        for name, module in chosen
-        if id(module) not in done
-        and not isinstance(module, nn.MultiheadAttention)
-        and (named or sdpa.calls_sdpa(module))
-    ]
-    for _, module in owners:
-        sdpa.install(module, options)
+    owners = []
+    for name, module in _callers(model, chosen, done, named):
+        proofs = sdpa.prove_marked(module, named)
+        if isinstance(proofs, str):
+            refused.append((name, module, proofs))
+            continue
+        sdpa.install(module, options, proofs)
         swap.owners.append(module)
+        owners.append((name, module))
     if owners and learn:
         sizes = {} if example is None else sdpa.measure(model, swap.owners, example)
         for name, module in owners:
             if example is not None and module not in sizes:
                 raise ValueError(
-                    f"{name or 'the model'} ({type(module).__name__}) did not call scaled_dot_product_attention with a "
-                    "layer input [batch, tokens, dim] in a forward on example, expected it to: leave it out of modules"
+                    f"{name or 'the model'} ({type(module).__name__}) did not call scaled_dot_product_attention or a "
+                    "marked function with a layer input [batch, tokens, dim] in a forward on example, expected it to: "
+                    "leave it out of modules"
                 )
-            found = sizes[module] if example is not None else sdpa.guess_sizes(name, module)
+            found = sizes[module] if example is not None else guess_sizes(name, module)
             module.sluice_gate = gate_for(module, sdpa.make_gate, found)
 
     if not (swap.layers or swap.multiheads or owners):
         known = {id(module) for _, module, _ in refused}
-        refused += [
-            (name, m, "it computes attention itself") for name, m in _own_attention(chosen) if id(m) not in known
-        ]
+        refused += [(name, m, _BY_ITSELF) for name, m in _own_attention(chosen) if id(m) not in known]
         raise ValueError(
             f"model is a {type(model).__name__} without attention that can be swapped, expected Hugging Face "
-            "transformers attention, nn.MultiheadAttention, or modules that call F.scaled_dot_product_attention"
+            "transformers attention, nn.MultiheadAttention, or modules that call F.scaled_dot_product_attention or a "
+            "function that torch_sluice.attention_function marks"
             + (f". Left alone: {_sentences(refused)}" if refused else "")
+            + f". {_ADVICE}"
         )
     if refused and learn:
         raise ValueError(f"these layers take no gate: {_sentences(refused)}. Choose the others by modules=")
+
+
+def _callers(model, chosen, done: set[int], named: bool) -> list[tuple[str, nn.Module]]:
+    """Modules that call attention functions. One whose forward is such a function sees no input of a layer, unlike the
+    module around it, which stands in for it."""
+    found, by_name = {}, dict(model.named_modules())
+    for name, module in chosen:
+        if id(module) in done or isinstance(module, nn.MultiheadAttention):
+            continue
+        if not (named or sdpa.calls_sdpa(module) or marked_functions(module)):
+            continue
+        while not named and name and (is_forward(module) or isinstance(module, (nn.ModuleList, nn.ModuleDict))):
+            name = name.rpartition(".")[0]
+            module = by_name[name]
+        found.setdefault(id(module), (name, module))
+    return list(found.values())
 
 
 def _own_attention(chosen: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:

@@ -1,14 +1,17 @@
-"""What a module's class says in its code: the names that its methods use."""
+"""What a module's class says in its code: the names that its methods use, and what these names stand for."""
 
 import inspect
+import types
+from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
 _BASES = ("torch", "transformers.modeling_utils", "transformers.modeling_layers")
 
 
-def codes_of(cls: type[nn.Module]) -> list[tuple]:
-    """(code, globals) of every method of a class and of its bases, but for those of torch and of every HF model."""
+def functions_of(cls: type[nn.Module]) -> list[types.FunctionType]:
+    """Every method of a class and its bases, without decorators, but for those of torch and of every HF model."""
     found = []
     for base in cls.__mro__:
         if base.__module__.split(".")[0] == "torch" or base.__module__ in _BASES or base is object:
@@ -17,8 +20,13 @@ def codes_of(cls: type[nn.Module]) -> list[tuple]:
             function = inspect.unwrap(getattr(member, "__func__", member)) if callable(member) else member
             function = getattr(function, "__func__", function)
             if hasattr(function, "__code__"):
-                found.append((function.__code__, function.__globals__))
+                found.append(function)
     return found
+
+
+def codes_of(cls: type[nn.Module]) -> list[tuple]:
+    """(code, globals) of the functions of a class."""
+    return [(function.__code__, function.__globals__) for function in functions_of(cls)]
 
 
 def names_of(code) -> set[str]:
@@ -28,3 +36,18 @@ def names_of(code) -> set[str]:
         if hasattr(constant, "co_names"):
             names |= names_of(constant)
     return names
+
+
+def values_in(function: types.FunctionType) -> Iterator[Any]:
+    """What the names in a function stand for outside of it: globals, members of modules, variables around it."""
+    names = names_of(function.__code__)
+    for name in sorted(names & function.__globals__.keys()):
+        value = function.__globals__[name]
+        if isinstance(value, types.ModuleType):
+            yield from (vars(value)[member] for member in sorted(names & vars(value).keys()))
+        yield value
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # assigned later
+            continue

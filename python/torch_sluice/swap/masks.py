@@ -133,7 +133,7 @@ def _read(mask: Tensor, n_q: int, n_k: int, causal: bool) -> MaskPattern | None:
     return None
 
 
-def _remember(mask: Tensor, key: tuple, compute: Callable):
+def remember(mask: Tensor, key: tuple, compute: Callable):
     """What was computed of a mask, which the layers of a model share, as long as it holds the numbers that it held.
 
     They are compared: writes through .data or NumPy, and those in inference mode, raise no version.
@@ -168,7 +168,7 @@ def operator_mask(mask: Tensor, batch: int, n_q: int, n_k: int, causal: bool, si
     sizes = (batch, n_q, n_k, causal, sinks)
     if mask.requires_grad:  # a bias that learns is another graph each time
         return _make_operator_mask(mask, *sizes)
-    return _remember(mask, ("operator", *sizes), lambda: _make_operator_mask(mask, *sizes))
+    return remember(mask, ("operator", *sizes), lambda: _make_operator_mask(mask, *sizes))
 
 
 def _make_operator_mask(mask: Tensor, batch: int, n_q: int, n_k: int, causal: bool, sinks: int) -> OperatorMask | None:
@@ -238,7 +238,7 @@ def read_mask(
         )
         pattern = MaskPattern(causal, key_range, offset, window, rows_without_keys(mask))
         return _expand(pattern, batch)
-    pattern = _remember(mask, ("pattern", n_q, n_k, causal), lambda: _read(mask, n_q, n_k, causal))
+    pattern = remember(mask, ("pattern", n_q, n_k, causal), lambda: _read(mask, n_q, n_k, causal))
     return None if pattern is None else _expand(pattern, batch)
 
 
@@ -247,7 +247,7 @@ def read_documents(mask: Tensor, batch: int, n_q: int, n_k: int) -> tuple[int, .
     the other; None if it is another mask. It is kept with the mask, as its pattern is."""
     if torch.compiler.is_compiling() or n_q != n_k or mask.shape[1] != 1 or mask.shape[2:] != (n_q, n_k):
         return None
-    lengths = _remember(mask, ("documents",), lambda: _read_documents(mask))
+    lengths = remember(mask, ("documents",), lambda: _read_documents(mask))
     return lengths if lengths is None or mask.shape[0] == batch else lengths * batch
 
 

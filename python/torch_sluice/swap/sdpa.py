@@ -1,19 +1,20 @@
-"""Modules that call F.scaled_dot_product_attention themselves: their calls are caught while their forward runs."""
+"""Modules that call F.scaled_dot_product_attention or a marked function: caught while their forward runs."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from torch_sluice.attention import Gate
 from torch_sluice.swap.cache import GatedCache, cache_among, with_gates
 from torch_sluice.swap.call import attend_gated, attend_open
 from torch_sluice.swap.code import codes_of, names_of
+from torch_sluice.swap.marked import Answers, marked_functions, marked_of
+from torch_sluice.swap.marked_call import attend_marked
+from torch_sluice.swap.marked_proof import Proof, prove
 
 _CALLEE = "scaled_dot_product_attention"
-_HEADS = ("num_heads", "n_heads", "n_head", "nhead", "num_attention_heads", "heads")
-_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
-_WIDTHS = ("embed_dim", "n_embd", "hidden_size", "d_model", "dim")
 
 
 def calls_sdpa(module: nn.Module) -> bool:
@@ -29,24 +30,45 @@ def first_input(args, kwargs) -> Tensor | None:
     return None
 
 
-class _Interceptor(TorchFunctionMode):
-    """Answers scaled_dot_product_attention in place of torch; every other function goes through."""
+class _Interceptor(Answers):
+    """Answers scaled_dot_product_attention in place of torch, and marked functions; every other one goes through."""
 
-    def __init__(self, module: nn.Module, x: Tensor | None, sizes: dict | None, logits: tuple | None):
+    def __init__(self, module: nn.Module, x: Tensor | None, logits: tuple | None):
         super().__init__()
-        self.module, self.x, self.sizes, self.logits = module, x, sizes, logits
+        self.module, self.x, self.logits = module, x, logits
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.Tensor.unflatten:
             func = torch.unflatten  # the same; the method calls super(), which torch.compile can't trace from here
-        if func is not F.scaled_dot_product_attention:
+        if func is F.scaled_dot_product_attention:
+            return self._attend(*args, **kwargs)
+        marked = marked_of(func)
+        if marked is None:
             return func(*args, **kwargs)
-        return self._attend(*args, **kwargs)
+        call = marked.bind(args, kwargs)
+        self._note(call.q, call.k)
+        proof = self.module.forward.proof_of(func)
+        return attend_marked(self.module, self._logits, marked, proof, call, args, kwargs)
+
+    def _note(self, q: Tensor, k: Tensor) -> None:
+        sizes = self.module.forward.sizes
+        if sizes is not None and self.x is not None:
+            sizes[self.module] = (self.x.shape[-1], q.shape[1], k.shape[1])
+
+    def _logits(self):
+        """(a, b, cache) of the layer's gate; b is of all keys that are looked at, once the cache was updated."""
+        if self.x is None:
+            raise ValueError(
+                f"{type(self.module).__name__}.forward got no floating-point tensor [batch, tokens, dim], expected the "
+                "layer's input: the gate reads it"
+            )
+        a, b = self.module.sluice_gate(self.x) if self.logits is None else self.logits
+        cache = b if isinstance(b, GatedCache) else None
+        return a, b if cache is None else cache.b, cache
 
     def _attend(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        if self.sizes is not None and self.x is not None:
-            self.sizes[self.module] = (self.x.shape[-1], query.shape[1], key.shape[1])
+        self._note(query, key)
         gate = self.module.sluice_gate
         q, k, v, causal = query, key, value, is_causal
         regular = q.dim() == k.dim() == v.dim() == 4 and not (is_causal and q.shape[-2] > k.shape[-2])
@@ -72,16 +94,10 @@ class _Interceptor(TorchFunctionMode):
                 "expected [batch, heads, tokens, channels], with is_causal no more queries than keys: a gated layer "
                 "takes nothing else"
             )
-        if self.x is None:
-            raise ValueError(
-                f"{type(self.module).__name__}.forward got no floating-point tensor [batch, tokens, dim], expected the "
-                "layer's input: the gate reads it"
-            )
         if mask is not None and is_causal:
             raise ValueError("is_causal is True and attn_mask is given, expected one of them")
-        a, b = gate(self.x) if self.logits is None else self.logits
-        cache = b if isinstance(b, GatedCache) else None
-        b = b if cache is None else cache.b[:, :, : k.shape[2]]
+        a, b, cache = self._logits()
+        b = b[:, :, : k.shape[2]]
         causal = causal or (cache is not None and q.shape[2] == 1)  # decoders leave it out for one token
         out, _ = attend_gated(
             gate, (a, b), self.module.sluice_options, q, k, v, mask=mask, causal=causal, scale=scale,
@@ -91,11 +107,12 @@ class _Interceptor(TorchFunctionMode):
 
 
 class InterceptedForward:
-    """The forward of a swapped module: its own, with scaled_dot_product_attention answered by Sluice."""
+    """The forward of a swapped module: its own, with its attention answered by Sluice."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, proofs: dict[Callable, Proof]):
         self.module = module
         self.original = module.__dict__.get("forward")
+        self.proofs = proofs  # of the marked functions that it goes through
         self.sizes = None  # a dict while measure() listens
 
     def __call__(self, *args, **kwargs):
@@ -105,15 +122,36 @@ class InterceptedForward:
             a, b = gate(x)
             kwargs, cache = with_gates(kwargs, name, b)
             logits = (a, cache)
-        with _Interceptor(self.module, x, self.sizes, logits):
+        with _Interceptor(self.module, x, logits):
             if self.original is not None:
                 return self.original(*args, **kwargs)
             return type(self.module).forward(self.module, *args, **kwargs)
 
+    def proof_of(self, function: Callable) -> Proof:
+        """Of a marked function; one that was not found at the swap is tried at its first call."""
+        if function not in self.proofs:
+            if torch.compiler.is_compiling():
+                raise ValueError(
+                    f"{marked_of(function).title} was not tried yet, and a compiler can't: run the model once before "
+                    "it is compiled"
+                )
+            inside = (m for m in self.module.modules() if function in marked_functions(m))
+            proof = prove(function, next(inside, self.module))
+            if isinstance(proof, str):
+                raise ValueError(f"{type(self.module).__name__}: {proof}")
+            self.proofs[function] = proof
+        return self.proofs[function]
 
-def install(module: nn.Module, options) -> None:
+
+def prove_marked(module: nn.Module, named: bool) -> dict[Callable, Proof] | str:
+    """Proofs of the marked functions that the module goes through, as far as they are found; or why one fails."""
+    proofs = {function: prove(function, owner) for function, owner in marked_functions(module, within=named).items()}
+    return next((proof for proof in proofs.values() if isinstance(proof, str)), proofs)
+
+
+def install(module: nn.Module, options, proofs: dict[Callable, Proof]) -> None:
     module.sluice_gate, module.sluice_options = None, options
-    module.forward = InterceptedForward(module)
+    module.forward = InterceptedForward(module, proofs)
 
 
 def uninstall(module: nn.Module) -> None:
@@ -138,29 +176,6 @@ def measure(model: nn.Module, modules: list[nn.Module], example) -> dict:
         for module in training:
             module.training = True
     return sizes
-
-
-def guess_sizes(name: str, module: nn.Module) -> tuple[int, int, int]:
-    """(width of x, query heads, key heads) from the module's attributes, its config's, or its first linear layer."""
-    sources = (module, getattr(module, "config", None))
-
-    def find(names):
-        for source in sources:
-            for attribute in names:
-                value = getattr(source, attribute, None)
-                if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                    return value
-        return None
-
-    heads = find(_HEADS)
-    width = next((m.in_features for m in module.modules() if isinstance(m, nn.Linear)), None) or find(_WIDTHS)
-    if heads is None or width is None:
-        raise ValueError(
-            f"the sizes of {name or 'the model'} ({type(module).__name__}) are not to be guessed: it has none of the "
-            f"attributes {', '.join(_HEADS)}, or no nn.Linear. Pass example=(inputs of the model, ...) to "
-            "swap_attention, which then looks at one forward"
-        )
-    return width, heads, find(_KV_HEADS) or heads
 
 
 def make_gate(sizes: tuple[int, int, int], **arguments) -> Gate:
