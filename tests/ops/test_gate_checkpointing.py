@@ -83,6 +83,61 @@ def test_the_mean_gate_is_what_moves_the_gates():
     assert all(not torch.allclose(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize("phase", [{}, dict(noise=1.0, rows=0.5), dict(straight_through=0.5)], ids=str)
+@pytest.mark.parametrize("again", [(), (0, 2)], ids=["flat", "nested"])
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_checkpoint_around_the_whole_model(order, reentrant, again, phase):
+    results = []
+    for whole in (False, True):
+        model = Layers(again if whole else (), reentrant).train()
+        controller = DensityController(model, steps=10, **phase)
+        results.append(passes(Whole(model, reentrant) if whole else model, controller, ORDERS[order]))
+        controller.close()
+    (ours, density), (expected, wanted) = results[1], results[0]
+    assert density == pytest.approx(wanted)
+    for mine, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+class Whole(nn.Module):
+    """A model within a checkpoint."""
+
+    def __init__(self, model, reentrant=True):
+        super().__init__()
+        self.model, self.reentrant = model, reentrant
+
+    def forward(self, x):
+        return checkpoint(self.model, x, use_reentrant=self.reentrant)
+
+
+def test_a_forward_between_the_loss_of_another_and_its_backward():
+    """What a checkpoint runs again leaves the records of a forward alone whose loss is still to come."""
+    found = []
+    for whole in (False, True):
+        model = Layers(dropout=0.0).train()
+        controller = DensityController(model, steps=10)
+        controller.strength = 2.0
+        wrapped = Whole(model) if whole else model
+        first = controller.loss(wrapped(draw(1)).square().mean())
+        out = wrapped(draw(2))
+        first.backward()
+        controller.loss(out.square().mean()).backward()
+        controller.step()
+        found.append([controller.density, *(p.grad for p in model.parameters())])
+    for mine, other in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_a_loss_within_a_checkpoint():
+    model = Layers().train()
+    controller = DensityController(model, steps=10)
+    with pytest.raises(
+        RuntimeError, match=r"loss\(\) is called within a re-entrant checkpoint, expected it behind"
+    ):
+        checkpoint(lambda x: controller.loss(model(x).square().mean()), draw(), use_reentrant=True)
+
+
 def test_two_losses_in_one_backward():
     expected = None
     for again in ((), (0, 1, 2)):

@@ -7,7 +7,7 @@ import torch
 
 from torch_sluice.attention.density import sample_gate
 from torch_sluice.attention.gate import Gate
-from torch_sluice.attention.recomputed import Owed, remember
+from torch_sluice.attention.recomputed import Owed, in_backward, in_checkpoint, remember
 
 
 def _check_share(name, value, low=0.0, high=1.0, open_low=False):
@@ -111,10 +111,14 @@ class _Controller:
         """``loss + strength * (mean gate)``, the mean taken over the far pairs of the last forward of the model.
 
         Call it once per forward in training mode, with the scalar loss before it is divided by the number of
-        micro-batches or scaled.
+        micro-batches or scaled. Not within a re-entrant checkpoint, but on what that returns.
         """
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             raise ValueError(f"loss is {loss!r}, expected a tensor of one element")
+        if in_checkpoint():
+            raise RuntimeError(
+                "loss() is called within a re-entrant checkpoint, expected it behind that: on what it returns"
+            )
         mean, owed = self._listen(loss.detach().double())
         self._look_for_learners()
         return remember(loss + (self.strength * mean).to(loss.dtype).to(loss.device), owed)
@@ -186,10 +190,11 @@ class _Controller:
         )
 
     def _hear(self, module, begins):
-        learns = module.training and torch.is_grad_enabled()
+        learns = module.training and (torch.is_grad_enabled() or in_checkpoint())
+        again = in_backward()
         for gate in self.gates:
             gate.recomputes = begins and learns
-            if begins and learns and gate.record is not None:
+            if begins and learns and gate.record is not None and not again:
                 gate.record.clear()
 
     def _listen(self, loss):

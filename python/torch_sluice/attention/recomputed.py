@@ -4,10 +4,35 @@ What a controller adds to the loss, the mean gate of each call, has no graph the
 that it is given, and the call that is run again adds the mean's gradient, scaled by that, to its own.
 """
 
+import sys
+
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from torch_sluice.attention.density import sample_gate
+
+
+def in_backward() -> bool:
+    """Whether autograd runs in this thread: what is called then is run again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def in_checkpoint() -> bool:
+    """Whether this is the forward of a re-entrant checkpoint: code that an autograd function runs without gradients,
+    for which it will be asked. Reads the call stack."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    frame = sys._getframe(1)
+    while frame is not None:
+        names = frame.f_code.co_varnames
+        context = (
+            frame.f_locals.get(names[0]) if frame.f_code.co_argcount and frame.f_code.co_name == "forward" else None
+        )
+        if isinstance(context, FunctionCtx) and any(context.needs_input_grad):
+            return True
+        frame = frame.f_back
+    return False
 
 
 class Owed:
@@ -55,11 +80,13 @@ def note_call(gate, record) -> Tensor:
     """Leaves the record of a call with a gate that is listened to; returns a, to go on with.
 
     Of a call that is run again the loss already knows. Backward goes from the last call to the first, and so do those
-    who are owed.
+    who are owed. One that has checkpoints within a checkpoint is run again without gradients first.
     """
+    if torch.compiler.is_compiling() or not in_backward():
+        gate.record.append(record)
+        return record.a
     due = [owed for owed in gate.owed if owed.upstream is not None] if torch.is_grad_enabled() else ()
     if not due:
-        gate.record.append(record)
         return record.a
     owed = due[-1]
     gate.owed.remove(owed)
