@@ -132,9 +132,7 @@ def test_a_forward_between_the_loss_of_another_and_its_backward():
 def test_a_loss_within_a_checkpoint():
     model = Layers().train()
     controller = DensityController(model, steps=10)
-    with pytest.raises(
-        RuntimeError, match=r"loss\(\) is called within a re-entrant checkpoint, expected it behind"
-    ):
+    with pytest.raises(RuntimeError, match=r"loss\(\) is called within a re-entrant checkpoint, expected it behind"):
         checkpoint(lambda x: controller.loss(model(x).square().mean()), draw(), use_reentrant=True)
 
 

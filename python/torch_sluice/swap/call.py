@@ -77,7 +77,11 @@ def attend_open(
     if mask is not None:
         if mask.dim() != 4 or mask.shape[0] not in (1, q.shape[0]):
             return None
-        pattern = read_mask(mask, q.shape[0], q.shape[2], k.shape[2], causal, sliding_window)
+        sizes = (q.shape[0], q.shape[2], k.shape[2])
+        pattern = read_mask(mask, *sizes, causal, sliding_window)
+        if pattern is None and torch.compiler.is_compiling():  # it can't look for a pattern in numbers
+            pattern = None if mask.requires_grad else operator_mask(mask, *sizes, False, 0)
+            options["causal"] = False  # the mask says all
         if pattern is None:
             return None
         uniform = pattern.uniform
@@ -144,7 +148,7 @@ def attend_gated(
             return _attend_documents(gate, a, b, q, k, v, mask, documents, near, dropout)
         pattern = operator_mask(mask, *sizes, causal, options.sinks)
         if pattern is not None:
-            near |= dict(attn_mask=pattern.attn_mask, key_range=pattern.key_range, q_offset=pattern.q_offset)
+            near |= pattern.options()
     if cache is not None and options.sinks:
         key_range = near.get("key_range")
         if mask is not None and pattern is None:

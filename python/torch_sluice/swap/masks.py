@@ -159,14 +159,18 @@ class OperatorMask(NamedTuple):
     q_offset: Tensor | None  # [B]
     uniform: Tensor | None  # see rows_without_keys
 
+    def options(self) -> dict:
+        """What gated_attention takes for it; whether the layer is causal stays as it is."""
+        return dict(attn_mask=self.attn_mask, key_range=self.key_range, q_offset=self.q_offset)
+
 
 def operator_mask(mask: Tensor, batch: int, n_q: int, n_k: int, causal: bool, sinks: int) -> OperatorMask | None:
     """None where the operator can't say the same: a causal layer that is shown later keys, or queries of one row whose
-    texts begin at different keys, while sinks are wanted."""
-    if torch.compiler.is_compiling() or mask.shape[-1] != n_k or not mask.numel():
+    texts begin at different keys, while sinks are wanted. In compiled code that is an error when it runs."""
+    if mask.shape[-1] != n_k or not mask.numel() or not (mask.dtype == torch.bool or mask.is_floating_point()):
         return None
     sizes = (batch, n_q, n_k, causal, sinks)
-    if mask.requires_grad:  # a bias that learns is another graph each time
+    if mask.requires_grad or torch.compiler.is_compiling():  # a bias that learns is another graph each time
         return _make_operator_mask(mask, *sizes)
     return remember(mask, ("operator", *sizes), lambda: _make_operator_mask(mask, *sizes))
 
@@ -180,11 +184,13 @@ def _make_operator_mask(mask: Tensor, batch: int, n_q: int, n_k: int, causal: bo
         if n_q < n_k:
             q_offset = first_places(allowed, n_q, n_k).expand(batch)
         places = query_places(n_q, n_k, q_offset, mask.device)[:, None, :, None]
-        if bool((allowed & (torch.arange(n_k, device=mask.device) > places)).any()):
+        if not _holds(
+            ~(allowed & (torch.arange(n_k, device=mask.device) > places)).any(), "a causal layer no later keys"
+        ):
             return None
     if sinks:
         first = first_keys(allowed, n_q, n_k).flatten(1)
-        if bool((first != first[:, :1]).any()):
+        if not _holds((first == first[:, :1]).all(), "all queries of a row one text"):
             return None
         begin = first[:, 0].clamp(max=n_k).expand(batch)
         key_range = torch.stack((begin, torch.full_like(begin, n_k)), -1)
@@ -192,7 +198,18 @@ def _make_operator_mask(mask: Tensor, batch: int, n_q: int, n_k: int, causal: bo
         return OperatorMask(mask, key_range, q_offset, None)
     uniform = rows_without_keys(mask.detach())
     hidden = ~allowed
-    return OperatorMask(mask.masked_fill(hidden, -torch.inf), key_range, q_offset, uniform if uniform.any() else None)
+    uniform = uniform if torch.compiler.is_compiling() or uniform.any() else None
+    return OperatorMask(mask.masked_fill(hidden, -torch.inf), key_range, q_offset, uniform)
+
+
+def _holds(condition: Tensor, expected: str) -> bool:
+    """Compiled code can't choose by what it computes, so that there it is an error."""
+    if not torch.compiler.is_compiling():
+        return bool(condition)
+    torch._assert_async(
+        condition, f"attention mask: expected one that shows {expected}; other masks work without torch.compile"
+    )
+    return True
 
 
 def first_keys(seen: Tensor, n_q: int, n_k: int) -> Tensor:
@@ -219,24 +236,22 @@ def read_mask(
     ``causal`` says what the layer is, for the cases in which the mask cannot tell. The answer is kept with the mask,
     which the layers of a model share. When traced by a compiler nothing can be looked at: the mask is then taken for a
     padding mask on a layer of that kind, with the sliding window that the layer says it has, and checked when the
-    compiled code runs.
+    compiled code runs. Numbers may be a bias there, and are never a pattern.
     """
     if torch.compiler.is_compiling():
-        allowed = as_bool_mask(mask)
-        if allowed is None:
+        if mask.dtype != torch.bool:
             return None
+        allowed = mask
         key_range = _range_of_keys(allowed)
         offset = first_places(allowed, n_q, n_k) if causal and n_q < n_k else None
         window = window if window and n_q <= n_k and window < n_k else 0
         matches = (allowed == _expected(key_range, offset, causal, n_q, n_k, window)).all()
-        if mask.dtype != torch.bool:  # a bias says more than who sees whom
-            matches = matches & ((mask == 0) | (mask <= torch.finfo(mask.dtype).min)).all()
         torch._assert_async(
             matches,
             "attention mask: expected the causal or full mask or the layer's sliding window, with padding on the left "
             "or right; other masks work without torch.compile",
         )
-        pattern = MaskPattern(causal, key_range, offset, window, rows_without_keys(mask))
+        pattern = MaskPattern(causal, key_range, offset, window)
         return _expand(pattern, batch)
     pattern = remember(mask, ("pattern", n_q, n_k, causal), lambda: _read(mask, n_q, n_k, causal))
     return None if pattern is None else _expand(pattern, batch)

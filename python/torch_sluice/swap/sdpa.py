@@ -43,7 +43,7 @@ class _Interceptor(Answers):
             func = torch.unflatten  # the same; the method calls super(), which torch.compile can't trace from here
         if func is F.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
-        marked = marked_of(func)
+        marked = getattr(func, "sluice_marked", None)
         if marked is None:
             return func(*args, **kwargs)
         call = marked.bind(args, kwargs)
@@ -78,6 +78,8 @@ class _Interceptor(Answers):
         mask = attn_mask
         if mask is not None and mask.dim() < 4:
             mask = mask[(None,) * (4 - mask.dim())]
+        if mask is not None and getattr(self.module, "is_causal", False) is True:
+            causal = True  # by its mask, which need not show it
         if gate is None:
             out = None
             if regular and not dropout_p and (attn_mask is None or not is_causal):
