@@ -12,10 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torch_sluice._functorch import OUTPUT_GATE
+from torch_sluice._functorch import MASK, OUTPUT_GATE
 
 MODES = ("select", "post", "log")
 MAX_HEAD_DIM = 256
+_HALF = (torch.bfloat16, torch.float16)
 Operator = Callable[[tuple], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -25,7 +26,11 @@ def run_mode(mode: str, run: Operator, arguments: tuple) -> tuple[Tensor, Tensor
         return run(arguments)
     gate = arguments[OUTPUT_GATE]
     arguments = (*arguments[:OUTPUT_GATE], None, *arguments[OUTPUT_GATE + 1 :])
-    q = arguments[0]
+    q, mask = arguments[0], arguments[MASK]
+    if (
+        mask is not None and mask.requires_grad and mask.dtype in _HALF
+    ):  # its gradient comes in two parts that may cancel
+        arguments = (*arguments[:MASK], mask.float(), *arguments[MASK + 1 :])
     if mode == "log" and torch.is_autocast_enabled(q.device.type):  # in float32, though out is of autocast's dtype
         dtype = torch.get_autocast_dtype(q.device.type) if q.dtype != torch.float64 else q.dtype
         with torch.autocast(q.device.type, enabled=False):
@@ -50,7 +55,7 @@ def _run_post(run: Operator, q, k, v, a, b, logit_tau, *options):
 
 def _run_log(run: Operator, q, k, v, a, b, *options):
     dtype, width = q.dtype, v.shape[3]
-    if dtype in (torch.bfloat16, torch.float16):  # the sum, which all of a row is divided by, would be rounded
+    if dtype in _HALF:  # the sum, which all of a row is divided by, would be rounded
         q, k, v = q.float(), k.float(), v.float()
     ones = v.new_ones(1, 1, 1, 1).expand(*v.shape[:3], 1)
     *tensors, _, causal, window, sinks, sliding_window, softcap, dropout_p, scale = options

@@ -132,7 +132,8 @@ def gated_attention_varlen(
         outs, lses, kept = zip(*results, strict=True)
         out, lse, kept = join_runs(outs), join_runs(lses).T, torch.cat(kept)
     else:
-        out, lse = q.new_empty(0, q.shape[1], v.shape[2]), a.new_empty(q.shape[1], 0)
+        out = q.sum(-1, keepdim=True).expand(0, q.shape[1], v.shape[2])  # none, which can still be differentiated
+        lse = a.T.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
         kept = q.new_empty(0, q.shape[1], dtype=torch.int64)
     return results_of(out, lse if return_lse else None, kept if return_kept else None)
 

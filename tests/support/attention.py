@@ -39,7 +39,7 @@ def choose_pairs(
 def formula(
     q, k, v, a, b, *, causal=False, tau=0.0, window=0, sinks=0, scale=None, key_range=None, q_offset=None,
     text_begin=None, attn_mask=None, alibi_slopes=None, softcap=0.0, sliding_window=0, output_gate=None,
-    choice_dtype=None,
+    mode="select", choice_dtype=None,
 ):  # fmt: skip
     """out and lse, in the precision of q.
 
@@ -48,10 +48,12 @@ def formula(
     """
     dtype, gate_dtype = q.dtype, a.dtype
     group = q.shape[1] // k.shape[1]
-    near, kept = choose_pairs(
-        a, b, causal=causal, tau=tau, window=window, sinks=sinks, key_range=key_range, q_offset=q_offset,
-        text_begin=text_begin, attn_mask=attn_mask, sliding_window=sliding_window, choice_dtype=choice_dtype,
+    places = dict(
+        causal=causal, window=window, sinks=sinks, key_range=key_range, q_offset=q_offset, text_begin=text_begin,
+        attn_mask=attn_mask, sliding_window=sliding_window, choice_dtype=choice_dtype,
     )  # fmt: skip
+    near, kept = choose_pairs(a, b, tau=tau, **places)
+    summed = choose_pairs(a, b, tau=0.0, **places)[1] if mode == "post" else kept
     k, v, b = (x.repeat_interleave(group, 1) for x in (k, v, b))
     z = a.clamp(-40, 40)[..., :, None] + b.clamp(-40, 40)[..., None, :]
     n_q, n_k, head_dim = q.shape[2], k.shape[2], q.shape[3]
@@ -65,18 +67,20 @@ def formula(
         scores = scores - alibi_slopes.to(dtype)[..., None, None] * (i - j).abs()
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         scores = scores + attn_mask.masked_fill(attn_mask == -math.inf, 0).to(dtype)
-    # A row without weight (it keeps nothing, or only scores of -inf) gives 0.
-    empty = (scores.masked_fill(~kept, -math.inf) == -math.inf).all(-1, keepdim=True)
-    p = scores.masked_fill(~kept & ~empty, -math.inf).softmax(-1)
     gate = torch.where(near, 1.0, z.sigmoid()).to(dtype)
-    weights = torch.where(kept & ~empty, p * gate, 0)
+    if mode == "log":
+        scores = scores + torch.where(near, 0.0, torch.nn.functional.logsigmoid(z)).to(dtype)
+    # A row without weight (it keeps nothing, or only scores of -inf) gives 0.
+    empty = (scores.masked_fill(~summed, -math.inf) == -math.inf).all(-1, keepdim=True)
+    p = scores.masked_fill(~summed & ~empty, -math.inf).softmax(-1)
+    weights = torch.where(kept & ~empty, p if mode == "log" else p * gate, 0)
     if torch.isfinite(v).all():
         out = weights @ v
     else:  # a dropped pair must not bring in its NaN as 0 * NaN
         out = (weights[..., None] * v[:, :, None]).masked_fill(~kept[..., None], 0).sum(-2)
     if output_gate is not None:
         out = out * output_gate.to(dtype).sigmoid()
-    lse = scores.to(gate_dtype).masked_fill(~kept, -math.inf).logsumexp(-1)
+    lse = scores.to(gate_dtype).masked_fill(~summed, -math.inf).logsumexp(-1)
     return out, lse
 
 

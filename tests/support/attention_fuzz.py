@@ -1,207 +1,227 @@
-"""Random calls of ``torch_sluice.gated_attention`` against the formula in eager torch: sizes, layouts, dtypes, options,
-padding, places, gates and tiers are drawn; values, log-sum-exps and all gradients are compared.
+"""Random calls of gated attention against the formula in eager torch: dense, packed and paged ones, whose sizes,
+layouts, dtypes, modes, options, padding, places, gates and tiers are drawn; values, log-sum-exps and gradients are
+compared.
 
 By hand: ``PYTHONPATH=tests python -m support.attention_fuzz --seconds 600 [--seed 5] [--isa avx2]``. A call is a
-function of its seed; one that fails is printed with what it was, and the seed with which it comes again.
+function of its seed, each choice in it of the seed and its name. One that fails is printed with all its choices. With
+them it comes again, ``check_call(seed, **choices)``, even when more can be drawn. That line belongs into the table of
+``tests/ops/test_attention_fuzz.py``.
 """
 
 import argparse
 import math
 import os
-import random
 import subprocess
 import sys
 import time
 import traceback
+from itertools import accumulate
 
 import torch
 
-from support.attention import choose_pairs, formula_with_gradients
+from support.attention import choose_pairs, formula
+from support.attention_draws import Drawn, draw_call
 from support.errors import assert_close_as_torch
-from torch_sluice import gated_attention
+from torch_sluice import gated_attention, gated_attention_paged, gated_attention_varlen
 from torch_sluice.info import describe_plugin
 
 NAMES = ("out", "lse", "dq", "dk", "dv", "da", "db")
 CHOOSING = {"causal", "tau", "window", "sinks", "key_range", "q_offset", "text_begin", "attn_mask", "sliding_window"}
 TIERS = ("scalar", "avx2", "avx512", "avx512bf16")
-LAYOUTS = ("plain", "heads inside", "expanded batch", "cut out", "shifted", "strided")
-_PAIRS = 1 << 21  # at most, of a call: the formula is dense
+_EPS = torch.finfo(torch.float32).eps
 
 
-def draw_sizes(draw):
-    """Small sizes mostly, on both sides of what kernels take at once; now and then large ones."""
-    heads_kv = draw.choice((1, 1, 2, 3))
-    sizes = dict(
-        batch=draw.choice((1, 1, 2, 3)), heads_kv=heads_kv, heads=heads_kv * draw.choice((1, 1, 2, 3, 7)),
-        n_q=draw.choice((0, 1, 1, 2, 3, 7, 8, 9, 16, 17, 31, 64, 65, 130, 300)),
-        n_k=draw.choice((0, 1, 2, 5, 8, 15, 16, 33, 64, 70, 129, 257, 513, 1100)),
-        head_dim=draw.choice((1, 3, 8, 16, 31, 32, 40, 64, 64, 96, 128, 256)),
+def operator(drawn: Drawn, leaves: list, options: dict) -> tuple:
+    """(out, lse), [B, H, N, Dv] and [B, H, N], of what the call is to."""
+    if drawn.kind == "dense":
+        return gated_attention(*leaves[:5], return_lse=True, **options)
+    if drawn.kind == "paged":
+        return _paged(drawn, leaves, options)
+    packed = [x[0].transpose(0, 1) for x in leaves[:5]]
+    ends = [torch.tensor([0, *accumulate(n)], dtype=torch.int32) for n in (*zip(*drawn.lengths, strict=True),)] or [
+        torch.zeros(1, dtype=torch.int32)
+    ] * 2
+    if "output_gate" in options:
+        options = options | dict(output_gate=options["output_gate"][0].transpose(0, 1))
+    out, lse = gated_attention_varlen(*packed, *ends, return_lse=True, **options)
+    return out.transpose(0, 1).unsqueeze(0), lse.unsqueeze(0)
+
+
+def _table(drawn: Drawn) -> torch.Tensor:
+    """[B, blocks], where each block of each text lies: anywhere, -1 where it was dropped."""
+    generator, batch = drawn.choices.generator("block_table"), drawn.inputs[0].shape[0]
+    blocks = drawn.inputs[1].shape[2] // drawn.block_size
+    places = torch.randperm(batch * blocks, generator=generator).view(batch, blocks).int()
+    dropped = torch.rand(batch, blocks, generator=generator) < 0.3
+    return places.masked_fill(dropped, -1) if drawn.holes else places
+
+
+def _paged(drawn: Drawn, leaves: list, options: dict) -> tuple:
+    q, k, v, a, b = (x.detach() for x in leaves[:5])
+    options = {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    table, block = _table(drawn), drawn.block_size
+    caches = []
+    for x in (k, v, b.unsqueeze(-1)):
+        batch, heads, length, width = x.shape
+        cache = torch.full((table.numel(), block, heads, width), torch.nan, dtype=x.dtype)
+        chunks = x.transpose(1, 2).reshape(batch * length // block, block, heads, width)
+        there = table.flatten() >= 0
+        cache[table.flatten()[there].long()] = chunks[there]
+        caches.append(cache)
+    seqlens = torch.tensor(drawn.lengths, dtype=torch.int32)
+    return gated_attention_paged(
+        q, caches[0], caches[1], a, caches[2].squeeze(-1), table, seqlens, return_lse=True, **options
+    )
+
+
+def expected(drawn: Drawn, leaves: list, options: dict) -> tuple:
+    """The same of the formula, in the precision of the leaves."""
+    options = options | dict(choice_dtype=drawn.inputs[3].dtype)
+    if drawn.kind == "dense":
+        return formula(*leaves[:5], **options)
+    if drawn.kind == "paged":
+        return formula(*leaves[:5], **_as_dense(drawn, options))
+    outs, lses, first_q, first_k = [], [], 0, 0
+    for text, (n_q, n_k) in enumerate(drawn.lengths):
+        queries, keys = slice(first_q, first_q + n_q), slice(first_k, first_k + n_k)
+        q, k, v, a, b = leaves[:5]
+        own = dict(options)
+        for name in ("tau", "alibi_slopes"):
+            if isinstance(own.get(name), torch.Tensor) and own[name].dim() == 2:
+                own[name] = own[name][text : text + 1]
+        if "output_gate" in own:
+            own["output_gate"] = own["output_gate"][:, :, queries]
+        out, lse = formula(q[:, :, queries], k[:, :, keys], v[:, :, keys], a[:, :, queries], b[:, :, keys], **own)
+        outs.append(out)
+        lses.append(lse)
+        first_q, first_k = first_q + n_q, first_k + n_k
+    if not outs:
+        return leaves[0].sum(-1, keepdim=True).expand(*leaves[0].shape[:3], leaves[2].shape[3]), leaves[3]
+    return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+def _as_dense(drawn: Drawn, options: dict) -> dict:
+    """The options of a paged call for keys side by side: what is valid, where queries are, which blocks are gone."""
+    q, k = drawn.inputs[:2]
+    lengths = torch.tensor(drawn.lengths)
+    there = (_table(drawn) >= 0).repeat_interleave(drawn.block_size, 1).view(len(lengths), 1, 1, -1)
+    mask = options.get("attn_mask")
+    if mask is None or mask.dtype == torch.bool:
+        mask = there if mask is None else there & mask
+    else:
+        shape = torch.broadcast_shapes(mask.shape, there.shape)
+        mask = mask.expand(shape).masked_fill(~there.expand(shape), -math.inf)
+    return dict(q_offset=lengths - q.shape[2]) | options | dict(
+        key_range=torch.stack((torch.zeros_like(lengths), lengths.clamp(max=k.shape[2])), 1), attn_mask=mask,
+        text_begin=torch.zeros_like(lengths),
     )  # fmt: skip
-    sizes["head_dim_v"] = sizes["head_dim"] if draw.random() < 0.7 else draw.choice((1, 5, 16, 24, 64, 80, 256))
-    if draw.random() < 0.4:
-        sizes["n_k"] = sizes["n_q"]
-    while sizes["batch"] * sizes["heads"] * sizes["n_q"] * sizes["n_k"] > _PAIRS:
-        sizes["heads"], sizes["heads_kv"], sizes["batch"] = heads_kv, heads_kv, 1
-        sizes["n_q"] //= 2
-    return sizes
 
 
-def draw_options(draw, sizes):
-    batch, heads, n_q, n_k = (sizes[name] for name in ("batch", "heads", "n_q", "n_k"))
-    options = dict(causal=draw.random() < 0.6)
-    tau = draw.choice((None, 0.0, 0.3, 0.5, 0.7, 0.9, 0.9999, "heads", "batch and heads"))
-    if isinstance(tau, str):
-        shape = (heads,) if tau == "heads" else (batch, heads)
-        tau = torch.rand(shape, generator=torch.Generator().manual_seed(draw.randrange(1 << 30))) * 0.99
-    if tau is not None:
-        options["tau"] = tau
-    if draw.random() < 0.5:
-        options["window"] = draw.choice((1, 2, 5, 16, 17, 64, 2000))
-    if draw.random() < 0.4:
-        options["sinks"] = draw.choice((1, 2, 4, 17, 2000))
-    if draw.random() < 0.2:
-        options["scale"] = draw.choice((0.01, 0.3, 1.0, -0.2))
-    if draw.random() < 0.35:
-        bounds = [sorted((draw.randint(0, n_k), draw.randint(0, n_k))) for _ in range(batch)]
-        options["key_range"] = torch.tensor(bounds)
-    if n_k >= n_q and draw.random() < 0.35:
-        options["q_offset"] = torch.tensor([draw.randint(0, n_k - n_q) for _ in range(batch)])
-    if draw.random() < 0.2:
-        options["sliding_window"] = draw.choice((1, 2, 9, 64, 5000))
-    if draw.random() < 0.15:
-        options["softcap"] = draw.choice((0.3, 5.0, 50.0))
-    if draw.random() < 0.15:
-        slopes = torch.rand(heads, generator=torch.Generator().manual_seed(draw.randrange(1 << 30)))
-        options["alibi_slopes"] = slopes if draw.random() < 0.5 else slopes.expand(batch, heads)
-    if draw.random() < 0.15:
-        shape = (batch, heads, n_q, draw.choice((1, sizes["head_dim_v"])))
-        options["output_gate"] = torch.randn(shape, generator=torch.Generator().manual_seed(draw.randrange(1 << 30)))
-    if draw.random() < 0.3:
-        options["attn_mask"] = draw_mask(draw, (batch, heads, n_q, n_k))
-    if draw.random() < 0.25:
-        begins = options["key_range"][:, 0].tolist() if "key_range" in options else [0] * batch
-        options["text_begin"] = torch.tensor([begin - draw.choice((0, 1, 3, 100)) for begin in begins])
-    return options
+def _differentiate(run, drawn: Drawn, dtype: torch.dtype | None) -> tuple[tuple, list]:
+    """(out, lse and the gradients, the leaves); dtype: of all floating-point inputs, None: as they were drawn."""
+
+    def leaf(x):
+        return (x.detach() if dtype is None else x.detach().to(dtype)).requires_grad_()
+
+    leaves, options = [leaf(x) for x in drawn.inputs], dict(drawn.options)
+    if "output_gate" in options:
+        leaves.append(leaf(options["output_gate"].to(drawn.inputs[0].dtype)))
+        options["output_gate"] = leaves[-1]
+    mask = options.get("attn_mask")
+    if mask is not None and mask.dtype != torch.bool:
+        leaves.append(leaf(mask))
+        options["attn_mask"] = leaves[-1]
+    out, lse = run(drawn, leaves, options)
+    if drawn.kind == "paged":
+        return (out.detach(), lse.detach()), leaves
+    found = torch.autograd.grad(out, leaves, drawn.dout.to(out.dtype), allow_unused=not drawn.inputs[0].shape[2])
+    found = [torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)]
+    return (out.detach(), lse.detach(), *found), leaves
 
 
-def draw_mask(draw, shape):
-    """Booleans or numbers, with holes or without, broadcast over some dimensions, maybe transposed in memory."""
-    generator = torch.Generator().manual_seed(draw.randrange(1 << 30))
-    shape = [1 if draw.random() < 0.35 else size for size in shape]
-    seen = torch.rand(shape, generator=generator) < draw.choice((1.0, 0.8, 0.2))
-    dtype = draw.choice((torch.bool, torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64))
-    mask = seen if dtype == torch.bool else torch.randn(shape, generator=generator).masked_fill(~seen, -math.inf)
-    mask = mask.to(dtype)
-    return mask.mT.contiguous().mT if draw.random() < 0.3 else mask
+def floors(drawn: Drawn, found: tuple) -> tuple[dict[str, float], float]:
+    """What rounding may make of each result, beside what it makes of torch's; and of an exponent.
+
+    A wrong pair shows as a share of the largest number; so these bounds are wide.
+    """
+    (q, k, v, *_), dout, options = drawn.inputs, drawn.dout, drawn.options
+    out, lse = found[:2]
+    if not (out.numel() and k.numel()):
+        return {}, 0.0
+    eps = float(torch.finfo(q.dtype).eps)
+    largest = max(float(v.abs().amax()), float(out.abs().amax()))
+    terms = float(dout.abs().amax()) * largest * v.shape[3]
+    scale = abs(options.get("scale", q.shape[3] ** -0.5))
+    # Gradients of q and k are differences that may cancel.
+    cancels = 16 * eps * terms * scale * float(max(q.abs().amax(), k.abs().amax()))
+    summed = math.sqrt(max(1, q.shape[2] * q.shape[1] // k.shape[1]))  # by a key, over queries
+    # g (1 - g) of a gate that is all but 1 is rounded as a number near 1 is.
+    gate = 16 * terms * _EPS
+    if "output_gate" in options:  # dout times it is rounded to the dtype, as in torch
+        gate += 0.5 * terms * eps
+    # P is exp(s - lse), whose relative error is the absolute one of the larger of the two: that of a sum of products of
+    # both signs.
+    products = q.abs().double() @ k.abs().double().repeat_interleave(q.shape[1] // k.shape[1], 1).mT
+    exponent = float(products.amax()) * scale * _EPS
+    mask = options.get("attn_mask")
+    of_mask = 1.0
+    if mask is not None and mask.dtype != torch.bool and mask.numel():
+        exponent += float(mask.nan_to_num(neginf=0.0).abs().amax()) * _EPS
+        of_mask = max(1.0, math.sqrt(q.shape[:3].numel() * k.shape[2] / mask.numel()))
+    if "alibi_slopes" in options:
+        exponent += max(q.shape[2], k.shape[2]) * _EPS
+    if "softcap" in options:  # tanh is right to 3e-7 of the cap
+        exponent += 3 * options["softcap"] * _EPS
+    if "mode" in options:  # shares of two log-sum-exps, or of a sum of gates
+        exponent += (10 + float(lse.nan_to_num(neginf=0.0).abs().amax())) * _EPS
+    if options.get("mode") == "post":  # out in half precision is rounded once more, times its share
+        gate += terms * eps
+    each = 32 * _EPS  # of a number that is added to others in float32
+    return {
+        "out": each * float(v.abs().amax()) * k.shape[2] ** 0.5, "dv": each * float(dout.abs().amax()) * summed,
+        "dq": cancels, "dk": cancels * summed, "da": gate, "db": gate * summed, "doutput_gate": 4 * cancels,
+        "dattn_mask": 16 * eps * terms * of_mask,
+    }, exponent  # fmt: skip
 
 
-def draw_tensor(draw, shape, dtype, spread=1.0):
-    """Normal entries in one of the layouts that a model may hand over."""
-    generator = torch.Generator().manual_seed(draw.randrange(1 << 30))
-
-    def normal(*sizes):
-        return (torch.randn(*sizes, generator=generator) * spread).to(dtype)
-
-    layout, (batch, heads, length, *rest) = draw.choice(LAYOUTS), shape
-    if layout == "heads inside":
-        return normal(batch, length, heads, *rest).transpose(1, 2), layout
-    if layout == "expanded batch":
-        return normal(1, heads, length, *rest).expand(shape), layout
-    if layout == "cut out":
-        return normal(batch, heads + 1, length + 3, *rest)[:, 1:, 2 : length + 2], layout
-    if layout == "shifted":  # one element from where an allocation begins: aligned to nothing
-        whole = normal(batch * heads * length * (rest[0] if rest else 1) + 1)
-        return whole[1:].view(shape), layout
-    if layout == "strided" and rest:
-        return normal(batch, heads, length, 2 * rest[0])[..., ::2], layout
-    return normal(*shape), "plain"
+def _check_count(drawn: Drawn) -> None:
+    """That the count of kept pairs is exact; mode "log" may find a threshold by itself."""
+    if drawn.kind != "dense" or drawn.options.get("mode") == "log":
+        return
+    _, kept = gated_attention(*drawn.inputs, return_kept=True, **drawn.options)
+    options = {name: drawn.options[name] for name in drawn.options.keys() & CHOOSING}
+    right = choose_pairs(*drawn.inputs[3:], **options)[1].sum((-1, -2))
+    assert torch.equal(kept, right), "the count of kept pairs is wrong"
 
 
-def draw_call(seed):
-    """(inputs, dout, options, what to print)."""
-    draw = random.Random(seed)
-    sizes, dtype = draw_sizes(draw), draw.choice((torch.float32, torch.float32, torch.bfloat16, torch.float16))
-    options = draw_options(draw, sizes)
-    queries = (sizes["batch"], sizes["heads"], sizes["n_q"])
-    keys = (sizes["batch"], sizes["heads_kv"], sizes["n_k"])
-    spread = draw.choice((1.0, 1.0, 1.0, 0.0, 3.0))
-    drawn = [
-        draw_tensor(draw, (*queries, sizes["head_dim"]), dtype, spread),
-        draw_tensor(draw, (*keys, sizes["head_dim"]), dtype, spread),
-        draw_tensor(draw, (*keys, sizes["head_dim_v"]), dtype),
-        *(draw_tensor(draw, shape, torch.float32, draw.choice((0.0, 1.0, 3.0, 30.0))) for shape in (queries, keys)),
-    ]
-    dout, _ = draw_tensor(draw, (*queries, sizes["head_dim_v"]), dtype)
-    inputs, layouts = zip(*drawn, strict=True)
-    return inputs, dout, options, dict(seed=seed, **sizes, dtype=dtype, layouts=layouts, **options)
-
-
-def check_call(seed):
+def check_call(seed: int, **pins) -> None:
     """Raises AssertionError, with the call, where the operator and the formula part."""
-    inputs, dout, options, text = draw_call(seed)
+    drawn = draw_call(seed, **pins)
     try:
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        mask, names = options.get("attn_mask"), NAMES
-        if "output_gate" in options:
-            leaves.append(options["output_gate"].to(inputs[0].dtype).requires_grad_())
-            options, names = options | dict(output_gate=leaves[-1]), (*NAMES, "doutput_gate")
-        if mask is not None and mask.dtype != torch.bool:
-            leaves.append(mask.detach().requires_grad_())
-            options, names = options | dict(attn_mask=leaves[-1]), (*names, "dattn_mask")
-        out, lse = gated_attention(*leaves[:5], return_lse=True, **options)
-        found = out.detach(), lse, *torch.autograd.grad(out, leaves, dout)
-        again, kept = gated_attention(*inputs, return_kept=True, **options)
-        assert torch.equal(out.detach(), again), "the same call gave other bits"
-        chosen = choose_pairs(*inputs[3:], **{name: options[name] for name in options.keys() & CHOOSING})[1]
-        assert torch.equal(kept, chosen.sum((-1, -2))), "the count of kept pairs is wrong"
-        truth = formula_with_gradients(inputs, dout, exact=True, **options)
-        peer = formula_with_gradients(inputs, dout, **options)
-        q, k, v, a, _ = inputs
-        cancels = exponent = gate = summed = of_score = 0.0
-        pairs = q.shape[:3].numel() * k.shape[2]
-        each = 32 * torch.finfo(torch.float32).eps  # of a number that is added to others in float32
-        if out.numel() and k.numel():
-            # Gradients of q and k are differences that may cancel.
-            terms = dout.abs().amax() * max(v.abs().amax(), out.detach().abs().amax()) * v.shape[3]
-            of_score = 16 * float(torch.finfo(q.dtype).eps * terms)
-            scale = abs(options.get("scale", q.shape[3] ** -0.5))
-            # A wrong pair shows as a share of the largest number; so these bounds are wide.
-            cancels = 16 * float(torch.finfo(q.dtype).eps * terms * scale * max(q.abs().amax(), k.abs().amax()))
-            summed = math.sqrt(max(1, q.shape[2] * q.shape[1] // k.shape[1]))  # by a key, over queries
-            # g (1 - g) of a gate that is all but 1 is rounded as a number near 1 is.
-            gate = 16 * float(terms) * torch.finfo(torch.float32).eps
-            if "output_gate" in options:  # dout times it is rounded to the dtype, as in torch
-                gate += 0.5 * float(terms) * torch.finfo(q.dtype).eps
-            # P is exp(s - lse), whose relative error is the absolute one of the larger of the two: that of a sum of
-            # products of both signs.
-            products = q.abs().double() @ k.abs().double().repeat_interleave(q.shape[1] // k.shape[1], 1).mT
-            exponent = float(products.amax()) * scale * torch.finfo(torch.float32).eps
-            if mask is not None and mask.dtype != torch.bool and mask.numel():
-                exponent += float(mask.nan_to_num(neginf=0.0).abs().amax()) * torch.finfo(torch.float32).eps
-            if "alibi_slopes" in options:
-                exponent += max(q.shape[2], k.shape[2]) * torch.finfo(torch.float32).eps
-            if "softcap" in options:  # tanh is right to 3e-7 of the cap
-                exponent += 3 * options["softcap"] * torch.finfo(torch.float32).eps
-        for name, ours, right, theirs, like in zip(names, found, truth, peer, (q, a, *leaves), strict=True):
-            assert ours.dtype == like.dtype, f"{name} is {ours.dtype}"
+        found, leaves = _differentiate(operator, drawn, None)
+        again = operator(drawn, list(drawn.inputs), drawn.options)[0]
+        assert torch.equal(found[0], again.detach()), "the same call gave other bits"
+        _check_count(drawn)
+        truth, _ = _differentiate(expected, drawn, torch.float64)
+        peer, _ = _differentiate(expected, drawn, None)
+        names = [*NAMES, *(["doutput_gate"] if "output_gate" in drawn.options else [])]
+        names = [*names, "dattn_mask"][: len(truth)]
+        floor, exponent = floors(drawn, found)
+        like = (drawn.inputs[0], drawn.inputs[3], *leaves)[: len(truth)]
+        for name, ours, right, theirs, source in zip(names, found, truth, peer, like, strict=True):
+            assert ours.dtype == source.dtype, f"{name} is {ours.dtype}"
             assert ours.shape == right.shape, f"{name} is {tuple(ours.shape)}"
-            floor = {
-                "out": each * float(v.abs().amax()) * k.shape[2] ** 0.5 if right.numel() and v.numel() else 0.0,
-                "dv": each * float(dout.abs().amax()) * summed if dout.numel() else 0.0,
-                "dq": cancels, "dk": cancels * summed, "da": gate, "db": gate * summed,
-                "doutput_gate": 4 * cancels,
-                "dattn_mask": of_score * max(1.0, math.sqrt(right.numel() and pairs / right.numel())),
-            }.get(name, 0.0)  # fmt: skip
-            if name == "lse":
-                floor = 8 * exponent
-            elif right.numel():
-                floor += 16 * exponent * float(right.abs().amax())
-            assert_close_as_torch(name, ours, right, theirs, floor)
+            most = 8 * exponent if name == "lse" else floor.get(name, 0.0)
+            if name != "lse" and right.numel():
+                most += 16 * exponent * float(right.abs().nan_to_num(posinf=0.0).amax())
+            assert_close_as_torch(name, ours, right, theirs, most)
     except Exception as error:
-        raise AssertionError(f"{type(error).__name__}: {error}\nin {text}") from error
+        call = ", ".join(f"{name}={value!r}" for name, value in drawn.choices.made.items() if name.isidentifier())
+        others = {name: value for name, value in drawn.choices.made.items() if not name.isidentifier()}
+        raise AssertionError(f"{type(error).__name__}: {error}\nin check_call({seed}, {call}, **{others})") from error
 
 
-def fuzz(seconds, seed):
+def fuzz(seconds: float, seed: int) -> int:
     """How many calls were checked in this time."""
     end, count = time.monotonic() + seconds, 0
     while time.monotonic() < end:
@@ -210,7 +230,7 @@ def fuzz(seconds, seed):
     return count
 
 
-def run_tiers(seconds, seed):
+def run_tiers(seconds: float, seed: int) -> tuple[str, bool]:
     """Each tier that this processor has, in a process of its own, for its share of the time. Returns what they print
     and whether all passed."""
     best = describe_plugin()["cpu"]["isa_detected"]
