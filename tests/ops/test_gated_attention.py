@@ -104,6 +104,21 @@ def test_huge_gate_logits(device):
     compare((q, k, v, a, b), causal=True, tau=0.4)
 
 
+@pytest.mark.parametrize("n", [3, 40])
+def test_scores_beyond_float32(n):
+    """Of finite inputs: the formula's row, in which the largest score takes all, where float32 has inf - inf."""
+    inputs = random_inputs(batch=1, heads=2, heads_kv=1, n_q=n, n_k=n, head_dim=8)
+    q, k, v, a, b = inputs
+    q[0, 0, 1], k[0, 0, 2] = 1e30, 1e30
+    assert (q @ k.mT).isinf().any()
+    dout = torch.ones(1, 2, n, 16)
+    found, truth = run(inputs, dout, tau=0.3), formula_with_gradients(inputs, dout, exact=True, tau=0.3)
+    for name, ours, right in zip(NAMES, found, truth, strict=True):
+        assert ours.isfinite().all() or name == "lse", name
+        if name not in ("dq", "dk"):  # differences of terms of 1e30
+            torch.testing.assert_close(ours.double(), right.float().double(), rtol=1e-4, atol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_row_that_keeps_nothing(device):
     q, k, v, a, b = random_inputs(device=device)
