@@ -17,8 +17,6 @@ enum { ISA_COUNT = sizeof isa_names / sizeof isa_names[0] };
 
 const char *sl_isa_name(sl_isa isa) { return (unsigned)isa < ISA_COUNT ? isa_names[isa] : "unknown isa"; }
 
-bool sl_isa_is_measured(sl_isa isa) { return isa == SL_ISA_SCALAR || isa == SL_ISA_AVX2; }
-
 static bool find_isa(const char *name, sl_isa *isa) {
   for (int i = 0; i < ISA_COUNT; ++i) {
     if (strcmp(name, isa_names[i]) == 0) {

@@ -33,10 +33,6 @@ SL_API sl_status sl_cpu_cap(sl_isa isa);
 /* A sentence about a SLUICE_ISA that was not understood, or NULL. */
 SL_API const char *sl_cpu_cap_problem(void);
 
-/* Whether the speed of this tier's kernels has been measured on a processor that has the tier. Kernels of the others
- * are right, as far as tests in emulation show, but nobody has seen how fast they are. */
-SL_API bool sl_isa_is_measured(sl_isa isa);
-
 /* "scalar", "avx2", "avx512", "avx512vnni", "avx512bf16"; never NULL. */
 SL_API const char *sl_isa_name(sl_isa isa);
 

@@ -38,14 +38,6 @@ TEST(Cpu, ErrorsListEveryTier) {
   EXPECT_EQ(sl_last_error(), "isa is 'none', expected one of " + list);
 }
 
-TEST(Cpu, TiersThatNobodyHasTimedSaySo) {
-  EXPECT_TRUE(sl_isa_is_measured(SL_ISA_SCALAR));
-  EXPECT_TRUE(sl_isa_is_measured(SL_ISA_AVX2));
-  EXPECT_FALSE(sl_isa_is_measured(SL_ISA_AVX512));
-  EXPECT_FALSE(sl_isa_is_measured(SL_ISA_AVX512VNNI));
-  EXPECT_FALSE(sl_isa_is_measured(SL_ISA_AVX512BF16));
-}
-
 TEST(Cpu, AnUnknownTierIsNamedInTheError) {
   sl_isa parsed;
   for (const char *name : {"", "AVX2", "avx2 ", "sse"}) {

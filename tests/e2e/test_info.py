@@ -77,12 +77,19 @@ def test_installed_command(repository):
     assert (process.returncode, process.stdout, process.stderr) == (0, torch_sluice.__version__ + "\n", "")
 
 
-def test_info_for_people_says_of_an_untimed_tier_that_it_is():
+def test_info_for_people_says_of_an_untimed_kernel_that_it_is():
     facts = info.describe_plugin()
     for measured in (True, False):
-        facts["cpu"]["isa_measured"] = measured
-        tier = next(line for line in info.fact_lines(facts) if line.startswith("kernel tier"))
-        assert ("not been measured" in tier) != measured
+        facts["measured"]["accumulate"]["every dtype"] = measured
+        line = next(line for line in info.fact_lines(facts) if line.startswith("accumulate, every dtype"))
+        assert ("not been measured" in line) != measured
+
+
+def test_speed_is_measured_by_family_and_kernel():
+    assert info.is_measured("gated_attention", "avx512bf16_bf16_12x32")
+    assert not info.is_measured("gated_attention", "avx512_bf16_12x32")
+    assert not info.is_measured("accumulate", "avx512")
+    assert info.is_measured("accumulate", "scalar")
 
 
 def test_info_for_people_names_a_bad_cap(run_command):
