@@ -195,7 +195,7 @@ static void store_integers(const conv2d_run *run, int64_t image, int64_t at, int
 
 static void quantize_line(const conv2d_run *run, const conv2d_scratch *scratch, int64_t image, int64_t index,
                           int64_t count, int64_t at, int64_t step) {
-  int bits = run->args->bits[image];
+  int8_t bits = run->args->bits[image];
   if (bits == 0) { /* not finite: whatever is multiplied becomes NaN by the scale */
     memset(scratch->integers, 0, (size_t)count * sizeof(int16_t));
   } else {

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <fstream>
 #include <memory>
+#include <regex>
 
 #include "comm_ranks.h"
 
@@ -18,11 +19,12 @@ struct Handle {
   int process = 0, file = -1;
   std::string nonce;
   explicit Handle(const std::string &text) {
-    char digits[64] = "";
-    int end = 0;
-    sscanf(text.c_str(), "memfd:%d:%d:%63[0-9a-f]%n", &process, &file, digits, &end);
-    EXPECT_TRUE(end > 0 && end == static_cast<int>(text.size())) << text;
-    nonce = digits;
+    std::smatch parts;
+    EXPECT_TRUE(std::regex_match(text, parts, std::regex("memfd:(\\d+):(\\d+):([0-9a-f]+)"))) << text;
+    if (parts.empty()) return;
+    process = std::stoi(parts[1]);
+    file = std::stoi(parts[2]);
+    nonce = parts[3];
   }
   static std::string write(int file, const std::string &nonce) {
     return "memfd:" + std::to_string(getpid()) + ":" + std::to_string(file) + ":" + nonce;

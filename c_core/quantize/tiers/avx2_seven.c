@@ -46,7 +46,7 @@ INLINE void multiply_rows(const sl_quantize_tile *tile, const int rows) {
   int64_t k = 0;
   for (int64_t segment = 0; segment < tile->segments; ++segment, scale += tile->scale_stride) {
     __m256i low0, low1, low2, low3, low4, high0, high1, high2, high3, high4;
-    low0 = low1 = low2 = low3 = low4 = high0 = high1 = high2 = high3 = high4 = _mm256_setzero_si256();
+    low1 = low2 = low3 = low4 = high1 = high2 = high3 = high4 = _mm256_setzero_si256();
 #define START(r) low##r = high##r = _mm256_set1_epi32(-128 * tile->sums[r][segment]);
     EACH_OF_FIVE_ROWS(START)
     for (const int64_t end = k + depth; k < end; k += 4, block += 64) {
