@@ -1,7 +1,7 @@
 """How far a candidate's outputs are from the original's, sample by sample: what ready-made metrics are made of."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ _NOT_FINITE = (
     "the model's outputs on data are not finite, expected finite numbers to compare with: look for inf or NaN in data "
     "and in the model's weights"
 )
+_AT_ONCE = 1 << 20  # elements that are compared at once: logits of a large vocabulary are as large as some models
 _FILL = 0.5  # of the largest number of a dtype: what is beyond it stands for a masked element
 Losses = tuple[Tensor, Tensor]  # of some samples: what each lost, and what it counts, float64 [n] each
 
@@ -67,10 +68,10 @@ class Fidelity:
         outputs, expected = float_outputs(call_model(model, piece.inputs)), self._expected[number]
         if [out.shape for out in outputs] != [out.shape for out in expected]:
             raise ValueError("its outputs have other shapes than the model's")
-        pairs = list(zip(outputs, expected, strict=True))
-        error = _sums(self._rows(piece, [_square_error(a.float(), b.float()) for a, b in pairs]))
+        rows = self._rows(piece, outputs), self._rows(piece, expected)
+        error = _square_errors(*rows, lambda out, wanted: (out.float(), wanted.float()))
         if not error.isfinite().all():  # too large for float32, or masked
-            error = _sums(self._rows(piece, [_square_error(_without_masked(a).double(), b.double()) for a, b in pairs]))
+            error = _square_errors(*rows, lambda out, wanted: (_without_masked(out).double(), wanted.double()))
         if self.constant:
             return (error > 0).double(), torch.ones_like(error)
         return error, self._scales[number]
@@ -92,6 +93,16 @@ def _without_masked(out: Tensor) -> Tensor:
 def _square_error(out: Tensor, expected: Tensor) -> Tensor:
     """0 where both are masked."""
     return (out - expected).square_().masked_fill_(out.isnan() & expected.isnan(), 0)
+
+
+def _square_errors(outputs: list[Tensor], expected: list[Tensor], prepare: Callable) -> Tensor:
+    """[samples] Sums, in float64, over all else; ``prepare``: gives what is subtracted."""
+    total = torch.zeros(len(outputs[0]), dtype=torch.float64)
+    for pair in zip(outputs, expected, strict=True):
+        step = max(1, _AT_ONCE // max(1, math.prod(pair[0].shape[1:])))
+        parts = zip(*(rows.split(step) for rows in pair), strict=True)
+        total = total + torch.cat([_sum_rows(_square_error(*prepare(*part))) for part in parts])
+    return total
 
 
 def _counts(piece: Piece, out: Tensor) -> bool:
@@ -133,8 +144,12 @@ def _sums(outputs: list[Tensor]) -> Tensor:
     """[samples] Sums, in float64, over all else."""
     total = torch.zeros(len(outputs[0]), dtype=torch.float64)
     for out in outputs:
-        total = total + (out.flatten(1).sum(1, dtype=torch.float64) if out.dim() > 1 else out.double()).cpu()
+        total = total + _sum_rows(out)
     return total
+
+
+def _sum_rows(out: Tensor) -> Tensor:
+    return (out.flatten(1).sum(1, dtype=torch.float64) if out.dim() > 1 else out.double()).cpu()
 
 
 class Agreement:
