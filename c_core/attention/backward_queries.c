@@ -138,16 +138,14 @@ static void add_self_pairs(sl_backward_worker *worker, const sl_attention_plan *
   sl_token_rows k = sl_attention_token_rows(args, &args->k, queries->batch, queries->head_kv, args->head_dim);
   sl_token_rows v = sl_attention_token_rows(args, &args->v, queries->batch, queries->head_kv, args->head_dim_v);
   sl_token_rows dout = sl_attention_token_rows(args, &plan->dout, queries->batch, queries->head, args->head_dim_v);
-  const float one = 1;
   int64_t offset = sl_attention_q_offset(args, queries->batch);
   for (int64_t i = 0; i < queries->count; ++i) {
     int32_t query = (int32_t)(queries->begin + i), key = (int32_t)(query + offset);
     if (key < head->bounds.begin || key >= head->bounds.end || key < head->bounds.sinks) continue;
-    float row[SL_ATTENTION_MAX_HEAD_DIM] = {0}, dout_row[SL_ATTENTION_MAX_HEAD_DIM] = {0}, score, e;
-    kernel->add_rows(row, &one, &q, &query, 1);
-    kernel->dot_rows(row, &k, &key, 1, &score);
-    kernel->add_rows(dout_row, &one, &dout, &query, 1);
-    kernel->dot_rows(dout_row, &v, &key, 1, &e);
+    float row[SL_ATTENTION_MAX_HEAD_DIM] = {0}, dout_row[SL_ATTENTION_MAX_HEAD_DIM] = {0};
+    sl_attention_add_row(kernel, row, 1, &q, query);
+    sl_attention_add_row(kernel, dout_row, 1, &dout, query);
+    float score = sl_attention_dot_row(kernel, row, &k, key), e = sl_attention_dot_row(kernel, dout_row, &v, key);
     float bend = 1;
     score *= plan->factor;
     if (plan->bends_scores) {
@@ -167,13 +165,13 @@ static void add_self_pairs(sl_backward_worker *worker, const sl_attention_plan *
       ((float *)mask->data)[query * mask->query_stride + key * mask->key_stride] += score_gradient;
     }
     score_gradient *= bend;
-    kernel->add_rows(queries->dq + i * plan->row_stride, &score_gradient, &k, &key, 1);
+    sl_attention_add_row(kernel, queries->dq + i * plan->row_stride, score_gradient, &k, key);
     queries->da[i] += dz;
     segment->keys.count = 1;
     segment->keys.index[0] = key;
     sl_gradient_chunk_clear(segment, plan);
-    kernel->add_rows(segment->dk, &score_gradient, &q, &query, 1);
-    kernel->add_rows(segment->dv, &weight, &dout, &query, 1);
+    sl_attention_add_row(kernel, segment->dk, score_gradient, &q, query);
+    sl_attention_add_row(kernel, segment->dv, weight, &dout, query);
     segment->db[0] = dz;
     sl_key_head_add(head, plan, segment);
   }

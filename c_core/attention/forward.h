@@ -8,8 +8,9 @@
 sl_status sl_attention_tiled_workspace(const sl_attention_plan *plan, size_t *bytes);
 sl_status sl_attention_run_tiled(const sl_attention_plan *plan);
 
-/* Few queries, as in decoding: row by row against keys where they lie. Needs no workspace. */
+/* Few queries, as in decoding: against keys where they lie. */
 bool sl_attention_is_few_rows(const sl_gated_attention_args *args);
-void sl_attention_run_few_rows(const sl_attention_plan *plan);
+sl_status sl_attention_few_rows_workspace(const sl_attention_plan *plan, size_t *bytes);
+sl_status sl_attention_run_few_rows(const sl_attention_plan *plan);
 
 #endif

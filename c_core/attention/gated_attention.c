@@ -24,8 +24,9 @@ sl_status sl_gated_attention_workspace_size(const sl_gated_attention_args *args,
   SL_CHECK(sl_gated_attention_validate(args, SL_NO_TENSORS));
   *bytes = 0;
   const sl_attention_kernel *kernel = choose_kernel(args->dtype);
-  if (!kernel || sl_attention_is_few_rows(args)) return SL_OK;
+  if (!kernel) return SL_OK;
   sl_attention_plan plan = sl_attention_make_plan(args, kernel);
+  if (sl_attention_is_few_rows(args)) return sl_attention_few_rows_workspace(&plan, bytes);
   return sl_attention_tiled_workspace(&plan, bytes);
 }
 
@@ -34,9 +35,7 @@ sl_status sl_gated_attention(const sl_gated_attention_args *args) {
   const sl_attention_kernel *kernel = choose_kernel(args->dtype);
   if (!kernel) return sl_gated_attention_reference(args);
   sl_attention_plan plan = sl_attention_make_plan(args, sl_profile_kernel(kernel));
-  if (!sl_attention_is_few_rows(args)) return sl_attention_run_tiled(&plan);
-  sl_attention_run_few_rows(&plan);
-  return SL_OK;
+  return sl_attention_is_few_rows(args) ? sl_attention_run_few_rows(&plan) : sl_attention_run_tiled(&plan);
 }
 
 sl_status sl_gated_attention_backward_workspace_size(const sl_gated_attention_args *args, size_t *bytes) {

@@ -39,11 +39,9 @@ void sl_gradient_rows_take(sl_gradient_rows *rows, sl_arena *arena, const sl_att
 
 static float dot_out_and_dout(const sl_attention_plan *plan, const sl_token_rows *out, const sl_token_rows *dout,
                               int32_t token) {
-  const float one = 1;
-  float row[SL_ATTENTION_MAX_HEAD_DIM] = {0}, dot;
-  plan->kernel->add_rows(row, &one, out, &token, 1);
-  plan->kernel->dot_rows(row, dout, &token, 1, &dot);
-  return dot;
+  float row[SL_ATTENTION_MAX_HEAD_DIM] = {0};
+  sl_attention_add_row(plan->kernel, row, 1, out, token);
+  return sl_attention_dot_row(plan->kernel, row, dout, token);
 }
 
 void sl_gradient_queries_load(sl_gradient_queries *queries, const sl_attention_plan *plan, int64_t batch, int64_t head,
@@ -131,15 +129,6 @@ void sl_gradient_rows_add_to(const sl_gradient_rows *rows, const sl_attention_pl
     for (int64_t c = 0; c < plan->row_stride; ++c) sum[c] += from[c];
     queries->da[to] += rows->da[r];
   }
-}
-
-bool sl_all_finite(const float *values, int64_t count) {
-  uint32_t largest = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    uint32_t magnitude = sl_float_bits(values[i]) & 0x7fffffffu;
-    if (magnitude > largest) largest = magnitude;
-  }
-  return largest < 0x7f800000u;
 }
 
 bool sl_gradient_queries_store(const sl_gradient_queries *queries, const sl_attention_plan *plan) {

@@ -49,7 +49,4 @@ void sl_gradient_rows_add_to(const sl_gradient_rows *rows, const sl_attention_pl
 /* Writes dq and da. Returns whether all of it is finite. */
 bool sl_gradient_queries_store(const sl_gradient_queries *queries, const sl_attention_plan *plan);
 
-/* Whether no value is NaN or infinite. */
-bool sl_all_finite(const float *values, int64_t count);
-
 #endif

@@ -27,12 +27,23 @@
 /* Row strides of packed rows, scores, weights and out are multiples of this, in elements. At least any panel. */
 enum { SL_ATTENTION_STRIDE = 32 };
 
+/* Rows that read unpacked token rows together. */
+enum { SL_ATTENTION_TEAM = 4 };
+
 /* The token rows of one (batch, head). */
 typedef struct sl_token_rows {
   const void *data;
   int64_t token_stride; /* elements */
   int64_t channels;
 } sl_token_rows;
+
+/* Token rows where they lie, in the order in which they are read. */
+typedef struct sl_row_list {
+  const sl_token_rows *source;
+  const int32_t *index;
+  int64_t count;  /* rows to work on */
+  int64_t listed; /* at least count: so far index goes on. What comes behind count is next, and is asked for ahead */
+} sl_row_list;
 
 /* Online softmax of one block of keys, and the gate. With m the new maximum of row r and c = scale_log2e:
  *   weights[r][j] = exp2(c s_rj - c m) * gate_rj   for j < lengths[r],
@@ -88,6 +99,19 @@ typedef struct sl_softmax_gradient_tile {
   float *da, *db; /* [rows] and [keys of this block], owned up to a whole panel: dz_rj is added to both */
 } sl_softmax_gradient_tile;
 
+/* Softmax of one row over unpacked token rows, and the gate. With m the maximum and c = scale_log2e:
+ *   scores[j] becomes exp2(c s_j - c m) / (1 + exp(-logits[j]))        sum = sum of exp2(c s_j - c m)
+ * A logit of inf is that of a pair without gate, one of -inf that of a dropped pair: its score may be anything, and
+ * becomes 0. A score of -inf is a dropped pair, too. Without any other pair m is -inf and sum 0. NaN makes sum or the
+ * weight NaN. */
+typedef struct sl_weigh_row {
+  int64_t count;
+  float *scores;       /* this and logits: 64-byte aligned, owned up to a multiple of SL_ATTENTION_STRIDE */
+  const float *logits; /* within +-2 SL_GATE_LOGIT_LIMIT, infinite or NaN */
+  float scale_log2e;
+  float maximum, sum; /* written */
+} sl_weigh_row;
+
 typedef struct sl_attention_kernel {
   const char *name; /* isa_dtype_tile, e.g. "avx2_f32_6x16" */
   sl_isa isa;
@@ -134,20 +158,41 @@ typedef struct sl_attention_kernel {
   void (*store_rows)(void *target, int64_t token_stride, int64_t channels, const int32_t *index, int64_t count,
                      const float *out, int64_t out_stride, const float *factors);
 
-  /* Without packing, for few rows: scores[j] = <row, source[index[j]]>, and out[:] += weights[j] * source[index[j]]. */
-  void (*dot_rows)(const float *row, const sl_token_rows *source, const int32_t *index, int64_t count, float *scores);
-  void (*add_rows)(float *out, const float *weights, const sl_token_rows *source, const int32_t *index, int64_t count);
+  /* Without packing, for a team of at most SL_ATTENTION_TEAM rows, which have no alignment; each result depends on its
+   * row and token row alone, and out is added to in the order of the list:
+   * scores[r][j] = <rows[r], source[index[j]]>   and   out[r][:] += weights[r][j] * source[index[j]]  for j < count. */
+  void (*dot_rows)(const float *rows, int64_t row_stride, int64_t row_count, const sl_row_list *list, float *scores,
+                   int64_t score_stride);
+  void (*add_rows)(float *out, int64_t out_stride, int64_t row_count, const float *weights, int64_t weight_stride,
+                   const sl_row_list *list);
+  void (*weigh_row)(sl_weigh_row *row);
 } sl_attention_kernel;
+
+/* dot_rows and add_rows of one row and one token row. */
+static inline float sl_attention_dot_row(const sl_attention_kernel *kernel, const float *row,
+                                         const sl_token_rows *source, int32_t index) {
+  sl_row_list list = {source, &index, 1, 1};
+  float score;
+  kernel->dot_rows(row, 0, 1, &list, &score, 1);
+  return score;
+}
+
+static inline void sl_attention_add_row(const sl_attention_kernel *kernel, float *out, float weight,
+                                        const sl_token_rows *source, int32_t index) {
+  sl_row_list list = {source, &index, 1, 1};
+  kernel->add_rows(out, 0, 1, &weight, 1, &list);
+}
 
 /* For dot_rows and add_rows at index[j]: asks for a row that comes later, unless the rows up to it lie one behind the
  * other: there the processor does so itself. Into the second-level cache, which can wait for more lines than the first.
  */
-static inline void sl_attention_prefetch_row(const sl_token_rows *source, int64_t element_size, const int32_t *index,
-                                             int64_t j, int64_t count) {
-  enum { AHEAD = 16, LINE = 64 };
-  if (j + AHEAD >= count) return;
-  if (source->token_stride == source->channels && index[j + AHEAD] == index[j] + AHEAD) return;
-  const char *row = (const char *)source->data + index[j + AHEAD] * source->token_stride * element_size;
+static inline void sl_attention_prefetch_row(const sl_row_list *list, int64_t element_size, int64_t j) {
+  enum { AHEAD = 32, LINE = 64 };
+  const sl_token_rows *source = list->source;
+  const int32_t *index = list->index + j;
+  if (j + AHEAD >= list->listed) return;
+  if (source->token_stride == source->channels && index[AHEAD] == index[0] + AHEAD) return;
+  const char *row = (const char *)source->data + index[AHEAD] * source->token_stride * element_size;
   for (int64_t byte = 0; byte < source->channels * element_size; byte += LINE) __builtin_prefetch(row + byte, 0, 2);
 }
 

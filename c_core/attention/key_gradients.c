@@ -6,6 +6,7 @@
 
 #include "attention/gradient_rows.h"
 #include "runtime/executor.h"
+#include "runtime/number.h"
 
 void sl_gradient_chunk_take(sl_gradient_chunk *chunk, sl_arena *arena, const sl_attention_plan *plan, int64_t keys) {
   sl_key_chunk_take(&chunk->keys, arena, plan, keys, SL_K_COLUMNS | SL_V_COLUMNS | SL_K_DEPTHS);

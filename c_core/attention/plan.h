@@ -57,9 +57,8 @@ static inline float sl_attention_logit_tau(const sl_gated_attention_args *args, 
 
 /* Clamps a gate logit; NaN stays NaN. */
 static inline float sl_attention_clamp_logit(float logit) {
-  if (logit > SL_GATE_LOGIT_LIMIT) return SL_GATE_LOGIT_LIMIT;
-  if (logit < -SL_GATE_LOGIT_LIMIT) return -SL_GATE_LOGIT_LIMIT;
-  return logit;
+  logit = logit > SL_GATE_LOGIT_LIMIT ? SL_GATE_LOGIT_LIMIT : logit;
+  return logit < -SL_GATE_LOGIT_LIMIT ? -SL_GATE_LOGIT_LIMIT : logit;
 }
 
 static inline sl_token_rows sl_attention_token_rows(const sl_gated_attention_args *args, const sl_tensor4 *tensor,

@@ -69,10 +69,10 @@ static void attend_to_self(sl_query_rows *rows, const sl_attention_plan *plan, i
     if (self.row < 0) continue;
     rows->kept[r] = sl_attention_pair_is_seen(args, rows->batch, rows->head, rows->token[r], key, key);
     int32_t key_row = (int32_t)self.row;
-    float query[SL_ATTENTION_MAX_HEAD_DIM], score;
+    float query[SL_ATTENTION_MAX_HEAD_DIM];
     memset(query, 0, (size_t)args->head_dim * sizeof(float));
-    plan->kernel->add_rows(query, &plan->factor, &q, rows->token + r, 1);
-    plan->kernel->dot_rows(query, &k, &key_row, 1, &score);
+    sl_attention_add_row(plan->kernel, query, plan->factor, &q, rows->token[r]);
+    float score = sl_attention_dot_row(plan->kernel, query, &k, key_row);
     if (plan->bends_scores) {
       float bend;
       score = sl_score_bend_pair(plan, rows->batch, rows->head, rows->token[r], key, key, score, &bend);
@@ -83,7 +83,7 @@ static void attend_to_self(sl_query_rows *rows, const sl_attention_plan *plan, i
     rows->sum[r] = isfinite(score) ? 1 : NAN;
     sl_dropout_row dropout = sl_dropout_of_row(args, rows->batch, rows->head, rows->token[r]);
     if (!sl_dropout_keeps(&dropout, key)) continue;
-    plan->kernel->add_rows(rows->out + r * plan->row_stride_v, &gate, &v, &key_row, 1);
+    sl_attention_add_row(plan->kernel, rows->out + r * plan->row_stride_v, gate, &v, key_row);
   }
 }
 
@@ -162,15 +162,6 @@ sl_query_rows sl_query_rows_part(const sl_query_rows *rows, const sl_attention_p
   return part;
 }
 
-static bool all_finite(const float *values, int64_t count) {
-  uint32_t largest = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    uint32_t magnitude = sl_float_bits(values[i]) & 0x7fffffffu;
-    if (magnitude > largest) largest = magnitude;
-  }
-  return largest < 0x7f800000u;
-}
-
 void sl_query_rows_store(sl_query_rows *rows, const sl_attention_plan *plan) {
   const sl_gated_attention_args *args = plan->args;
   float factors[SL_ATTENTION_MAX_CHUNK], dropout_scale = sl_dropout_scale(args);
@@ -192,7 +183,7 @@ void sl_query_rows_store(sl_query_rows *rows, const sl_attention_plan *plan) {
                            plan->row_stride_v, factors);
   for (int64_t r = 0; r < rows->count; ++r) {
     bool sound = (factors[r] == 0 && rows->sum[r] == 0) || (factors[r] > 0 && factors[r] <= 1.5f * dropout_scale);
-    if (sound && all_finite(rows->out + r * plan->row_stride_v, args->head_dim_v)) continue;
+    if (sound && sl_all_finite(rows->out + r * plan->row_stride_v, args->head_dim_v)) continue;
     sl_attention_compute_row(args, rows->batch, rows->head, rows->token[r]);
   }
 }

@@ -12,9 +12,7 @@ void sl_score_bend_take(sl_score_bend *bend, sl_arena *arena, const sl_attention
   if (plan->args->softcap > 0) bend->bend = sl_arena_take(arena, rows * stride, sizeof(float));
 }
 
-/* target[j] = the mask at keys[j], from the element at `first` on. */
-static void gather_row(float *target, const sl_attention_mask *mask, int64_t first, const int32_t *keys,
-                       int64_t count) {
+void sl_mask_gather(float *target, const sl_attention_mask *mask, int64_t first, const int32_t *keys, int64_t count) {
   int64_t step = mask->key_stride;
   switch (mask->dtype) {
     case SL_F32:
@@ -49,7 +47,7 @@ bool sl_score_bend_load(sl_score_bend *bend, const sl_attention_plan *plan, cons
     float *row = bend->mask + r * bend->stride;
     int64_t first =
         rows->batch * mask->batch_stride + rows->head * mask->head_stride + rows->token[r] * mask->query_stride;
-    gather_row(row, mask, first, chunk->index + start, lengths[r]);
+    sl_mask_gather(row, mask, first, chunk->index + start, lengths[r]);
     for (int64_t j = 0; j < lengths[r] && !any; ++j) any = row[j] != -INFINITY;
   }
   return any;
@@ -74,6 +72,21 @@ void sl_score_bend_apply(const sl_score_bend *bend, const sl_attention_plan *pla
                        .key_positions = chunk->index + start,
                        .mask = bend->mask,
                        .bend = bend->bend};
+  plan->kernel->bend_tile(&tile);
+}
+
+void sl_score_bend_row(const sl_attention_plan *plan, int64_t batch, int64_t head, int32_t position,
+                       const int32_t *keys, int64_t count, const float *mask, float *scores) {
+  int32_t length = (int32_t)count;
+  sl_bend_tile tile = {.rows = 1,
+                       .lengths = &length,
+                       .scores = scores,
+                       .scale = plan->scale,
+                       .softcap = (float)plan->args->softcap,
+                       .slope = slope_of(plan, batch, head),
+                       .row_positions = &position,
+                       .key_positions = keys,
+                       .mask = mask};
   plan->kernel->bend_tile(&tile);
 }
 

@@ -24,6 +24,13 @@ void sl_score_bend_apply(const sl_score_bend *bend, const sl_attention_plan *pla
                          const sl_key_chunk *chunk, int64_t start, int64_t count, const int32_t *lengths,
                          float *scores);
 
+/* The same for one row, whose scores and mask (or NULL) are aligned and owned as a tile's. */
+void sl_score_bend_row(const sl_attention_plan *plan, int64_t batch, int64_t head, int32_t position,
+                       const int32_t *keys, int64_t count, const float *mask, float *scores);
+
+/* target[j] = the mask at keys[j], from the element at `first` on. */
+void sl_mask_gather(float *target, const sl_attention_mask *mask, int64_t first, const int32_t *keys, int64_t count);
+
 /* Turns the block's ds into dr. */
 void sl_score_bend_differentiate(const sl_score_bend *bend, int64_t count, const int32_t *lengths,
                                  float *score_gradient);

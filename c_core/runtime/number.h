@@ -1,7 +1,9 @@
-/* Conversions between the half-precision formats and float: portable, round to nearest even, NaN stays NaN. */
+/* Conversions between the half-precision formats and float: portable, round to nearest even, NaN stays NaN. And what the
+ * bits of floats say. */
 #ifndef SL_RUNTIME_NUMBER_H
 #define SL_RUNTIME_NUMBER_H
 
+#include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -55,6 +57,16 @@ static inline uint16_t sl_float_to_f16(float value) {
   /* Rounding may carry into the exponent, and from 65504 upwards into infinity: both are what IEEE asks for. */
   uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
   return (uint16_t)(sign | ((rounded - 0x38000000u) >> 13));
+}
+
+/* Whether no value is NaN or infinite. */
+static inline bool sl_all_finite(const float *values, int64_t count) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t magnitude = sl_float_bits(values[i]) & 0x7fffffffu;
+    if (magnitude > largest) largest = magnitude;
+  }
+  return largest < 0x7f800000u;
 }
 
 #endif

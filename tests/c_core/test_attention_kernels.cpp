@@ -448,38 +448,6 @@ TEST_P(Kernel, StoreRows) {
   }
 }
 
-TEST_P(Kernel, DotRowsAndAddRows) {
-  Random random(12);
-  for (const TileSize &size : tile_sizes(kernel)) {
-    Tensor source = random_tokens(random, kernel->dtype, 50, size.channels);
-    sl_token_rows tokens = rows_of(source);
-    Integers index(random_index(random, size.width, 50));
-    Array row(SL_F32, size.channels), scores(SL_F32, size.width, kNan), weights(SL_F32, size.width);
-    Array out(SL_F32, size.channels, 0.5);
-    for (int64_t c = 0; c < size.channels; ++c) row.set(c, random.normal());
-    for (int64_t j = 0; j < size.width; ++j) weights.set(j, random.normal());
-    kernel->dot_rows(row.floats(), &tokens, index.data(), size.width, scores.floats());
-    kernel->add_rows(out.floats(), weights.floats(), &tokens, index.data(), size.width);
-    for (int64_t j = 0; j < size.width; ++j) {
-      double want = 0, sizes = 0;
-      for (int64_t c = 0; c < size.channels; ++c) {
-        double product = row.get(c) * source.get(0, 0, index[j], c);
-        want += product, sizes += std::fabs(product);
-      }
-      ASSERT_NEAR(scores.get(j), want, 1e-6 * sizes) << "key " << j;
-    }
-    for (int64_t c = 0; c < size.channels; ++c) {
-      double want = 0.5, sizes = 0.5;
-      for (int64_t j = 0; j < size.width; ++j) {
-        double product = weights.get(j) * source.get(0, 0, index[j], c);
-        want += product, sizes += std::fabs(product);
-      }
-      ASSERT_NEAR(out.get(c), want, 1e-6 * sizes) << "channel " << c;
-    }
-    expect_intact(source, index, row, scores, weights, out);
-  }
-}
-
 TEST(KernelList, BestTierFirstAndAScalarTableForEveryDtype) {
   for (sl_dtype dtype : {SL_F32, SL_BF16, SL_F16}) {
     const sl_attention_kernel *scalar = sl_attention_find_kernel(dtype, SL_ISA_SCALAR);

@@ -11,19 +11,15 @@
 enum { ROWS = SL_AVX2_ROWS, PANEL = SL_AVX2_PANEL };
 #define INLINE static inline __attribute__((always_inline))
 
-INLINE const void *address(sl_dtype dtype, const void *data, int64_t index) {
-  return (const char *)data + index * (dtype == SL_F32 ? 4 : 2);
-}
-
 INLINE void pack_rows(sl_dtype dtype, float *packed, int64_t packed_stride, const sl_token_rows *source,
                       const int32_t *index, int64_t count, float factor) {
   __m256 scale = _mm256_set1_ps(factor);
   for (int64_t r = 0; r < sl_round_up(count, ROWS); ++r, packed += packed_stride) {
     int64_t channels = r < count ? source->channels : 0;
-    const void *row = r < count ? address(dtype, source->data, index[r] * source->token_stride) : NULL;
+    const void *row = r < count ? sl_avx2_address(dtype, source->data, index[r] * source->token_stride) : NULL;
     for (int64_t c = 0; c < packed_stride; c += 8) {
       __m256 values =
-          channels > c ? sl_avx2_load_part(dtype, address(dtype, row, c), channels - c) : _mm256_setzero_ps();
+          channels > c ? sl_avx2_load_part(dtype, sl_avx2_address(dtype, row, c), channels - c) : _mm256_setzero_ps();
       _mm256_store_ps(packed + c, _mm256_mul_ps(values, scale));
     }
   }
@@ -37,12 +33,13 @@ INLINE void pack_columns(sl_dtype dtype, float *packed, const sl_token_rows *sou
       const void *row[8];
       for (int i = 0; i < 8; ++i) {
         int64_t token = first + part + i;
-        row[i] = token < count ? address(dtype, source->data, index[token] * source->token_stride) : NULL;
+        row[i] = token < count ? sl_avx2_address(dtype, source->data, index[token] * source->token_stride) : NULL;
       }
       for (int64_t c = 0; c < channels; c += 8) {
         __m256 block[8];
         for (int i = 0; i < 8; ++i) {
-          block[i] = row[i] ? sl_avx2_load_part(dtype, address(dtype, row[i], c), channels - c) : _mm256_setzero_ps();
+          block[i] =
+              row[i] ? sl_avx2_load_part(dtype, sl_avx2_address(dtype, row[i], c), channels - c) : _mm256_setzero_ps();
         }
         sl_avx2_transpose(block);
         for (int64_t i = 0; i < 8 && c + i < channels; ++i) _mm256_store_ps(packed + (c + i) * PANEL + part, block[i]);
@@ -55,12 +52,12 @@ INLINE void pack_depths(sl_dtype dtype, float *packed, int64_t capacity, const s
                         const int32_t *index, int64_t count) {
   int64_t channels = source->channels;
   for (int64_t t = 0; t < count; ++t) {
-    const void *row = address(dtype, source->data, index[t] * source->token_stride);
+    const void *row = sl_avx2_address(dtype, source->data, index[t] * source->token_stride);
     float *target = packed + t * PANEL;
     for (int64_t c = 0; c < channels; c += PANEL, target += capacity * PANEL) {
-      _mm256_store_ps(target, sl_avx2_load_part(dtype, address(dtype, row, c), channels - c));
+      _mm256_store_ps(target, sl_avx2_load_part(dtype, sl_avx2_address(dtype, row, c), channels - c));
       _mm256_store_ps(target + 8, channels > c + 8
-                                      ? sl_avx2_load_part(dtype, address(dtype, row, c + 8), channels - c - 8)
+                                      ? sl_avx2_load_part(dtype, sl_avx2_address(dtype, row, c + 8), channels - c - 8)
                                       : _mm256_setzero_ps());
     }
   }
@@ -74,41 +71,6 @@ INLINE void store_rows(sl_dtype dtype, void *target, int64_t token_stride, int64
       __m256 values = _mm256_mul_ps(factor, _mm256_load_ps(out + r * out_stride + c));
       sl_avx2_store_part(dtype, (char *)target + (index[r] * token_stride + c) * (dtype == SL_F32 ? 4 : 2), values,
                          channels - c);
-    }
-  }
-}
-
-INLINE void dot_rows(sl_dtype dtype, const float *row, const sl_token_rows *source, const int32_t *index, int64_t count,
-                     float *scores) {
-  int64_t channels = source->channels, whole = channels & ~INT64_C(7);
-  __m256 tail = sl_avx2_load_part(SL_F32, row + whole, channels - whole);
-  for (int64_t j = 0; j < count; ++j) {
-    sl_attention_prefetch_row(source, dtype == SL_F32 ? 4 : 2, index, j, count);
-    const void *key = address(dtype, source->data, index[j] * source->token_stride);
-    __m256 even = _mm256_setzero_ps(), odd = _mm256_setzero_ps();
-    int64_t c = 0;
-    for (; c + 16 <= channels; c += 16) {
-      even = _mm256_fmadd_ps(_mm256_loadu_ps(row + c), sl_avx2_load(dtype, address(dtype, key, c)), even);
-      odd = _mm256_fmadd_ps(_mm256_loadu_ps(row + c + 8), sl_avx2_load(dtype, address(dtype, key, c + 8)), odd);
-    }
-    if (c < whole) even = _mm256_fmadd_ps(_mm256_loadu_ps(row + c), sl_avx2_load(dtype, address(dtype, key, c)), even);
-    if (whole < channels)
-      odd = _mm256_fmadd_ps(tail, sl_avx2_load_part(dtype, address(dtype, key, whole), channels - whole), odd);
-    scores[j] = sl_avx2_add_lanes(_mm256_add_ps(even, odd));
-  }
-}
-
-INLINE void add_rows(sl_dtype dtype, float *out, const float *weights, const sl_token_rows *source,
-                     const int32_t *index, int64_t count) {
-  int64_t channels = source->channels;
-  for (int64_t j = 0; j < count; ++j) {
-    sl_attention_prefetch_row(source, dtype == SL_F32 ? 4 : 2, index, j, count);
-    const void *value = address(dtype, source->data, index[j] * source->token_stride);
-    __m256 weight = _mm256_broadcast_ss(weights + j);
-    for (int64_t c = 0; c < channels; c += 8) {
-      __m256 sum = sl_avx2_load_part(SL_F32, out + c, channels - c);
-      sum = _mm256_fmadd_ps(weight, sl_avx2_load_part(dtype, address(dtype, value, c), channels - c), sum);
-      sl_avx2_store_part(SL_F32, out + c, sum, channels - c);
     }
   }
 }
@@ -129,14 +91,6 @@ INLINE void add_rows(sl_dtype dtype, float *out, const float *weights, const sl_
                                   int64_t count, const float *out, int64_t out_stride, const float *factors) {        \
     store_rows(dtype_, target, token_stride, channels, index, count, out, out_stride, factors);                       \
   }                                                                                                                   \
-  static void dot_rows_##suffix(const float *row, const sl_token_rows *source, const int32_t *index, int64_t count,   \
-                                float *scores) {                                                                      \
-    dot_rows(dtype_, row, source, index, count, scores);                                                              \
-  }                                                                                                                   \
-  static void add_rows_##suffix(float *out, const float *weights, const sl_token_rows *source, const int32_t *index,  \
-                                int64_t count) {                                                                      \
-    add_rows(dtype_, out, weights, source, index, count);                                                             \
-  }                                                                                                                   \
   const sl_attention_kernel sl_attention_avx2_##suffix##_6x16 = {                                                     \
       .name = "avx2_" #suffix "_6x16",                                                                                \
       .isa = SL_ISA_AVX2,                                                                                             \
@@ -156,8 +110,9 @@ INLINE void add_rows(sl_dtype dtype, float *out, const float *weights, const sl_
       .softmax_tile = sl_avx2_softmax_tile,                                                                           \
       .softmax_gradient_tile = sl_avx2_softmax_gradient_tile,                                                         \
       .store_rows = store_rows_##suffix,                                                                              \
-      .dot_rows = dot_rows_##suffix,                                                                                  \
-      .add_rows = add_rows_##suffix,                                                                                  \
+      .dot_rows = sl_avx2_dot_rows_##suffix,                                                                          \
+      .add_rows = sl_avx2_add_rows_##suffix,                                                                          \
+      .weigh_row = sl_avx2_weigh_row,                                                                                 \
   }
 
 AVX2_TABLE(f32, SL_F32);

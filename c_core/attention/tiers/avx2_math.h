@@ -2,9 +2,14 @@
 #ifndef SL_ATTENTION_AVX2_MATH_H
 #define SL_ATTENTION_AVX2_MATH_H
 
+#include <sluice/types.h>
 #include <stdint.h>
 
 #include "runtime/tiers/simd.h"
+
+static inline const void *sl_avx2_address(sl_dtype dtype, const void *data, int64_t index) {
+  return (const char *)data + index * (dtype == SL_F32 ? 4 : 2);
+}
 
 /* All ones in the first count lanes (count may be any number). */
 static inline __m256i sl_avx2_first_lanes(int64_t count) {
@@ -40,6 +45,12 @@ static inline float sl_avx2_add_lanes(__m256 values) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+/* The sums of four vectors' lanes; each of one vector's lanes alone, in one order. */
+static inline __m128 sl_avx2_add_lanes_of_four(const __m256 values[4]) {
+  __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(values[0], values[1]), _mm256_hadd_ps(values[2], values[3]));
+  return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
 }
 
 static inline float sl_avx2_max_lanes(__m256 values) {

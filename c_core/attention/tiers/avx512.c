@@ -8,19 +8,6 @@
 
 enum { ROWS = SL_AVX512_ROWS, PANEL = SL_AVX512_PANEL };
 
-SL_INLINE void *address(sl_dtype dtype, const void *data, int64_t index) {
-  return (char *)data + index * (dtype == SL_F32 ? 4 : 2);
-}
-
-/* The first count values (at most 16), then zeros; nothing behind them is read. */
-SL_INLINE __m512 load_values(sl_dtype dtype, const void *data, int64_t count) {
-  __mmask16 lanes = sl_avx512_first_lanes(count);
-  if (dtype == SL_F32) return _mm512_maskz_loadu_ps(lanes, data);
-  __m256i half = _mm256_maskz_loadu_epi16(lanes, data);
-  if (dtype == SL_F16) return _mm512_cvtph_ps(half);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
 SL_INLINE void store_values(sl_dtype dtype, void *data, __m512 values, int64_t count) {
   __mmask16 lanes = sl_avx512_first_lanes(count);
   if (dtype == SL_F32) {
@@ -37,9 +24,10 @@ SL_INLINE void pack_rows(sl_dtype dtype, float *packed, int64_t packed_stride, c
   __m512 scale = _mm512_set1_ps(factor);
   for (int64_t r = 0; r < sl_round_up(count, ROWS); ++r, packed += packed_stride) {
     int64_t channels = r < count ? source->channels : 0;
-    const void *row = r < count ? address(dtype, source->data, index[r] * source->token_stride) : NULL;
+    const void *row = r < count ? sl_avx512_address(dtype, source->data, index[r] * source->token_stride) : NULL;
     for (int64_t c = 0; c < packed_stride; c += 16) {
-      __m512 values = channels > c ? load_values(dtype, address(dtype, row, c), channels - c) : _mm512_setzero_ps();
+      __m512 values = channels > c ? sl_avx512_load_part(dtype, sl_avx512_address(dtype, row, c), channels - c)
+                                   : _mm512_setzero_ps();
       _mm512_store_ps(packed + c, _mm512_mul_ps(values, scale));
     }
   }
@@ -55,8 +43,9 @@ SL_INLINE void pack_columns(sl_dtype dtype, float *packed, const sl_token_rows *
         for (int i = 0; i < 16; ++i) {
           int64_t token = first + part + i;
           block[i] = token < count
-                         ? load_values(dtype, address(dtype, source->data, index[token] * source->token_stride + c),
-                                       channels - c)
+                         ? sl_avx512_load_part(
+                               dtype, sl_avx512_address(dtype, source->data, index[token] * source->token_stride + c),
+                               channels - c)
                          : _mm512_setzero_ps();
         }
         sl_avx512_transpose(block);
@@ -70,13 +59,13 @@ SL_INLINE void pack_depths(sl_dtype dtype, float *packed, int64_t capacity, cons
                            const int32_t *index, int64_t count) {
   int64_t channels = source->channels;
   for (int64_t t = 0; t < count; ++t) {
-    const void *row = address(dtype, source->data, index[t] * source->token_stride);
+    const void *row = sl_avx512_address(dtype, source->data, index[t] * source->token_stride);
     float *target = packed + t * PANEL;
     for (int64_t c = 0; c < channels; c += PANEL, target += capacity * PANEL) {
-      _mm512_store_ps(target, load_values(dtype, address(dtype, row, c), channels - c));
-      _mm512_store_ps(target + 16, channels > c + 16
-                                       ? load_values(dtype, address(dtype, row, c + 16), channels - c - 16)
-                                       : _mm512_setzero_ps());
+      _mm512_store_ps(target, sl_avx512_load_part(dtype, sl_avx512_address(dtype, row, c), channels - c));
+      _mm512_store_ps(target + 16, channels > c + 16 ? sl_avx512_load_part(dtype, sl_avx512_address(dtype, row, c + 16),
+                                                                           channels - c - 16)
+                                                     : _mm512_setzero_ps());
     }
   }
 }
@@ -87,89 +76,49 @@ SL_INLINE void store_rows(sl_dtype dtype, void *target, int64_t token_stride, in
     __m512 factor = _mm512_set1_ps(factors[r]);
     for (int64_t c = 0; c < channels; c += 16) {
       __m512 values = _mm512_mul_ps(factor, _mm512_load_ps(out + r * out_stride + c));
-      store_values(dtype, address(dtype, target, index[r] * token_stride + c), values, channels - c);
+      store_values(dtype, sl_avx512_address(dtype, target, index[r] * token_stride + c), values, channels - c);
     }
   }
 }
 
-SL_INLINE void dot_rows(sl_dtype dtype, const float *row, const sl_token_rows *source, const int32_t *index,
-                        int64_t count, float *scores) {
-  int64_t channels = source->channels;
-  for (int64_t j = 0; j < count; ++j) {
-    sl_attention_prefetch_row(source, dtype == SL_F32 ? 4 : 2, index, j, count);
-    const void *key = address(dtype, source->data, index[j] * source->token_stride);
-    __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
-    for (int64_t c = 0; c < channels; c += 32) {
-      even = _mm512_fmadd_ps(load_values(SL_F32, row + c, channels - c),
-                             load_values(dtype, address(dtype, key, c), channels - c), even);
-      if (c + 16 >= channels) break;
-      odd = _mm512_fmadd_ps(load_values(SL_F32, row + c + 16, channels - c - 16),
-                            load_values(dtype, address(dtype, key, c + 16), channels - c - 16), odd);
-    }
-    scores[j] = sl_avx512_add_lanes(_mm512_add_ps(even, odd));
-  }
-}
-
-SL_INLINE void add_rows(sl_dtype dtype, float *out, const float *weights, const sl_token_rows *source,
-                        const int32_t *index, int64_t count) {
-  int64_t channels = source->channels;
-  for (int64_t j = 0; j < count; ++j) {
-    sl_attention_prefetch_row(source, dtype == SL_F32 ? 4 : 2, index, j, count);
-    const void *value = address(dtype, source->data, index[j] * source->token_stride);
-    __m512 weight = _mm512_set1_ps(weights[j]);
-    for (int64_t c = 0; c < channels; c += 16) {
-      __m512 sum = load_values(SL_F32, out + c, channels - c);
-      sum = _mm512_fmadd_ps(weight, load_values(dtype, address(dtype, value, c), channels - c), sum);
-      store_values(SL_F32, out + c, sum, channels - c);
-    }
-  }
-}
-
-#define AVX512_TABLE(suffix, dtype_)                                                                                   \
-  static void pack_rows_##suffix(void *packed, int64_t packed_stride, const sl_token_rows *source,                     \
-                                 const int32_t *index, int64_t count, float factor) {                                  \
-    pack_rows(dtype_, packed, packed_stride, source, index, count, factor);                                            \
-  }                                                                                                                    \
-  static void pack_columns_##suffix(void *packed, const sl_token_rows *source, const int32_t *index, int64_t count) {  \
-    pack_columns(dtype_, packed, source, index, count);                                                                \
-  }                                                                                                                    \
-  static void pack_depths_##suffix(void *packed, int64_t capacity, const sl_token_rows *source, const int32_t *index,  \
-                                   int64_t count) {                                                                    \
-    pack_depths(dtype_, packed, capacity, source, index, count);                                                       \
-  }                                                                                                                    \
-  void sl_avx512_store_rows_##suffix(void *target, int64_t token_stride, int64_t channels, const int32_t *index,       \
-                                     int64_t count, const float *out, int64_t out_stride, const float *factors) {      \
-    store_rows(dtype_, target, token_stride, channels, index, count, out, out_stride, factors);                        \
-  }                                                                                                                    \
-  void sl_avx512_dot_rows_##suffix(const float *row, const sl_token_rows *source, const int32_t *index, int64_t count, \
-                                   float *scores) {                                                                    \
-    dot_rows(dtype_, row, source, index, count, scores);                                                               \
-  }                                                                                                                    \
-  void sl_avx512_add_rows_##suffix(float *out, const float *weights, const sl_token_rows *source,                      \
-                                   const int32_t *index, int64_t count) {                                              \
-    add_rows(dtype_, out, weights, source, index, count);                                                              \
-  }                                                                                                                    \
-  const sl_attention_kernel sl_attention_avx512_##suffix##_12x32 = {                                                   \
-      .name = "avx512_" #suffix "_12x32",                                                                              \
-      .isa = SL_ISA_AVX512,                                                                                            \
-      .dtype = dtype_,                                                                                                 \
-      .row_tile = ROWS,                                                                                                \
-      .panel = PANEL,                                                                                                  \
-      .depth_step = 1,                                                                                                 \
-      .element_size = sizeof(float),                                                                                   \
-      .pack_rows = pack_rows_##suffix,                                                                                 \
-      .pack_columns = pack_columns_##suffix,                                                                           \
-      .pack_depths = pack_depths_##suffix,                                                                             \
-      .multiply_nt = sl_avx512_multiply_nt,                                                                            \
-      .multiply_nn = sl_avx512_multiply_nn,                                                                            \
-      .multiply_tn = sl_avx512_multiply_tn,                                                                            \
-      .mask_tile = sl_avx512_mask_tile,                                                                                \
-      .bend_tile = sl_avx512_bend_tile,                                                                                \
-      .softmax_tile = sl_avx512_softmax_tile,                                                                          \
-      .softmax_gradient_tile = sl_avx512_softmax_gradient_tile,                                                        \
-      .store_rows = sl_avx512_store_rows_##suffix,                                                                     \
-      .dot_rows = sl_avx512_dot_rows_##suffix,                                                                         \
-      .add_rows = sl_avx512_add_rows_##suffix,                                                                         \
+#define AVX512_TABLE(suffix, dtype_)                                                                                  \
+  static void pack_rows_##suffix(void *packed, int64_t packed_stride, const sl_token_rows *source,                    \
+                                 const int32_t *index, int64_t count, float factor) {                                 \
+    pack_rows(dtype_, packed, packed_stride, source, index, count, factor);                                           \
+  }                                                                                                                   \
+  static void pack_columns_##suffix(void *packed, const sl_token_rows *source, const int32_t *index, int64_t count) { \
+    pack_columns(dtype_, packed, source, index, count);                                                               \
+  }                                                                                                                   \
+  static void pack_depths_##suffix(void *packed, int64_t capacity, const sl_token_rows *source, const int32_t *index, \
+                                   int64_t count) {                                                                   \
+    pack_depths(dtype_, packed, capacity, source, index, count);                                                      \
+  }                                                                                                                   \
+  void sl_avx512_store_rows_##suffix(void *target, int64_t token_stride, int64_t channels, const int32_t *index,      \
+                                     int64_t count, const float *out, int64_t out_stride, const float *factors) {     \
+    store_rows(dtype_, target, token_stride, channels, index, count, out, out_stride, factors);                       \
+  }                                                                                                                   \
+  const sl_attention_kernel sl_attention_avx512_##suffix##_12x32 = {                                                  \
+      .name = "avx512_" #suffix "_12x32",                                                                             \
+      .isa = SL_ISA_AVX512,                                                                                           \
+      .dtype = dtype_,                                                                                                \
+      .row_tile = ROWS,                                                                                               \
+      .panel = PANEL,                                                                                                 \
+      .depth_step = 1,                                                                                                \
+      .element_size = sizeof(float),                                                                                  \
+      .pack_rows = pack_rows_##suffix,                                                                                \
+      .pack_columns = pack_columns_##suffix,                                                                          \
+      .pack_depths = pack_depths_##suffix,                                                                            \
+      .multiply_nt = sl_avx512_multiply_nt,                                                                           \
+      .multiply_nn = sl_avx512_multiply_nn,                                                                           \
+      .multiply_tn = sl_avx512_multiply_tn,                                                                           \
+      .mask_tile = sl_avx512_mask_tile,                                                                               \
+      .bend_tile = sl_avx512_bend_tile,                                                                               \
+      .softmax_tile = sl_avx512_softmax_tile,                                                                         \
+      .softmax_gradient_tile = sl_avx512_softmax_gradient_tile,                                                       \
+      .store_rows = sl_avx512_store_rows_##suffix,                                                                    \
+      .dot_rows = sl_avx512_dot_rows_##suffix,                                                                        \
+      .add_rows = sl_avx512_add_rows_##suffix,                                                                        \
+      .weigh_row = sl_avx512_weigh_row,                                                                               \
   }
 
 AVX512_TABLE(f32, SL_F32);

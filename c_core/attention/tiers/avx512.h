@@ -22,12 +22,21 @@ void sl_avx512_mask_tile(int64_t rows, const int32_t *lengths, float *scores, in
                          const int32_t *positions, const int32_t *lowest, const int32_t *highest);
 void sl_avx512_bend_tile(const sl_bend_tile *tile);
 
-/* Bfloat16 token rows and float operands: not a matter of elements either. */
+/* Float operands and token rows of a dtype: not a matter of elements either. */
 void sl_avx512_store_rows_bf16(void *target, int64_t token_stride, int64_t channels, const int32_t *index,
                                int64_t count, const float *out, int64_t out_stride, const float *factors);
-void sl_avx512_dot_rows_bf16(const float *row, const sl_token_rows *source, const int32_t *index, int64_t count,
-                             float *scores);
-void sl_avx512_add_rows_bf16(float *out, const float *weights, const sl_token_rows *source, const int32_t *index,
-                             int64_t count);
+void sl_avx512_dot_rows_f32(const float *rows, int64_t row_stride, int64_t row_count, const sl_row_list *list,
+                            float *scores, int64_t score_stride);
+void sl_avx512_add_rows_f32(float *out, int64_t out_stride, int64_t row_count, const float *weights,
+                            int64_t weight_stride, const sl_row_list *list);
+void sl_avx512_dot_rows_bf16(const float *rows, int64_t row_stride, int64_t row_count, const sl_row_list *list,
+                             float *scores, int64_t score_stride);
+void sl_avx512_add_rows_bf16(float *out, int64_t out_stride, int64_t row_count, const float *weights,
+                             int64_t weight_stride, const sl_row_list *list);
+void sl_avx512_dot_rows_f16(const float *rows, int64_t row_stride, int64_t row_count, const sl_row_list *list,
+                            float *scores, int64_t score_stride);
+void sl_avx512_add_rows_f16(float *out, int64_t out_stride, int64_t row_count, const float *weights,
+                            int64_t weight_stride, const sl_row_list *list);
+void sl_avx512_weigh_row(sl_weigh_row *row);
 
 #endif

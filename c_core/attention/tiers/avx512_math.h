@@ -2,6 +2,7 @@
 #ifndef SL_ATTENTION_AVX512_MATH_H
 #define SL_ATTENTION_AVX512_MATH_H
 
+#include <sluice/types.h>
 #include <stdint.h>
 
 #include "runtime/tiers/simd.h"
@@ -11,6 +12,27 @@
 /* The first count lanes (count may be any number). */
 SL_INLINE __mmask16 sl_avx512_first_lanes(int64_t count) {
   return count >= 16 ? (__mmask16)0xffff : count <= 0 ? (__mmask16)0 : (__mmask16)((1u << count) - 1);
+}
+
+SL_INLINE void *sl_avx512_address(sl_dtype dtype, const void *data, int64_t index) {
+  return (char *)data + index * (dtype == SL_F32 ? 4 : 2);
+}
+
+/* 16 values of a dtype. */
+SL_INLINE __m512 sl_avx512_load(sl_dtype dtype, const void *data) {
+  if (dtype == SL_F32) return _mm512_loadu_ps(data);
+  __m256i half = _mm256_loadu_si256(data);
+  if (dtype == SL_F16) return _mm512_cvtph_ps(half);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+/* The first count values (at most 16), then zeros; nothing behind them is read. */
+SL_INLINE __m512 sl_avx512_load_part(sl_dtype dtype, const void *data, int64_t count) {
+  __mmask16 lanes = sl_avx512_first_lanes(count);
+  if (dtype == SL_F32) return _mm512_maskz_loadu_ps(lanes, data);
+  __m256i half = _mm256_maskz_loadu_epi16(lanes, data);
+  if (dtype == SL_F16) return _mm512_cvtph_ps(half);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
 /* 2^x for x <= 127: relative error below 1.7e-7; 0 for x < -126.5 and for -inf; NaN stays NaN.
@@ -42,6 +64,29 @@ SL_INLINE float sl_avx512_add_lanes(__m512 values) {
   __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   four = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+
+/* The sums of four vectors' lanes; each of one vector's lanes alone, in one order. */
+SL_INLINE __m128 sl_avx512_add_lanes_of_four(const __m512 values[4]) {
+  __m256 half[4];
+  for (int i = 0; i < 4; ++i) {
+    half[i] = _mm256_add_ps(_mm512_castps512_ps256(values[i]), _mm512_extractf32x8_ps(values[i], 1));
+  }
+  __m256 first = _mm256_add_ps(_mm256_unpacklo_ps(half[0], half[1]), _mm256_unpackhi_ps(half[0], half[1]));
+  __m256 second = _mm256_add_ps(_mm256_unpacklo_ps(half[2], half[3]), _mm256_unpackhi_ps(half[2], half[3]));
+  __m256 sums = _mm256_add_ps(_mm256_shuffle_ps(first, second, 0x44), _mm256_shuffle_ps(first, second, 0xee));
+  return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+}
+
+/* The first count of four floats. */
+SL_INLINE void sl_avx512_store_four(float *target, __m128 values, int64_t count) {
+  if (count >= 4) {
+    _mm_storeu_ps(target, values);
+  } else {
+    float four[4];
+    _mm_storeu_ps(four, values);
+    for (int64_t i = 0; i < count; ++i) target[i] = four[i];
+  }
 }
 
 SL_INLINE float sl_avx512_max_lanes(__m512 values) {

@@ -3,6 +3,8 @@
  * sums and the gate are float. The backward has no table here: dS rounded to bfloat16 costs dq half a percent of its
  * size, so it runs on avx512_bf16, which widens. */
 
+#include <sluice/gated_attention.h>
+
 #include "runtime/tiers/simd.h"
 
 #define WORD 2
@@ -82,6 +84,61 @@ static void pack_depths(void *packed, int64_t capacity, const sl_token_rows *sou
   }
 }
 
+/* The rows hold bfloat16 numbers, so that products are exact here as well. Rows of which channels are missing to a whole
+ * vector are read by mask. */
+SL_INLINE void dot_four(const bf16 *rows, const int R, const bf16 *const key[4], int64_t channels, float *scores,
+                        int64_t score_stride, int64_t count) {
+  __m512 sum[SL_ATTENTION_TEAM][4];
+  for (int r = 0; r < R; ++r) {
+    for (int i = 0; i < 4; ++i) sum[r][i] = _mm512_setzero_ps();
+  }
+  for (int64_t c = 0; c < channels; c += 32) {
+    __m512i keys[4];
+    int64_t left = channels - c;
+    __mmask32 lanes = left >= 32 ? (__mmask32)0xffffffff : (__mmask32)((UINT32_C(1) << left) - 1);
+    for (int i = 0; i < 4; ++i) {
+      keys[i] =
+          left >= 32 ? _mm512_loadu_si512((const void *)(key[i] + c)) : _mm512_maskz_loadu_epi16(lanes, key[i] + c);
+    }
+    for (int r = 0; r < R; ++r) {
+      __m512i row = _mm512_load_si512((const void *)(rows + r * SL_ATTENTION_MAX_HEAD_DIM + c));
+      for (int i = 0; i < 4; ++i) sum[r][i] = multiply_add(sum[r][i], row, keys[i]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    sl_avx512_store_four(scores + r * score_stride, sl_avx512_add_lanes_of_four(sum[r]), count);
+}
+
+SL_INLINE void dot_list(const bf16 *rows, const int R, const sl_row_list *list, float *scores, int64_t score_stride) {
+  for (int64_t j = 0; j < list->count; j += 4) {
+    int64_t count = list->count - j;
+    const bf16 *key[4];
+    for (int64_t i = 0; i < 4; ++i) {
+      key[i] = token_row(list->source, list->index[i < count ? j + i : j]);
+      sl_attention_prefetch_row(list, sizeof(bf16), j + i);
+    }
+    dot_four(rows, R, key, list->source->channels, scores + j, score_stride, count);
+  }
+}
+
+static void dot_rows(const float *rows, int64_t row_stride, int64_t row_count, const sl_row_list *list, float *scores,
+                     int64_t score_stride) {
+  _Alignas(64) bf16 half[SL_ATTENTION_TEAM * SL_ATTENTION_MAX_HEAD_DIM];
+  int64_t channels = list->source->channels;
+  for (int64_t r = 0; r < row_count; ++r) {
+    for (int64_t c = 0; c < sl_round_up(channels, 32); c += 16) {
+      __m512 values = sl_avx512_load_part(SL_F32, rows + r * row_stride + c, channels - c);
+      store_elements(half + r * SL_ATTENTION_MAX_HEAD_DIM, c, values);
+    }
+  }
+  switch (row_count) {
+    case 1: dot_list(half, 1, list, scores, score_stride); break;
+    case 2: dot_list(half, 2, list, scores, score_stride); break;
+    case 3: dot_list(half, 3, list, scores, score_stride); break;
+    default: dot_list(half, 4, list, scores, score_stride);
+  }
+}
+
 const sl_attention_kernel sl_attention_avx512bf16_bf16_12x32 = {
     .name = "avx512bf16_bf16_12x32",
     .isa = SL_ISA_AVX512BF16,
@@ -99,6 +156,7 @@ const sl_attention_kernel sl_attention_avx512bf16_bf16_12x32 = {
     .bend_tile = sl_avx512_bend_tile,
     .softmax_tile = softmax_tile,
     .store_rows = sl_avx512_store_rows_bf16,
-    .dot_rows = sl_avx512_dot_rows_bf16,
+    .dot_rows = dot_rows,
     .add_rows = sl_avx512_add_rows_bf16,
+    .weigh_row = sl_avx512_weigh_row,
 };

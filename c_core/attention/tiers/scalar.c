@@ -209,23 +209,46 @@ static inline void store_rows(sl_dtype dtype, void *target, int64_t token_stride
   }
 }
 
-static inline void dot_rows(sl_dtype dtype, const float *row, const sl_token_rows *source, const int32_t *index,
-                            int64_t count, float *scores) {
-  for (int64_t j = 0; j < count; ++j) {
-    float sum = 0;
-    for (int64_t c = 0; c < source->channels; ++c) {
-      sum += row[c] * load(dtype, source->data, index[j] * source->token_stride + c);
+static inline void dot_rows(sl_dtype dtype, const float *rows, int64_t row_stride, int64_t row_count,
+                            const sl_row_list *list, float *scores, int64_t score_stride) {
+  const sl_token_rows *source = list->source;
+  for (int64_t j = 0; j < list->count; ++j) {
+    for (int64_t r = 0; r < row_count; ++r) {
+      float sum = 0;
+      for (int64_t c = 0; c < source->channels; ++c) {
+        sum += rows[r * row_stride + c] * load(dtype, source->data, list->index[j] * source->token_stride + c);
+      }
+      scores[r * score_stride + j] = sum;
     }
-    scores[j] = sum;
   }
 }
 
-static inline void add_rows(sl_dtype dtype, float *out, const float *weights, const sl_token_rows *source,
-                            const int32_t *index, int64_t count) {
-  for (int64_t j = 0; j < count; ++j) {
-    for (int64_t c = 0; c < source->channels; ++c) {
-      out[c] += weights[j] * load(dtype, source->data, index[j] * source->token_stride + c);
+static inline void add_rows(sl_dtype dtype, float *out, int64_t out_stride, int64_t row_count, const float *weights,
+                            int64_t weight_stride, const sl_row_list *list) {
+  const sl_token_rows *source = list->source;
+  for (int64_t j = 0; j < list->count; ++j) {
+    for (int64_t r = 0; r < row_count; ++r) {
+      float weight = weights[r * weight_stride + j];
+      for (int64_t c = 0; c < source->channels; ++c) {
+        out[r * out_stride + c] += weight * load(dtype, source->data, list->index[j] * source->token_stride + c);
+      }
     }
+  }
+}
+
+static void weigh_row(sl_weigh_row *row) {
+  float maximum = -INFINITY, scale = row->scale_log2e;
+  for (int64_t j = 0; j < row->count; ++j) {
+    if (row->logits[j] == -INFINITY) row->scores[j] = -INFINITY;
+    if (!(row->scores[j] <= maximum)) maximum = row->scores[j];
+  }
+  float shift = maximum == -INFINITY ? 0 : scale * maximum;
+  row->maximum = maximum;
+  row->sum = 0;
+  for (int64_t j = 0; j < row->count; ++j) {
+    float weight = exp2f(scale * row->scores[j] - shift);
+    row->sum += weight;
+    row->scores[j] = row->logits[j] == -INFINITY ? 0 : weight / (1 + expf(-row->logits[j]));
   }
 }
 
@@ -246,13 +269,13 @@ static inline void add_rows(sl_dtype dtype, float *out, const float *weights, co
                                   int64_t count, const float *out, int64_t out_stride, const float *factors) {        \
     store_rows(dtype_, target, token_stride, channels, index, count, out, out_stride, factors);                       \
   }                                                                                                                   \
-  static void dot_rows_##suffix(const float *row, const sl_token_rows *source, const int32_t *index, int64_t count,   \
-                                float *scores) {                                                                      \
-    dot_rows(dtype_, row, source, index, count, scores);                                                              \
+  static void dot_rows_##suffix(const float *rows, int64_t row_stride, int64_t row_count, const sl_row_list *list,    \
+                                float *scores, int64_t score_stride) {                                                \
+    dot_rows(dtype_, rows, row_stride, row_count, list, scores, score_stride);                                        \
   }                                                                                                                   \
-  static void add_rows_##suffix(float *out, const float *weights, const sl_token_rows *source, const int32_t *index,  \
-                                int64_t count) {                                                                      \
-    add_rows(dtype_, out, weights, source, index, count);                                                             \
+  static void add_rows_##suffix(float *out, int64_t out_stride, int64_t row_count, const float *weights,              \
+                                int64_t weight_stride, const sl_row_list *list) {                                     \
+    add_rows(dtype_, out, out_stride, row_count, weights, weight_stride, list);                                       \
   }                                                                                                                   \
   const sl_attention_kernel sl_attention_scalar_##suffix##_4x8 = {                                                    \
       .name = "scalar_" #suffix "_4x8",                                                                               \
@@ -275,6 +298,7 @@ static inline void add_rows(sl_dtype dtype, float *out, const float *weights, co
       .store_rows = store_rows_##suffix,                                                                              \
       .dot_rows = dot_rows_##suffix,                                                                                  \
       .add_rows = add_rows_##suffix,                                                                                  \
+      .weigh_row = weigh_row,                                                                                         \
   }
 
 SCALAR_TABLE(f32, SL_F32);

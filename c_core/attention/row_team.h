@@ -1,0 +1,51 @@
+/* A team: a few query rows of one key head, and a segment of keys that they read together where it lies. Each key that
+ * any row keeps is read once, in order of position. */
+#ifndef SL_ATTENTION_ROW_TEAM_H
+#define SL_ATTENTION_ROW_TEAM_H
+
+#include "attention/plan.h"
+#include "runtime/arena.h"
+
+/* Keys of a segment, and of a step of it, in which the teams of a task take turns. */
+enum { SL_TEAM_SEGMENT = 1024, SL_TEAM_STEP = 128 };
+
+/* A query row: everything below is of one (batch, head, query). */
+typedef struct sl_team_row {
+  int64_t head;
+  int32_t query, position;
+  int64_t lowest, highest; /* the positions that it may see */
+  float a, logit_tau;
+} sl_team_row;
+
+typedef struct sl_row_team {
+  int64_t batch, head_kv, count;
+  sl_team_row rows[SL_ATTENTION_TEAM];
+  float *queries; /* [count][row_stride], times plan->factor */
+  /* The keys of the segment that any row keeps, in order: */
+  int64_t kept;
+  int32_t step_start[SL_TEAM_SEGMENT / SL_TEAM_STEP + 1]; /* those of step s are [step_start[s], step_start[s + 1]) */
+  int32_t *key, *token_row;                               /* [stride] */
+  int64_t stride;
+  float *logits; /* [count][stride]: as sl_weigh_row has them */
+  float *mask;   /* [count][stride], or NULL */
+  float *scores; /* [count][stride] */
+} sl_row_team;
+
+/* Takes the memory of a team of up to `rows` rows. */
+void sl_row_team_take(sl_row_team *team, sl_arena *arena, const sl_attention_plan *plan, int64_t rows);
+
+/* Takes in the rows [first, first + count) of a key head: row i is query i % n_q of its query head i / n_q. */
+void sl_row_team_load(sl_row_team *team, const sl_attention_plan *plan, int64_t batch, int64_t head_kv, int64_t first,
+                      int64_t count);
+
+/* Lists the keys of [begin, end), at most a segment, that a row keeps. */
+void sl_row_team_list(sl_row_team *team, const sl_attention_plan *plan, int64_t begin, int64_t end);
+
+/* The steps of the segment, one at a time, of all keys that are listed: the products, and after all of them the softmax
+ * and the values, which are added to out. maximum and sum [count] are those of the segment. */
+void sl_row_team_multiply(sl_row_team *team, const sl_attention_plan *plan, int64_t step);
+void sl_row_team_weigh(sl_row_team *team, const sl_attention_plan *plan, float *maximum, float *sum);
+void sl_row_team_add_values(const sl_row_team *team, const sl_attention_plan *plan, int64_t step, float *out,
+                            int64_t out_stride);
+
+#endif
