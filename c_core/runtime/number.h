@@ -1,5 +1,5 @@
-/* Conversions between the half-precision formats and float: portable, round to nearest even, NaN stays NaN. And what the
- * bits of floats say. */
+/* Conversions between the half-precision formats and float: portable, round to nearest even, NaN stays NaN; and what
+ * the bits of floats say. */
 #ifndef SL_RUNTIME_NUMBER_H
 #define SL_RUNTIME_NUMBER_H
 

@@ -84,8 +84,7 @@ static void pack_depths(void *packed, int64_t capacity, const sl_token_rows *sou
   }
 }
 
-/* The rows hold bfloat16 numbers, so that products are exact here as well. Rows of which channels are missing to a whole
- * vector are read by mask. */
+/* The rows hold bfloat16 numbers, so that products are exact here as well. */
 SL_INLINE void dot_four(const bf16 *rows, const int R, const bf16 *const key[4], int64_t channels, float *scores,
                         int64_t score_stride, int64_t count) {
   __m512 sum[SL_ATTENTION_TEAM][4];
