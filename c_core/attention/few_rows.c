@@ -11,7 +11,7 @@
 #include "runtime/executor.h"
 #include "runtime/status.h"
 
-enum { FEW = 5, SEGMENT = SL_TEAM_SEGMENT, STEPS = SEGMENT / SL_TEAM_STEP, MOST_TEAMS = 8, TASKS_PER_WORKER = 4 };
+enum { FEW = 5, SEGMENT = SL_TEAM_SEGMENT, STEPS = SL_TEAM_STEPS, MOST_TEAMS = 8, TASKS_PER_WORKER = 4 };
 
 typedef struct few_pass {
   const sl_attention_plan *plan;
@@ -64,6 +64,15 @@ static void lay_out(few_pass *pass, sl_arena *arena, const sl_attention_plan *pl
   }
 }
 
+/* Steps that a team does in its turn. Where most keys are kept, the heads of few tokens in turn are a stream of memory;
+ * where few are, each turn should be long enough for a list of rows that are asked for ahead. */
+static int64_t choose_turn(const sl_row_team *teams, int64_t count, int64_t keys) {
+  enum { LONG = 8 };
+  int64_t kept = 0;
+  for (int64_t t = 0; t < count; ++t) kept += teams[t].kept;
+  return 4 * kept > 3 * count * keys ? 1 : LONG;
+}
+
 /* A segment of keys of one batch entry, and a group of teams. */
 static void attend_segment(void *context, int64_t worker, int64_t task) {
   const few_pass *pass = context;
@@ -81,8 +90,9 @@ static void attend_segment(void *context, int64_t worker, int64_t task) {
     sl_row_team_list(teams + t, plan, begin, end);
     part[t] = ((batch * plan->args->heads_kv + head_kv) * pass->head_rows + row) * pass->segments + segment;
   }
-  for (int64_t step = 0; step < STEPS; ++step) {
-    for (int64_t t = 0; t < count; ++t) sl_row_team_multiply(teams + t, plan, step);
+  int64_t turn = count == 1 ? STEPS : choose_turn(teams, count, end - begin);
+  for (int64_t step = 0; step < STEPS; step += turn) {
+    for (int64_t t = 0; t < count; ++t) sl_row_team_multiply(teams + t, plan, step, turn);
   }
   for (int64_t t = 0; t < count; ++t) {
     float maximum[SL_ATTENTION_TEAM], sum[SL_ATTENTION_TEAM];
@@ -94,9 +104,9 @@ static void attend_segment(void *context, int64_t worker, int64_t task) {
       memset(out, 0, (size_t)plan->row_stride_v * sizeof(float));
     }
   }
-  for (int64_t step = 0; step < STEPS; ++step) {
+  for (int64_t step = 0; step < STEPS; step += turn) {
     for (int64_t t = 0; t < count; ++t) {
-      sl_row_team_add_values(teams + t, plan, step, pass->out + part[t] * plan->row_stride_v, out_stride);
+      sl_row_team_add_values(teams + t, plan, step, turn, pass->out + part[t] * plan->row_stride_v, out_stride);
     }
   }
 }

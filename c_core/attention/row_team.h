@@ -6,8 +6,8 @@
 #include "attention/plan.h"
 #include "runtime/arena.h"
 
-/* Keys of a segment, and of a step of it, in which the teams of a task take turns. */
-enum { SL_TEAM_SEGMENT = 1024, SL_TEAM_STEP = 128 };
+/* Keys of a segment, and of a step of it. The teams of a task take turns of one or several steps. */
+enum { SL_TEAM_SEGMENT = 1024, SL_TEAM_STEP = 16, SL_TEAM_STEPS = SL_TEAM_SEGMENT / SL_TEAM_STEP };
 
 /* A query row: everything below is of one (batch, head, query). */
 typedef struct sl_team_row {
@@ -23,8 +23,8 @@ typedef struct sl_row_team {
   float *queries; /* [count][row_stride], times plan->factor */
   /* The keys of the segment that any row keeps, in order: */
   int64_t kept;
-  int32_t step_start[SL_TEAM_SEGMENT / SL_TEAM_STEP + 1]; /* those of step s are [step_start[s], step_start[s + 1]) */
-  int32_t *key, *token_row;                               /* [stride] */
+  int32_t step_start[SL_TEAM_STEPS + 1]; /* those of step s are [step_start[s], step_start[s + 1]) */
+  int32_t *key, *token_row;              /* [stride] */
   int64_t stride;
   float *logits; /* [count][stride]: as sl_weigh_row has them */
   float *mask;   /* [count][stride], or NULL */
@@ -41,11 +41,11 @@ void sl_row_team_load(sl_row_team *team, const sl_attention_plan *plan, int64_t 
 /* Lists the keys of [begin, end), at most a segment, that a row keeps. */
 void sl_row_team_list(sl_row_team *team, const sl_attention_plan *plan, int64_t begin, int64_t end);
 
-/* The steps of the segment, one at a time, of all keys that are listed: the products, and after all of them the softmax
- * and the values, which are added to out. maximum and sum [count] are those of the segment. */
-void sl_row_team_multiply(sl_row_team *team, const sl_attention_plan *plan, int64_t step);
+/* The steps [step, step + steps): the products, and after those of all steps the softmax and the values, which are added
+ * to out, in order. maximum and sum [count] are those of the segment. Bits do not depend on how many steps a turn has. */
+void sl_row_team_multiply(sl_row_team *team, const sl_attention_plan *plan, int64_t step, int64_t steps);
 void sl_row_team_weigh(sl_row_team *team, const sl_attention_plan *plan, float *maximum, float *sum);
-void sl_row_team_add_values(const sl_row_team *team, const sl_attention_plan *plan, int64_t step, float *out,
-                            int64_t out_stride);
+void sl_row_team_add_values(const sl_row_team *team, const sl_attention_plan *plan, int64_t step, int64_t steps,
+                            float *out, int64_t out_stride);
 
 #endif
