@@ -183,15 +183,13 @@ static inline void sl_attention_add_row(const sl_attention_kernel *kernel, float
   kernel->add_rows(out, 0, 1, &weight, 1, &list);
 }
 
-/* For dot_rows and add_rows at index[j]: asks for a row that comes later, unless the rows up to it lie one behind the
- * other: there the processor does so itself. Into the second-level cache, which can wait for more lines than the first.
- */
+/* For dot_rows and add_rows at index[j]: asks for a row that comes later, into the second-level cache, which can wait for
+ * more lines than the first. */
 static inline void sl_attention_prefetch_row(const sl_row_list *list, int64_t element_size, int64_t j) {
   enum { AHEAD = 32, LINE = 64 };
   const sl_token_rows *source = list->source;
   const int32_t *index = list->index + j;
   if (j + AHEAD >= list->listed) return;
-  if (source->token_stride == source->channels && index[AHEAD] == index[0] + AHEAD) return;
   const char *row = (const char *)source->data + index[AHEAD] * source->token_stride * element_size;
   for (int64_t byte = 0; byte < source->channels * element_size; byte += LINE) __builtin_prefetch(row + byte, 0, 2);
 }

@@ -92,8 +92,8 @@ static void fill_row(key_piece *piece, const sl_row_team *team, const sl_attenti
   }
 }
 
-/* Lists the keys of the piece that a row keeps, from step `step` of the segment on. All are written, and those that are
- * not kept are written over: whether one is kept can't be foreseen, and a branch that is foreseen wrongly costs more. */
+/* Lists the keys of the piece that a row keeps, from step `step` of the segment on. All are written, and those that
+ * are not kept are written over: whether one is kept can't be foreseen, and a branch foreseen wrongly costs more. */
 static void list_piece(sl_row_team *team, const key_piece *piece, int64_t step) {
   int64_t kept = 0, rows = team->count;
   int32_t *restrict key = team->key + team->kept, *restrict token_row = team->token_row + team->kept;
