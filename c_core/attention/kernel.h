@@ -183,8 +183,8 @@ static inline void sl_attention_add_row(const sl_attention_kernel *kernel, float
   kernel->add_rows(out, 0, 1, &weight, 1, &list);
 }
 
-/* For dot_rows and add_rows at index[j]: asks for a row that comes later, into the second-level cache, which can wait for
- * more lines than the first. */
+/* For dot_rows and add_rows at index[j]: asks for a row that comes later, into the second-level cache, which can wait
+ * for more lines than the first. */
 static inline void sl_attention_prefetch_row(const sl_row_list *list, int64_t element_size, int64_t j) {
   enum { AHEAD = 32, LINE = 64 };
   const sl_token_rows *source = list->source;
