@@ -21,6 +21,7 @@ typedef struct few_pass {
   int64_t task_teams, groups;   /* teams of a task; the groups of them that a batch entry has */
   float *out;                   /* [batch][heads_q][n_q][segments][row_stride_v] */
   float *maximum, *sum;         /* [batch][heads_q][n_q][segments] */
+  int32_t *kept;                /* the same */
   sl_row_team *worker_teams;    /* [workers][MOST_TEAMS] */
 } few_pass;
 
@@ -55,6 +56,7 @@ static void lay_out(few_pass *pass, sl_arena *arena, const sl_attention_plan *pl
   int64_t parts = args->batch * args->heads_q * args->n_q * pass->segments;
   pass->maximum = sl_arena_take(arena, parts, sizeof(float));
   pass->sum = sl_arena_take(arena, parts, sizeof(float));
+  pass->kept = sl_arena_take(arena, parts, sizeof(int32_t));
   pass->out = sl_arena_take(arena, parts, (size_t)plan->row_stride_v * sizeof(float));
   pass->worker_teams = sl_arena_take(arena, workers * MOST_TEAMS, sizeof(sl_row_team));
   for (int64_t i = 0; i < workers * MOST_TEAMS; ++i) {
@@ -100,6 +102,7 @@ static void attend_segment(void *context, int64_t worker, int64_t task) {
     for (int64_t r = 0; r < teams[t].count; ++r) {
       pass->maximum[part[t] + r * pass->segments] = maximum[r];
       pass->sum[part[t] + r * pass->segments] = sum[r];
+      if (plan->args->kept) pass->kept[part[t] + r * pass->segments] = sl_row_team_count(teams + t, r);
       float *out = pass->out + part[t] * plan->row_stride_v + r * out_stride;
       memset(out, 0, (size_t)plan->row_stride_v * sizeof(float));
     }
@@ -120,10 +123,12 @@ static void finish_row(void *context, int64_t worker, int64_t task) {
   int64_t query = task % args->n_q, head = task / args->n_q % args->heads_q, batch = task / args->n_q / args->heads_q;
   const float *maxima = pass->maximum + task * pass->segments, *sums = pass->sum + task * pass->segments;
   _Alignas(64) float out[SL_ATTENTION_MAX_HEAD_DIM] = {0};
-  int32_t token = (int32_t)query;
+  const int32_t *counts = pass->kept + task * pass->segments;
+  int32_t token = (int32_t)query, kept = 0;
   float maximum = -INFINITY, sum = 0;
   for (int64_t s = 0; s < pass->segments; ++s) {
     if (!(maxima[s] <= maximum)) maximum = maxima[s];
+    if (args->kept) kept += counts[s];
   }
   for (int64_t s = 0; s < pass->segments; ++s) {
     if (maxima[s] == -INFINITY && sums[s] == 0) continue; /* keeps nothing */
@@ -136,6 +141,7 @@ static void finish_row(void *context, int64_t worker, int64_t task) {
   rows.token = &token;
   rows.maximum = &maximum;
   rows.sum = &sum;
+  rows.kept = &kept;
   rows.out = out;
   sl_query_rows_store(&rows, plan);
 }

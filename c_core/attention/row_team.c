@@ -161,6 +161,13 @@ void sl_row_team_list(sl_row_team *team, const sl_attention_plan *plan, int64_t 
   }
 }
 
+int32_t sl_row_team_count(const sl_row_team *team, int64_t r) {
+  const float *logits = team->logits + r * team->stride;
+  int32_t count = 0;
+  for (int64_t i = 0; i < team->kept; ++i) count += logits[i] != -INFINITY;
+  return count;
+}
+
 static sl_row_list list_of_steps(const sl_row_team *team, const sl_token_rows *source, int64_t step, int64_t steps) {
   int64_t start = team->step_start[step];
   return (sl_row_list){source, team->token_row + start, team->step_start[step + steps] - start, team->kept - start};

@@ -41,6 +41,9 @@ void sl_row_team_load(sl_row_team *team, const sl_attention_plan *plan, int64_t 
 /* Lists the keys of [begin, end), at most a segment, that a row keeps. */
 void sl_row_team_list(sl_row_team *team, const sl_attention_plan *plan, int64_t begin, int64_t end);
 
+/* How many keys of the segment row r keeps. */
+int32_t sl_row_team_count(const sl_row_team *team, int64_t r);
+
 /* The steps [step, step + steps): the products, and after those of all steps the softmax and the values, which are
  * added to out, in order. maximum and sum [count] are those of the segment. Bits do not depend on how many steps a turn
  * has. */
