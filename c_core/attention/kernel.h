@@ -190,6 +190,7 @@ static inline void sl_attention_prefetch_row(const sl_row_list *list, int64_t el
   const sl_token_rows *source = list->source;
   const int32_t *index = list->index + j;
   if (j + AHEAD >= list->listed) return;
+  if (source->token_stride == source->channels && index[AHEAD] == index[0] + AHEAD) return;
   const char *row = (const char *)source->data + index[AHEAD] * source->token_stride * element_size;
   for (int64_t byte = 0; byte < source->channels * element_size; byte += LINE) __builtin_prefetch(row + byte, 0, 2);
 }
