@@ -9,7 +9,8 @@
 #include <cstring>
 #include <fstream>
 #include <memory>
-#include <regex>
+#include <sstream>
+#include <string>
 
 #include "comm_ranks.h"
 
@@ -19,12 +20,13 @@ struct Handle {
   int process = 0, file = -1;
   std::string nonce;
   explicit Handle(const std::string &text) {
-    std::smatch parts;
-    EXPECT_TRUE(std::regex_match(text, parts, std::regex("memfd:(\\d+):(\\d+):([0-9a-f]+)"))) << text;
-    if (parts.empty()) return;
-    process = std::stoi(parts[1]);
-    file = std::stoi(parts[2]);
-    nonce = parts[3];
+    std::istringstream parts(text);
+    std::string kind;
+    char colon[2] = "";
+    std::getline(parts, kind, ':');
+    parts >> process >> colon[0] >> file >> colon[1] >> nonce;
+    EXPECT_EQ(kind + colon[0] + colon[1], "memfd::") << text;
+    EXPECT_FALSE(nonce.empty() || nonce.find_first_not_of("0123456789abcdef") != std::string::npos) << text;
   }
   static std::string write(int file, const std::string &nonce) {
     return "memfd:" + std::to_string(getpid()) + ":" + std::to_string(file) + ":" + nonce;
