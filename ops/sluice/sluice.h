@@ -16,6 +16,7 @@
 #include <sluice/prune.h>
 #include <sluice/quantize.h>
 #include <sluice/quantize_recurrent.h>
+#include <sluice/schedule.h>
 #include <sluice/status.h>
 #include <sluice/types.h>
 #include <sluice/version.h>

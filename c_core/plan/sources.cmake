@@ -1,0 +1,2 @@
+target_sources(sluice_objects PRIVATE plan/schedule.c plan/schedule_validate.c)
+target_sources(sluice_objects PRIVATE plan/simulate.c plan/simulate_validate.c)
