@@ -1,0 +1,30 @@
+"""The C core's planning functions, as ctypes sees them."""
+
+import ctypes
+import functools
+
+from torch_sluice import _library
+
+_OUT_OF_MEMORY = 3
+_INTERNAL = 5
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """libsluice_torch.so, which holds the C core."""
+    _library.load()
+    loaded = ctypes.CDLL(_library.library_path())
+    loaded.sl_last_error.restype = ctypes.c_char_p
+    return loaded
+
+
+def call(name: str, *arguments) -> None:
+    """Calls a function of the C core that returns a status.
+
+    Raises ``ValueError`` with the core's own text for bad input, ``MemoryError`` where memory is too small, and
+    ``RuntimeError`` for a mistake of the core.
+    """
+    status = getattr(library(), name)(*arguments)
+    if status:
+        text = library().sl_last_error().decode(errors="replace")
+        raise {_OUT_OF_MEMORY: MemoryError, _INTERNAL: RuntimeError}.get(status, ValueError)(text)
