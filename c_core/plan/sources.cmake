@@ -1,2 +1,3 @@
 target_sources(sluice_objects PRIVATE plan/schedule.c plan/schedule_validate.c)
 target_sources(sluice_objects PRIVATE plan/simulate.c plan/simulate_validate.c)
+target_sources(sluice_objects PRIVATE plan/balance_validate.c plan/cut.c plan/share.c)

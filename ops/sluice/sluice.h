@@ -9,6 +9,7 @@
 #define SLUICE_SLUICE_H
 
 #include <sluice/accumulate.h>
+#include <sluice/balance.h>
 #include <sluice/cpu.h>
 #include <sluice/cuda.h>
 #include <sluice/executor.h>

@@ -152,7 +152,7 @@ def test_1f1b_has_the_order_of_megatron():
         ({"next_links": Link(0, 0)}, r"next_links\[0\].bytes_per_s is 0, expected at least 1"),
         ({"reduce_links": ["a"]}, r"reduce_links is \['a'\], expected a Link"),
         ({"reduce_share": 1.5}, "reduce_share is 1.5, expected 0 to 0.99"),
-        ({"reduce_share": None}, "reduce_share is None, expected 0 to 0.99"),
+        ({"reduce_share": None}, "reduce_share is None, expected a number"),
     ],
 )
 def test_bad_input_is_named(change, message):

@@ -1,7 +1,8 @@
-"""The C core's planning functions, as ctypes sees them."""
+"""The C core's planning functions, as ctypes sees them, and checks of what goes to them."""
 
 import ctypes
 import functools
+import operator
 
 from torch_sluice import _library
 
@@ -28,3 +29,22 @@ def call(name: str, *arguments) -> None:
     if status:
         text = library().sl_last_error().decode(errors="replace")
         raise {_OUT_OF_MEMORY: MemoryError, _INTERNAL: RuntimeError}.get(status, ValueError)(text)
+
+
+def whole_number(argument: str, value) -> int:
+    """``value`` as an int of 64 bits; else a ValueError that names the argument."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{argument} is {value!r}, expected a whole number") from None
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{argument} is {number}, expected a number of 64 bits")
+    return number
+
+
+def number(argument: str, value) -> float:
+    """``value`` as a float; else a ValueError that names the argument."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{argument} is {value!r}, expected a number") from None

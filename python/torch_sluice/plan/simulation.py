@@ -1,7 +1,6 @@
 """Simulates a training step of a pipeline: the functions of ops/sluice/schedule.h, which says what is simulated."""
 
 import ctypes
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -190,7 +189,7 @@ def simulate(
         previous_links=links("previous_links", previous_links),
         reduce_links=links("reduce_links", reduce_links),
         shared_port=bool(shared_port),
-        reduce_share=_share(reduce_share),
+        reduce_share=core.number("reduce_share", reduce_share),
         blocking_sends=bool(blocking_sends),
         activation_bytes=values("activation_bytes", activation_bytes),
         weight_bytes=values("weight_bytes", weight_bytes),
@@ -230,7 +229,7 @@ def order(
     core.call(
         "sl_schedule_order",
         ctypes.byref(described),
-        ctypes.c_int64(_whole("rank", rank)),
+        ctypes.c_int64(core.whole_number("rank", rank)),
         ctypes.c_void_p(work.ctypes.data),
     )
     return work
@@ -244,36 +243,19 @@ def _describe(schedule, ranks, stages_per_rank, micro_batches) -> tuple[_Schedul
         stages_per_rank = _STAGES_PER_RANK.get(schedule, 1)
     described = _Schedule(
         SCHEDULES.index(name),
-        _whole("ranks", ranks),
-        _whole("stages_per_rank", stages_per_rank),
-        _whole("micro_batches", micro_batches),
+        core.whole_number("ranks", ranks),
+        core.whole_number("stages_per_rank", stages_per_rank),
+        core.whole_number("micro_batches", micro_batches),
     )
     count = ctypes.c_int64()
     core.call("sl_schedule_work_count", ctypes.byref(described), ctypes.byref(count))  # checks the sizes
     return described, name
 
 
-def _whole(argument, value) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{argument} is {value!r}, expected a whole number") from None
-    if not -(2**63) <= number < 2**63:
-        raise ValueError(f"{argument} is {number}, expected a number of 64 bits")
-    return number
-
-
-def _share(value) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"reduce_share is {value!r}, expected 0 to 0.99") from None
-
-
 def _numbers(argument, value, count, each) -> np.ndarray:
     try:
         array = np.asarray(value, np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{argument} is {value!r}, expected a number, or one for each {each}") from None
     if array.shape not in ((), (1,), (count,)):
         raise ValueError(
@@ -285,7 +267,7 @@ def _numbers(argument, value, count, each) -> np.ndarray:
 def _links(argument, value, count, each) -> np.ndarray:
     try:
         array = np.asarray(value, np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{argument} is {value!r}, expected a Link(latency_s, bytes_per_s) or several") from None
     if array.shape not in ((2,), (1, 2), (count, 2)):
         raise ValueError(
