@@ -12,13 +12,12 @@ static int64_t most_of(const sl_share_args *args, int64_t rank) {
   return args->most && args->most[rank] < args->micro_batches ? args->most[rank] : args->micro_batches;
 }
 
-/* The largest share with which a rank is done by `time`, within its limits. */
+/* The largest share with which a rank is done by `time`, within its limits; by rounding one less. */
 static int64_t share_until(const sl_share_args *args, int64_t rank, double time) {
   int64_t most = most_of(args, rank);
   double ideal = floor((time - end_of(args, rank, 0)) / args->micro_batch_s[rank]);
   int64_t share = ideal >= (double)most ? most : ideal <= (double)args->least ? args->least : (int64_t)ideal;
-  while (share < most && end_of(args, rank, share + 1) <= time) ++share; /* the division has rounded */
-  while (share > args->least && end_of(args, rank, share) > time) --share;
+  while (share > args->least && end_of(args, rank, share) > time) --share; /* the division has rounded up */
   return share;
 }
 

@@ -9,13 +9,13 @@
  *   bottleneck_weight * max t_s + sum of t_s.
  * With bottleneck_weight = m - 1 that is the time of a step of m micro-batches under GPipe, whose messages take no time
  * and whose forwards and backwards are in one proportion: the slowest stage works without a pause once the first
- * micro-batch has come through, and the pipeline fills and drains through all stages. 1F1B takes no longer than that. An
- * infinite weight asks for the smallest maximum, and of cuts with that for the smallest sum.
+ * micro-batch has come through, and the pipeline fills and drains through all stages. 1F1B takes no longer than that.
+ * An infinite weight asks for the smallest maximum, and of cuts with that for the smallest sum.
  *   METHOD  Dynamic programming gives the smallest maximum, and the smallest sum of which no stage takes as long as a
  *   bound. The bound starts at the longest maximum that could still be better than the cut with the smallest one, and
  *   each answer's own maximum is the next bound. So it goes down through all (maximum, sum) pairs that no cut beats in
  *   both, and the optimum is one of them. Sums that differ by 1e-13 of their size count as equal.
- *   O(stages * layers^2) for each round, of which there are few.
+ *   O(stages * layers^2) for each round, of which there are few where bottleneck_weight is large.
  *
  * MICRO-BATCHES OVER RANKS. Rank r works for fixed_s[r] + shares[r] * micro_batch_s[r]. Of all shares that add up to
  * micro_batches, each at least `least` and at most most[r], sl_share_micro_batches() finds some with the smallest
@@ -66,6 +66,7 @@ typedef struct sl_cut_result {
 /* Reads layers and stages. */
 SL_API sl_status sl_cut_layers_workspace_size(const sl_cut_args *args, size_t *workspace_size);
 
+/* Writes args->first and the result. */
 SL_API sl_status sl_cut_layers(const sl_cut_args *args, sl_cut_result *result);
 
 typedef struct sl_share_args {

@@ -1,4 +1,4 @@
-// Orders of work: every piece once and in an order that no rank waits in for ever, the examples of the papers, bad input.
+// Orders of work: every piece once and after what it needs on its rank, the examples of the papers, bad input.
 #include <set>
 #include <sstream>
 

@@ -157,6 +157,18 @@ TEST(SimulateProperties, NoStepBeatsItsCriticalPathOrTheWorkOfARank) {
   });
 }
 
+// What a rank's messages are on its port: from setting out to having left.
+std::vector<std::pair<double, double>> messages_of(const Problem &problem, const Simulated &simulated, int64_t rank) {
+  std::vector<std::pair<double, double>> messages;
+  for (const sl_event &event : simulated.events) {
+    bool forward = event.work.kind == SL_WORK_SEND_FORWARD;
+    if (event.work.rank != rank || (!forward && event.work.kind != SL_WORK_SEND_BACKWARD)) continue;
+    sl_link link = link_of(problem, event.work.stage, event.work.stage + (forward ? 1 : -1));
+    messages.emplace_back(event.begin_s, event.end_s - link.latency_s);
+  }
+  return messages;
+}
+
 TEST(SimulateProperties, ReductionsGetTheirBytesThrough) {
   for_random_problems(1500, [](Problem &problem, Random &) {
     if (problem.reduce_bytes.empty()) return;
@@ -165,16 +177,29 @@ TEST(SimulateProperties, ReductionsGetTheirBytesThrough) {
     auto events = by_piece(simulated);
     const std::vector<sl_link> &links = problem.reduce.empty() ? problem.next : problem.reduce;
     int32_t weight = backward_kind(schedule) == SL_WORK_BACKWARD ? SL_WORK_BACKWARD : SL_WORK_BACKWARD_WEIGHT;
-    for (size_t stage = 0; stage < problem.stages(); ++stage) {
-      sl_link link = links.empty() ? sl_link{0, INFINITY}
-                                   : links[static_cast<size_t>(rank_of(schedule, static_cast<int64_t>(stage)))];
-      auto number = static_cast<int32_t>(stage);
-      const sl_event &reduction = events[{SL_WORK_REDUCE, number, -1}];
-      const sl_event &gradient = events[{weight, number, static_cast<int32_t>(schedule.micro_batches - 1)}];
-      ASSERT_GE(reduction.begin_s, gradient.end_s);
-      ASSERT_GE(reduction.end_s - reduction.begin_s,
-                problem.reduce_bytes[stage] / link.bytes_per_s + link.latency_s - kRounding);
-      ASSERT_LE(reduction.end_s, simulated.result.makespan_s);
+    auto last = static_cast<int32_t>(schedule.micro_batches - 1);
+    for (int64_t rank = 0; rank < schedule.ranks; ++rank) {
+      sl_link link = links.empty() ? sl_link{0, INFINITY} : links[static_cast<size_t>(rank)];
+      auto messages = messages_of(problem, simulated, rank);
+      double before = 0;  // when the reduction before has left the port
+      for (const sl_event &event : simulated.events) {
+        if (event.work.rank != rank || event.work.kind != SL_WORK_REDUCE) continue;
+        double begin = event.begin_s, left = event.end_s - link.latency_s, served = left - begin;
+        double ready = events[{weight, event.work.stage, last}].end_s;
+        ASSERT_GE(begin, std::max(ready, before) - kRounding);
+        ASSERT_LE(event.end_s, simulated.result.makespan_s);
+        if (problem.args.shared_port) {
+          for (auto [out, gone] : messages) {
+            double overlap = std::min(gone, left) - std::max(out, begin);
+            if (overlap > 0) served -= (1 - problem.args.reduce_share) * overlap;
+          }
+        } else {
+          ASSERT_NEAR(begin, std::max(ready, before), kRounding);
+        }
+        double needed = problem.reduce_bytes[static_cast<size_t>(event.work.stage)] / link.bytes_per_s;
+        ASSERT_NEAR(served, needed, 1e-7);
+        before = left;
+      }
     }
   });
 }
