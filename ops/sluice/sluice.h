@@ -14,6 +14,7 @@
 #include <sluice/cuda.h>
 #include <sluice/executor.h>
 #include <sluice/gated_attention.h>
+#include <sluice/plan.h>
 #include <sluice/prune.h>
 #include <sluice/quantize.h>
 #include <sluice/quantize_recurrent.h>
