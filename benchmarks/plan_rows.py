@@ -9,7 +9,9 @@ from torch_sluice.plan import Cluster, Layout, ModelShape, predict
 
 _FOLDER = Path(__file__).parent / "data"
 GIVEN = [_FOLDER / "published_training_runs.csv", _FOLDER / "published_runs_h100_b200.csv"]
-EXTRA = [_FOLDER / "published_runs_b200_405b.csv"]
+# Runs that no number was fitted to.
+HELD_OUT = [_FOLDER / "published_runs_b200_405b.csv", _FOLDER / "published_runs_a100_2022.csv"]
+MEMORY = _FOLDER / "published_memory_b200.csv"
 
 _GPT_COLUMNS = {
     *("source", "params_b", "heads", "hidden", "layers", "tp", "pp", "dp", "gpus", "global_batch"),
@@ -41,11 +43,11 @@ class Row:
 
 
 # What the software of a source does. Each is said by the source; docs/plan.md has the places.
-_MEGATRON_2021 = dict(  # Megatron-LM of SC'21: no overlap but the optimizer's, gradients and their all-reduce in float16
-    zero=0, sequence_parallel=False, fused_attention=False, fused_loss=False, tp_overlap="none", pp_overlap=False,
-    dp_overlap=False, gradient_bytes=2.0, reduce_bytes=2.0, state_bytes=16.0,
+_MEGATRON_2021 = dict(  # Megatron-LM of SC'21: nothing overlaps; gradients in float16, added up by a pass
+    zero=0, sequence_parallel=False, fused_attention=False, fused_loss=False, fused_accumulation=False,
+    tp_overlap="none", pp_overlap=False, dp_overlap=False, gradient_bytes=2.0, reduce_bytes=2.0, state_bytes=16.0,
 )  # fmt: skip
-_MEGATRON_2022 = _MEGATRON_2021 | dict(tp_overlap="gradients")
+_MEGATRON_2022 = _MEGATRON_2021 | dict(fused_accumulation=True, tp_overlap="gradients")
 _NEMO = dict(  # NVIDIA's recipes: distributed optimizer, bfloat16 gradients, user buffers for tensor parallel
     zero=1, fused_attention=True, tp_overlap="all", pp_overlap=True, dp_overlap=True, gradient_bytes=2.0,
     reduce_bytes=2.0, exchange="ring",
@@ -56,6 +58,16 @@ _SIMUMAX = dict(  # Megatron-LM of 2026 with overlap off: distributed optimizer,
 )  # fmt: skip
 
 
+def read_memory() -> list[tuple[str, Row, float]]:
+    """Name, run (its time unknown) and published peak bytes of each row of MEMORY."""
+    lines = [line for line in MEMORY.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    result = []
+    for values in csv.DictReader(lines):
+        full = values | {"vpp": "", "precision": "BF16", "recompute": "", "step_s": "1"}
+        result.append((values["model"], _full_row(_Values(full)), float(values["alloc_gib"]) * 2**30))
+    return result
+
+
 class RowError(ValueError):
     """A file that isn't a table of runs; the text names file, line and column."""
 
@@ -63,7 +75,9 @@ class RowError(ValueError):
 def read_rows(path: Path) -> list[Row]:
     """The rows of a file with either set of columns. Raises RowError, or FileNotFoundError."""
     try:
-        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line[:1] != "#" and line.strip()]
+        lines = [
+            line for line in Path(path).read_text(encoding="utf-8").splitlines() if line[:1] != "#" and line.strip()
+        ]
     except UnicodeDecodeError:
         raise RowError(f"{path} is not text, expected a CSV file") from None
     reader = csv.DictReader(lines)
@@ -159,7 +173,7 @@ def _full_row(values):
 
 def _recompute(values, default):
     text = values.text("recompute").lower()
-    return default if not text else text
+    return text or default
 
 
 def close_choices(row: Row, cluster: Cluster) -> Row:
@@ -178,6 +192,7 @@ def close_choices(row: Row, cluster: Cluster) -> Row:
             if best is None or key < best[0]:
                 best = (key, layout)
     if best is None:
+        predict(row.shape, cluster, row.layout)  # says what is wrong with the row, if it is that
         raise ValueError(f"no micro-batch suits global_batch {row.layout.global_batch}")
     assumed = row.assumed | {name: getattr(best[1], name) for name in row.open_choices}
     return replace(row, layout=best[1], assumed=assumed, open_choices=())

@@ -44,12 +44,15 @@ double sl_plan_vocab_parameters(const sl_plan_model *model, double tp) {
   return (double)model->hidden * (double)model->vocab / tp;
 }
 
-/* A linear layer [rows, in] x [in, out] with its two products of the backward pass. */
-static void add_linear(sl_plan_passes *passes, const sl_plan_cluster *cluster, sl_plan_precision precision, double rows,
-                       double in, double out, double gradient_bytes) {
+/* A linear layer [rows, in] x [in, out] with its two products of the backward pass and its gradient's accumulation. */
+static void add_linear(sl_plan_passes *passes, const sl_plan_cluster *cluster, const sl_plan_layout *layout,
+                       sl_plan_precision precision, double rows, double in, double out) {
+  double accumulate = 2 * layout->gradient_bytes; /* an accumulator's element is read and written */
   sl_plan_add_product(&passes->forward, cluster, precision, 1, rows, out, in, 2);
   sl_plan_add_product(&passes->backward, cluster, precision, 1, rows, in, out, 2);
-  sl_plan_add_product(&passes->backward, cluster, precision, 1, in, out, rows, 2 * gradient_bytes);
+  sl_plan_add_product(&passes->backward, cluster, precision, 1, in, out, rows,
+                      layout->fused_accumulation ? accumulate : 2);
+  if (!layout->fused_accumulation) sl_plan_add_pass(&passes->backward, cluster, in * out * (2 + accumulate));
   passes->forward_flops += 2 * rows * in * out;
 }
 
@@ -81,28 +84,31 @@ static void add_fused_attention(sl_plan_passes *core, const sl_plan_model *model
   sl_plan_add_kernel(&core->backward, cluster, 2.5 * flops, cluster->attention_efficiency_backward, 2 * bytes);
 }
 
-/* Seconds of context-parallel exchange that the passes of the attention don't hide. */
-static double exchange_s(const sl_plan_cluster *cluster, const sl_plan_layout *layout, const extents *e,
-                         const sl_plan_passes *core, double forwards) {
-  if (layout->cp == 1) return 0;
+/* Context-parallel exchange: what the passes of the attention hide, and what they don't. */
+static void add_exchange(sl_plan_passes *layer, const sl_plan_cluster *cluster, const sl_plan_layout *layout,
+                         const extents *e, const sl_plan_passes *core, double forwards) {
+  if (layout->cp == 1) return;
   sl_plan_group group = {layout->cp, layout->tp};
   double cp = (double)layout->cp, kv_bytes = 2 * 2 * e->tokens * e->kv_width;
   if (layout->exchange == SL_PLAN_ALL_TO_ALL) {
     double bytes = kv_bytes + 2 * 2 * e->tokens * e->width; /* q, k, v before, the output after */
-    return (forwards + 1) * sl_plan_all_to_all_s(cluster, group, bytes);
+    layer->cp_s = (forwards + 1) * sl_plan_all_to_all_s(cluster, group, bytes);
+    return;
   }
   /* Each step attends to one part of the keys while the next part travels; the gradients travel with them back. */
   double forward = (cp - 1) * sl_plan_send_s(cluster, group, kv_bytes);
   double backward = (cp - 1) * sl_plan_send_s(cluster, group, 2 * kv_bytes);
-  double share = cluster->overlap_share, hidden = (cp - 1) / cp;
-  forward -= fmin(share * forward, core->forward.seconds * hidden);
-  backward -= fmin(share * backward, core->backward.seconds * hidden);
-  return forwards * forward + backward;
+  double share = cluster->overlap_share, part = (cp - 1) / cp;
+  double forward_hidden = fmin(share * forward, core->forward.seconds * part);
+  double backward_hidden = fmin(share * backward, core->backward.seconds * part);
+  layer->forward_hidden_s = forward_hidden;
+  layer->backward_hidden_s = backward_hidden + (forwards - 1) * forward_hidden;
+  layer->cp_s = forwards * (forward - forward_hidden) + backward - backward_hidden;
 }
 
-/* Seconds of tensor-parallel traffic of a layer that nothing hides, all passes. In the backward pass of the first of two
- * products, its weight gradient can run beside the traffic of its input's gradient, and its other product beside the
- * gathering of its input; the rest depends on what is computed, unless products are cut up. */
+/* Seconds of tensor-parallel traffic of a layer that nothing hides, all passes. In the backward pass of the first of
+ * two products, its weight gradient can run beside the traffic of its input's gradient, and its other product beside
+ * the gathering of its input; the rest depends on what is computed, unless products are cut up. */
 static double tensor_s(const sl_plan_model *model, const sl_plan_cluster *cluster, const sl_plan_layout *layout,
                        const extents *e, double forwards) {
   if (layout->tp == 1) return 0;
@@ -126,21 +132,20 @@ sl_plan_passes sl_plan_layer(const sl_plan_model *model, const sl_plan_cluster *
   extents e = find_extents(model, layout);
   double h = (double)model->hidden, rows = e.tokens, narrow = e.norm_tokens * h;
   sl_plan_precision precision = layout->precision;
-  double accumulate = layout->gradient_bytes;
 
   add_passes(&layer, cluster, 4 * narrow, 6 * narrow); /* normalisation */
-  add_linear(&layer, cluster, precision, rows, h, e.width + 2 * e.kv_width, accumulate);
+  add_linear(&layer, cluster, layout, precision, rows, h, e.width + 2 * e.kv_width);
   double rotated = 4 * rows * (e.width + e.kv_width); /* rotary embedding, or biases and the split into heads */
   add_passes(&layer, cluster, rotated, rotated);
-  add_linear(&layer, cluster, precision, rows, e.width, h, accumulate);
+  add_linear(&layer, cluster, layout, precision, rows, e.width, h);
   double added = model->dropout ? 7 : 6; /* residual; dropout also writes a mask and reads it in the backward */
   double added_backward = model->dropout ? 7 : 4;
   add_passes(&layer, cluster, added * narrow, added_backward * narrow);
   add_passes(&layer, cluster, 4 * narrow, 6 * narrow); /* normalisation */
   double inner = rows * e.ffn;
-  add_linear(&layer, cluster, precision, rows, h, (model->gated ? 2 : 1) * e.ffn, accumulate);
+  add_linear(&layer, cluster, layout, precision, rows, h, (model->gated ? 2 : 1) * e.ffn);
   add_passes(&layer, cluster, (model->gated ? 6 : 4) * inner, (model->gated ? 10 : 6) * inner); /* activation */
-  add_linear(&layer, cluster, precision, rows, e.ffn, h, accumulate);
+  add_linear(&layer, cluster, layout, precision, rows, e.ffn, h);
   add_passes(&layer, cluster, added * narrow, added_backward * narrow);
   if (precision == SL_PLAN_FP8) /* casts of each product's inputs, and of the gradients with their transposes */
     add_passes(&layer, cluster, 3 * (2 * rows * h + rows * e.width + inner),
@@ -158,7 +163,7 @@ sl_plan_passes sl_plan_layer(const sl_plan_model *model, const sl_plan_cluster *
   if (layout->recompute == SL_PLAN_FULL) layer.recompute = layer.forward;
   if (layout->recompute == SL_PLAN_SELECTIVE && !layout->fused_attention) layer.recompute = core.forward;
   layer.tp_s = tensor_s(model, cluster, layout, &e, forwards);
-  layer.cp_s = exchange_s(cluster, layout, &e, &core, forwards);
+  add_exchange(&layer, cluster, layout, &e, &core, forwards);
   return layer;
 }
 
@@ -167,7 +172,7 @@ sl_plan_passes sl_plan_head(const sl_plan_model *model, const sl_plan_cluster *c
   extents e = find_extents(model, layout);
   double h = (double)model->hidden, vocab = (double)model->vocab / (double)layout->tp;
   add_passes(&head, cluster, 4 * e.norm_tokens * h, 6 * e.norm_tokens * h);
-  add_linear(&head, cluster, SL_PLAN_BF16, e.tokens, h, vocab, layout->gradient_bytes);
+  add_linear(&head, cluster, layout, SL_PLAN_BF16, e.tokens, h, vocab);
   /* Cross entropy: in one kernel logits are read twice and their gradient is written over them; in several a float32
    * copy is made, its exponentials are written, and their gradient is cast back. */
   double logits = e.tokens * vocab;

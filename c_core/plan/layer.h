@@ -6,9 +6,10 @@
 
 /* Of a layer or of the head: operators, and traffic that nothing hides, of each pass. */
 typedef struct sl_plan_passes {
-  sl_plan_cost forward, backward, recompute; /* recompute: of the forward's operators, those that run twice */
-  double tp_s, cp_s;                         /* both passes, and what recomputation adds */
-  double forward_flops;                      /* that the model needs: visible kept pairs only */
+  sl_plan_cost forward, backward, recompute;  /* recompute: of the forward's operators, those that run twice */
+  double tp_s, cp_s;                          /* both passes, and what recomputation adds */
+  double forward_hidden_s, backward_hidden_s; /* context-parallel traffic beside the passes: nothing else fits there */
+  double forward_flops;                       /* that the model needs: visible kept pairs only */
 } sl_plan_passes;
 
 sl_plan_passes sl_plan_layer(const sl_plan_model *model, const sl_plan_cluster *cluster, const sl_plan_layout *layout);

@@ -52,6 +52,13 @@ static double temporary_bytes(const sl_plan_model *model, const sl_plan_layout *
     layer += layer_bytes(model, layout, SL_PLAN_KEEP) - layer_bytes(model, layout, SL_PLAN_SELECTIVE);
   double head = tokens * (double)model->vocab / tp * (layout->fused_loss ? 4 : 10); /* logits, and their gradient */
   double bytes = stage == layout->pp - 1 ? fmax(layer, head) : layer;
+  /* A product that adds to the accumulator still hands autograd a gradient, kept once for each shape of weight. Without
+   * it the gradient of one weight is there until it is added. */
+  if (layout->fused_accumulation)
+    bytes += 2 * sl_plan_layer_parameters(model, tp, sl_plan_local_kv_heads(model, layout)) +
+             (stage == layout->pp - 1 ? 2 * sl_plan_vocab_parameters(model, tp) : 0);
+  else
+    bytes += 2 * (double)model->hidden * (model->gated ? 2 : 1) * (double)model->ffn / tp;
   if (layout->zero == 3) /* the weights of a layer that runs and of the next */
     bytes += 2 * 2 * sl_plan_layer_parameters(model, tp, sl_plan_local_kv_heads(model, layout));
   return bytes;
@@ -67,8 +74,8 @@ void sl_plan_memory(const sl_plan_model *model, const sl_plan_layout *layout, in
     double gradients = layout->gradient_bytes * parameters / (layout->zero >= 2 ? shards : 1);
     double state = layout->state_bytes * parameters / (layout->zero >= 1 ? shards : 1);
     double layers = (double)model->layers / (double)layout->pp;
-    double activations = in_flight(layout, stage, (double)micro_batches) * layers *
-                         layer_bytes(model, layout, layout->recompute);
+    double activations =
+        in_flight(layout, stage, (double)micro_batches) * layers * layer_bytes(model, layout, layout->recompute);
     double temporary = temporary_bytes(model, layout, stage);
     double margin = layout->margin * (weights + gradients + state + activations + temporary);
     double total = weights + gradients + state + activations + temporary + margin;

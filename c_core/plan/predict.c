@@ -9,7 +9,7 @@
 
 /* One micro-batch on one stage, all of its chunks. */
 typedef struct stage_time {
-  double forward_s, backward_s, recompute_s, tp_s, cp_s;
+  double forward_s, backward_s, recompute_s, tp_s, cp_s, forward_hidden_s, backward_hidden_s;
 } stage_time;
 
 typedef struct problem {
@@ -25,6 +25,8 @@ static void add_passes(stage_time *stage, double times, const sl_plan_passes *pa
   stage->recompute_s += times * passes->recompute.seconds;
   stage->tp_s += times * passes->tp_s;
   stage->cp_s += times * passes->cp_s;
+  stage->forward_hidden_s += times * passes->forward_hidden_s;
+  stage->backward_hidden_s += times * passes->backward_hidden_s;
 }
 
 static double stage_total(const stage_time *stage) {
@@ -60,7 +62,8 @@ static void fill_pipeline(const problem *p, sl_plan_estimate *estimate, stage_ti
   add_passes(&last, 1, &head);
   *slowest = stage_total(&last) >= stage_total(&first) ? last : first;
   double longest = stage_total(slowest);
-  double all = layout->pp == 1 ? longest : stage_total(&first) + stage_total(&last) + (stages - 2) * stage_total(&inner);
+  double all =
+      layout->pp == 1 ? longest : stage_total(&first) + stage_total(&last) + (stages - 2) * stage_total(&inner);
   double m = p->micro_batches;
   estimate->compute_s = m * (slowest->forward_s + slowest->backward_s);
   estimate->recompute_s = m * slowest->recompute_s;
@@ -92,7 +95,9 @@ static double data_parallel_s(const problem *p, const stage_time *stage, double 
   const sl_plan_layout *layout = p->layout;
   sl_plan_group group = {layout->dp * layout->cp, layout->tp};
   double gradients = layout->reduce_bytes * parameters, weights = 2 * parameters;
-  double m = p->micro_batches, backward = stage->backward_s + stage->recompute_s;
+  /* What hides behind a pass: its time, less what hides there already and what the pipeline takes of the rails. */
+  double m = p->micro_batches, forward = fmax(stage->forward_s - stage->forward_hidden_s, 0);
+  double backward = stage->backward_s + stage->recompute_s - stage->backward_hidden_s;
   backward = fmax(backward - shared_rail_s(p, group), 0);
   double share = layout->dp_overlap ? p->cluster->overlap_share : 0;
   if (layout->zero == 0) {
@@ -104,7 +109,7 @@ static double data_parallel_s(const problem *p, const stage_time *stage, double 
   double reduce = sl_plan_gather_s(p->cluster, group, gradients);
   double gather = sl_plan_gather_s(p->cluster, group, weights);
   double seconds = reductions * (reduce - fmin(share * reduce, backward));
-  seconds += gathers * (gather - fmin(share * gather, stage->forward_s));
+  seconds += gathers * (gather - fmin(share * gather, forward));
   if (layout->zero == 3) seconds += gathers * (gather - fmin(share * gather, fmax(backward - share * reduce, 0)));
   return seconds;
 }
@@ -138,8 +143,8 @@ sl_status sl_plan_predict(const sl_plan_model *model, const sl_plan_cluster *clu
   double pipeline = estimate->compute_s + estimate->recompute_s + estimate->tp_s + estimate->cp_s + estimate->pp_s +
                     estimate->bubble_s;
   estimate->spread_s = pipeline * cluster->spread * sqrt(2 * log((double)layout->gpus));
-  double parameters = fmax(sl_plan_stage_parameters(model, layout, 0),
-                           sl_plan_stage_parameters(model, layout, layout->pp - 1));
+  double parameters =
+      fmax(sl_plan_stage_parameters(model, layout, 0), sl_plan_stage_parameters(model, layout, layout->pp - 1));
   if (layout->dp * layout->cp > 1) estimate->dp_s = data_parallel_s(&p, &slowest, parameters);
   estimate->optimizer_s = optimizer_s(&p, parameters);
   estimate->step_s = pipeline + estimate->spread_s + estimate->dp_s + estimate->optimizer_s;

@@ -7,8 +7,8 @@
 
 static const int64_t largest_count = INT64_C(1) << 40;
 
-#define CHECK_SIZE(name, type)                                                                                     \
-  SL_REQUIRE(name, SL_INVALID_ARGUMENT, #name " is NULL, expected an " #type);                                     \
+#define CHECK_SIZE(name, type)                                                                                        \
+  SL_REQUIRE(name, SL_INVALID_ARGUMENT, #name " is NULL, expected an " #type);                                        \
   SL_REQUIRE(name->size == sizeof(type), SL_INVALID_ARGUMENT, #name ".size is %zu, expected sizeof(" #type ") = %zu", \
              name->size, sizeof(type))
 
@@ -16,7 +16,7 @@ static const int64_t largest_count = INT64_C(1) << 40;
 #define CHECK_FLAG(name) \
   SL_REQUIRE(name == 0 || name == 1, SL_INVALID_ARGUMENT, #name " is %d, expected 0 or 1", (int)name)
 #define CHECK_RANGE(name, least, most) SL_CHECK(check_range(#name, name, least, most))
-#define CHECK_POSITIVE(name)                                                                                 \
+#define CHECK_POSITIVE(name) \
   SL_REQUIRE(isfinite(name) && name > 0, SL_INVALID_ARGUMENT, #name " is %g, expected a number above 0", name)
 
 static sl_status check_count(const char *name, int64_t value) {
@@ -98,6 +98,7 @@ static sl_status check_options(const sl_plan_layout *layout) {
   CHECK_FLAG(layout->sequence_parallel);
   CHECK_FLAG(layout->fused_attention);
   CHECK_FLAG(layout->fused_loss);
+  CHECK_FLAG(layout->fused_accumulation);
   SL_REQUIRE(layout->tp_overlap >= SL_PLAN_OVERLAP_NONE && layout->tp_overlap <= SL_PLAN_OVERLAP_ALL,
              SL_INVALID_ARGUMENT, "layout->tp_overlap is %d, expected an sl_plan_overlap", (int)layout->tp_overlap);
   CHECK_FLAG(layout->pp_overlap);
@@ -144,8 +145,8 @@ sl_status sl_plan_validate(const sl_plan_model *model, const sl_plan_cluster *cl
   SL_REQUIRE(product == (double)layout->gpus, SL_INVALID_ARGUMENT,
              "layout->gpus is %lld, expected dp * tp * pp * cp = %.0f", (long long)layout->gpus, product);
   SL_REQUIRE((double)layout->dp * (double)layout->micro_batch <= (double)layout->global_batch, SL_INVALID_ARGUMENT,
-             "layout->global_batch is %lld, expected at least dp * micro_batch = %.0f",
-             (long long)layout->global_batch, (double)layout->dp * (double)layout->micro_batch);
+             "layout->global_batch is %lld, expected at least dp * micro_batch = %.0f", (long long)layout->global_batch,
+             (double)layout->dp * (double)layout->micro_batch);
   SL_REQUIRE((double)layout->pp * (double)layout->vpp <= (double)model->layers, SL_INVALID_ARGUMENT,
              "model->layers is %lld, expected at least pp * vpp = %.0f", (long long)model->layers,
              (double)layout->pp * (double)layout->vpp);

@@ -15,6 +15,7 @@
 #include <sluice/executor.h>
 #include <sluice/gated_attention.h>
 #include <sluice/plan.h>
+#include <sluice/plan_search.h>
 #include <sluice/prune.h>
 #include <sluice/quantize.h>
 #include <sluice/quantize_recurrent.h>

@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_compress(commands)
     _add_tune_comm(commands)
+    _add_plan(commands)
     _add_info(commands)
     return parser
 
@@ -226,6 +227,12 @@ def _refuse_with_resume(options: argparse.Namespace, allowed: tuple[str, ...]) -
             f"--resume continues a run with its own settings: leave out {names} "
             f"(only {', '.join('--' + name.replace('_', '-') for name in allowed[1:])} go with it)"
         )
+
+
+def _add_plan(commands) -> None:
+    from torch_sluice.plan.command import add_command
+
+    add_command(commands, _fail)
 
 
 def _add_compress(commands) -> None:

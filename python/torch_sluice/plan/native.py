@@ -28,8 +28,10 @@ _CHOICES = {
 }
 _FLAGS = {
     *("gated", "tied", "dropout", "causal"),
-    *("zero", "sequence_parallel", "fused_attention", "fused_loss", "pp_overlap", "dp_overlap"),
+    *("zero", "sequence_parallel", "fused_attention", "fused_loss", "fused_accumulation"),
+    *("pp_overlap", "dp_overlap"),
 }
+_BOOLEANS = _FLAGS - {"zero"}
 _REALS = {
     *("kept_share", "margin", "gradient_bytes", "reduce_bytes", "state_bytes"),
     *(set(names_of(Cluster)) - {"gpus_per_node"}),
@@ -51,7 +53,7 @@ def _structure(kind, order=None):
 
 # The order of the C structs; that of the dataclasses is the same but for the layout's, whose defaults come last.
 _LAYOUT_ORDER = ("gpus", "dp", "tp", "pp", "cp", "vpp", "micro_batch", "global_batch", *names_of(Layout)[8:])
-_STRUCTURES = {
+STRUCTURES = {
     ModelShape: _structure(ModelShape),
     Cluster: _structure(Cluster),
     Layout: _structure(Layout, _LAYOUT_ORDER),
@@ -60,9 +62,10 @@ _STRUCTURES = {
 
 
 @functools.cache
-def _functions() -> ctypes.CDLL:
+def functions() -> ctypes.CDLL:
+    """The operator library, which holds the C core."""
     library = ctypes.CDLL(_library.library_path())
-    pointers = [ctypes.POINTER(_STRUCTURES[kind]) for kind in (ModelShape, Cluster, Layout, Estimate)]
+    pointers = [ctypes.POINTER(STRUCTURES[kind]) for kind in (ModelShape, Cluster, Layout, Estimate)]
     library.sl_plan_predict.argtypes = pointers
     library.sl_plan_check.argtypes = pointers[:3]
     library.sl_last_error.restype = ctypes.c_char_p
@@ -77,7 +80,7 @@ def _choice(name, value):
 
 def to_struct(value):
     """The C struct of a ModelShape, Cluster or Layout. Raises ValueError for a value of another type than declared."""
-    structure = _STRUCTURES[type(value)]
+    structure = STRUCTURES[type(value)]
     struct = structure(size=ctypes.sizeof(structure))
     for name, kind in structure._fields_[1:]:
         member = getattr(value, name)
@@ -91,14 +94,22 @@ def to_struct(value):
     return struct
 
 
+def from_struct(kind: type, struct):
+    """The ModelShape, Cluster, Layout or Estimate that a C struct holds."""
+    values = {name: getattr(struct, name) for name in names_of(kind)}
+    values |= {name: _CHOICES[name][value] for name, value in values.items() if name in _CHOICES}
+    return kind(**{name: bool(value) if name in _BOOLEANS else value for name, value in values.items()})
+
+
 def _whole(value):
     if isinstance(value, str) or value != int(value) or not -(2**63) <= value < 2**63:
         raise ValueError
     return int(value)
 
 
-def _fail() -> NoReturn:
-    text = _functions().sl_last_error().decode(errors="replace")
+def fail() -> NoReturn:
+    """Raises the ValueError of the C function that has just failed on this thread."""
+    text = functions().sl_last_error().decode(errors="replace")
     for structure in ("model", "cluster", "layout"):
         text = text.replace(f"{structure}->", "")
     raise ValueError(text)
@@ -106,15 +117,15 @@ def _fail() -> NoReturn:
 
 def predict(model: ModelShape, cluster: Cluster, layout: Layout) -> Estimate:
     """The cost of a step. Raises ValueError, which names the argument, for what can't be cut or isn't a number."""
-    structure = _STRUCTURES[Estimate]
+    structure = STRUCTURES[Estimate]
     answer = structure(size=ctypes.sizeof(structure))
     arguments = [ctypes.byref(to_struct(value)) for value in (model, cluster, layout)]
-    if _functions().sl_plan_predict(*arguments, ctypes.byref(answer)):
-        _fail()
-    return Estimate(**{name: getattr(answer, name) for name in names_of(Estimate)})
+    if functions().sl_plan_predict(*arguments, ctypes.byref(answer)):
+        fail()
+    return from_struct(Estimate, answer)
 
 
 def check(model: ModelShape, cluster: Cluster, layout: Layout) -> None:
     """Raises ValueError where ``predict`` would."""
-    if _functions().sl_plan_check(*[ctypes.byref(to_struct(value)) for value in (model, cluster, layout)]):
-        _fail()
+    if functions().sl_plan_check(*[ctypes.byref(to_struct(value)) for value in (model, cluster, layout)]):
+        fail()

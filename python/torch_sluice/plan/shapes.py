@@ -72,6 +72,7 @@ class Layout:
     sequence_parallel: bool = True
     fused_attention: bool = True
     fused_loss: bool = True
+    fused_accumulation: bool = True
     tp_overlap: str = "gradients"
     pp_overlap: bool = True
     dp_overlap: bool = True

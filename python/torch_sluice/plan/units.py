@@ -27,7 +27,7 @@ def parse_quantity(name: str, value: object, kind: str) -> float:
     """
     known = ", ".join(list(UNITS[kind])[:6])
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        raise ValueError(f"{name} is {value} without a unit, expected text with one of {known}, as in \"1 {known[:2]}\"")
+        raise ValueError(f'{name} is {value} without a unit, expected text with one of {known}, as in "1 {known[:2]}"')
     match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         raise ValueError(f"{name} is {value!r}, expected text of a number and a unit ({known}, ...)")
