@@ -76,6 +76,7 @@ def _compare(options) -> int:
     wide = [row for row in rows if row.layout.precision == "bf16"]
     narrow = [row for row in rows if row.layout.precision != "bf16"]
     _print_numbers(clusters, fitted_on)
+    _print_software()
     answers = []
     if wide:
         left_out = _leave_out(clusters, wide, fitted_on)
@@ -113,6 +114,12 @@ def _print_numbers(clusters, fitted_on):
         numbers = ", ".join(f"{name} {getattr(cluster, name):.3g}" for name in plan_fit.PRIORS)
         count = sum(row.device == device for row in fitted_on)
         print(f"  {device}, {count} rows: {numbers}")
+
+
+def _print_software() -> None:
+    print("Assumed of the software of a row's source, where it isn't the Layout's default:")
+    for name, options in plan_rows.SOFTWARE.items():
+        print(f"  {name}: {', '.join(f'{option} {value}' for option, value in options.items())}")
 
 
 def describe_layout(layout) -> str:

@@ -57,6 +57,13 @@ _SIMUMAX = dict(  # Megatron-LM of 2026 with overlap off: distributed optimizer,
     exchange="all-to-all",
 )  # fmt: skip
 
+SOFTWARE = {
+    "source A (Megatron-LM, SC'21)": _MEGATRON_2021,
+    "source B (Megatron-LM, 2022)": _MEGATRON_2022,
+    "SimuMax's (Megatron-LM, 2026)": _SIMUMAX,
+    "all others (NeMo)": _NEMO,
+}
+
 
 def read_memory() -> list[tuple[str, Row, float]]:
     """Name, run (its time unknown) and published peak bytes of each row of MEMORY."""

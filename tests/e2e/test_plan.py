@@ -124,6 +124,24 @@ def test_parameters_are_those_of_the_model_that_the_config_makes():
     assert estimate.parameters == sum(parameter.numel() for parameter in model.parameters()) - final_norm
 
 
+JUNK = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 10**20), st.floats(), st.text(max_size=4), st.lists(st.none())
+)
+
+
+@given(
+    st.dictionaries(st.sampled_from(["model_type", "hidden_act", "num_experts", "tied", *names_of(ModelShape)]), JUNK)
+)
+@settings(max_examples=300, deadline=None)
+def test_a_damaged_config_is_taken_or_refused(damages):
+    numbers = {"layers": 4, "hidden": 256, "heads": 4, "ffn": 512, "vocab": 1000, "sequence": 128}
+    try:
+        shape = describe_model(numbers | damages)
+        assert predict(shape, load_cluster("b200"), Layout(1, 1)).step_s > 0
+    except ValueError as error:
+        assert ", expected " in str(error)  # noqa: PT017
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

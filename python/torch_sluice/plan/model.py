@@ -58,7 +58,7 @@ def describe_model(model, **changes) -> ModelShape:
         "tied": bool(_default(read("tie_word_embeddings"), read("tied"), False)),
         "dropout": any(isinstance(read(name), (int, float)) and read(name) > 0 for name in _DROPOUT),
         "causal": bool(_default(read("causal"), True)),
-        "kept_share": float(_default(read("kept_share"), 1.0)),
+        "kept_share": _default(read("kept_share"), 1.0),
     }
     return ModelShape(**(values | flags | changes))
 

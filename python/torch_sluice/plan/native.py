@@ -87,7 +87,7 @@ def to_struct(value):
         if name in _CHOICES:
             member = _choice(name, member)
         try:
-            setattr(struct, name, float(member) if kind is _REAL else _whole(member))
+            setattr(struct, name, _real(member) if kind is _REAL else _whole(member))
         except (TypeError, ValueError, OverflowError):
             expected = "a number" if kind is _REAL else "a whole number"
             raise ValueError(f"{name} is {member!r}, expected {expected}") from None
@@ -99,6 +99,12 @@ def from_struct(kind: type, struct):
     values = {name: getattr(struct, name) for name in names_of(kind)}
     values |= {name: _CHOICES[name][value] for name, value in values.items() if name in _CHOICES}
     return kind(**{name: bool(value) if name in _BOOLEANS else value for name, value in values.items()})
+
+
+def _real(value):
+    if isinstance(value, str):
+        raise ValueError
+    return float(value)
 
 
 def _whole(value):

@@ -92,12 +92,14 @@ def plan(
         raise ValueError(f"layout has {', '.join(sorted(unknown))}, expected an option that isn't searched")
     base = Layout(gpus, global_batch, **(layout or {}))
     ranges = {"tp": (1, described.gpus_per_node)} | (space or {})
-    found = search(shape, described, base, ranges)
+    found = search(shape, described, base, ranges, capacity=16)
     if not found.candidates:
         raise MemoryError(_what_is_missing(found, described))
     (best, estimate), *others = found.candidates
+    if base.fused_attention:  # which has nothing for selective recomputation to save: the same plan twice
+        others = [other for other in others if other[0].recompute != "selective"]
     reasons = _reasons(shape, described, base, DEFAULT_SPACE | ranges, best, estimate)
-    return Plan(shape, described, best, estimate, tuple(others), tuple(reasons), found.predicted)
+    return Plan(shape, described, best, estimate, tuple(others[:8]), tuple(reasons), found.predicted)
 
 
 def describe_cut(layout: Layout) -> str:
