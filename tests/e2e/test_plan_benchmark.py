@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from benchmarks import plan, plan_fit, plan_rows
+from benchmarks import plan, plan_claim, plan_fit, plan_rows
 from torch_sluice.plan import load_cluster
 
 
@@ -108,3 +108,13 @@ def test_a_file_that_is_no_table_of_runs_is_named(change, message, tmp_path, cap
 def test_a_missing_file_is_named(capsys):
     assert plan.main(["--data", "/no/such/file.csv"]) == 2
     assert "/no/such/file.csv" in capsys.readouterr().err
+
+
+def test_the_claim_on_paper_is_about_layouts_that_fit_and_parts_that_help():
+    rows = {row["case"]: row for row in plan_claim.cases("a100-80g", 1024)}
+    order = ["traditional", "Korthikanti et al.'s software", "planned", "planned, with Sluice's parts"]
+    assert list(rows) == order
+    steps = [rows[case]["step_s"] for case in order]
+    assert steps == sorted(steps, reverse=True)
+    assert rows["traditional"]["ratio"] == 1
+    assert all(0 < row["efficiency"] < 1 for row in rows.values())
