@@ -61,7 +61,7 @@ def fit_all(rows: list[plan_rows.Row]) -> dict:
 def _print_fit() -> int:
     for device, cluster in fit_all(load_rows(plan_rows.GIVEN)).items():
         print(f"# {device}.toml\n[fitted]")
-        for name in (*plan_fit.PRIORS, "overlap_share"):
+        for name in plan_fit.PRIORS:
             value = getattr(cluster, name)
             print(f'{name} = "{value * 1e6:.4g} us"' if name == "kernel_overhead" else f"{name} = {value:.4g}")
         print()

@@ -26,12 +26,12 @@ _KEYS = {
     "intra_latency": ("network", "seconds"),
     "inter_bandwidth": ("network", "rate"),
     "inter_latency": ("network", "seconds"),
+    "overlap_share": ("network", None),
     "gemm_efficiency": ("fitted", None),
     "gemm_half_size": ("fitted", None),
     "memory_efficiency": ("fitted", None),
     "kernel_overhead": ("fitted", "seconds"),
     "link_efficiency": ("fitted", None),
-    "overlap_share": ("fitted", None),
     "spread": ("fitted", None),
 }
 
