@@ -15,7 +15,7 @@ from torch_sluice.modes import dropped_bound  # noqa: E402
 from torch_sluice.modules import GatedAttention  # noqa: E402
 from torch_sluice.monitor import Monitor  # noqa: E402
 from torch_sluice.paged import gated_attention_paged  # noqa: E402
-<<<<<<< HEAD
+from torch_sluice.plan import plan  # noqa: E402
 from torch_sluice.swap import (  # noqa: E402
     attention_function,
     gate_parameters,
@@ -24,10 +24,6 @@ from torch_sluice.swap import (  # noqa: E402
     save_gates,
     swap_attention,
 )
-=======
-from torch_sluice.plan import plan  # noqa: E402
-from torch_sluice.swap import gate_parameters, load_gates, restore, save_gates, swap_attention  # noqa: E402
->>>>>>> 64766f0 (Find the fastest layout that fits, and compare the planner with published runs)
 from torch_sluice.varlen import gated_attention_varlen  # noqa: E402
 
 __version__ = _library.version()
