@@ -5,7 +5,7 @@ import re
 import pytest
 from support.devices import INDUCTOR
 
-EXAMPLES = {"attention": 6, "gate": 2, "accumulate": 2, "infer": 2}
+EXAMPLES = {"attention": 7, "gate": 2, "accumulate": 2, "infer": 2, "plan": 1, "plan_simulator": 1}
 
 
 def examples(repository, page):
@@ -21,8 +21,23 @@ def run(repository, page, number=0, names=None):
 @pytest.mark.parametrize("number", range(EXAMPLES["attention"]))
 def test_attention(repository, number, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
+    from transformers.models.gpt_neox_japanese.modeling_gpt_neox_japanese import GPTNeoXJapaneseAttention
+
+    monkeypatch.setattr(GPTNeoXJapaneseAttention, "_attn", GPTNeoXJapaneseAttention._attn)  # one example marks it
     monkeypatch.chdir(tmp_path)
     run(repository, "attention", number)
+
+
+def test_plan(repository, capsys):
+    plan = run(repository, "plan")["plan"]
+    assert "torchrun" in capsys.readouterr().out
+    assert plan.layout.dp * plan.layout.tp * plan.layout.pp * plan.layout.cp == 64
+
+
+def test_plan_simulator(repository, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    assert run(repository, "plan_simulator")["step"].makespan_s > 0
 
 
 def test_gate(repository):

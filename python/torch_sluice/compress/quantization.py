@@ -311,12 +311,13 @@ def time_turn(
 
 
 def apply(model: nn.Module, candidates: list[Candidate]) -> nn.Module:
-    """A copy of the model with these weights quantised, none of whose parameters asks for a gradient."""
+    """A copy of the model with these weights quantised, none of whose parameters asks for a gradient. They lie in the
+    memory of the candidates."""
     # What deepcopy believes to have copied already it takes as it is: the floating-point weights are not copied.
     memo: dict[int, Any] = {}
     for member in (member for whole in candidates for member in whole.all()):
         place = member.places[0]
-        memo[id(model.get_parameter(place))] = nn.Parameter(copy.deepcopy(member.weight), requires_grad=False)
+        memo[id(model.get_parameter(place))] = nn.Parameter(member.weight.twin(), requires_grad=False)
     quantized = copy.deepcopy(model, memo)
     if candidates:
         quantized.requires_grad_(False)

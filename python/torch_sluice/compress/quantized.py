@@ -185,6 +185,10 @@ class QuantizedWeight(Tensor):
             f"group_size={o.group_size}, policy={o.policy!r}, target_sqnr={o.target_sqnr:g})"
         )
 
+    def twin(self) -> "QuantizedWeight":
+        """The same numbers in the same memory, which nothing may write to, with options of its own."""
+        return QuantizedWeight(self.packed, self.scale, self.options)
+
     def __deepcopy__(self, memo: dict) -> "QuantizedWeight":
         if id(self) in memo:
             return memo[id(self)]

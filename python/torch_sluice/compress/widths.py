@@ -56,8 +56,10 @@ def find_finer(
 
 def relax(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, float] | None:
     """A copy of a quantised model whose activations may take fewer bits, and how many times as fast it is; None where
-    that wins nothing, as where the processor multiplies 7 and 8 bits at the same speed."""
-    relaxed, changed = copy.deepcopy(model), False
+    that wins nothing, as where the processor multiplies 7 and 8 bits at the same speed. Its quantised weights lie in
+    the memory of the model's."""
+    memo = {id(weight): nn.Parameter(weight.twin(), requires_grad=False) for _, weight in quantized_weights(model)}
+    relaxed, changed = copy.deepcopy(model, memo), False
     for _, weight in quantized_weights(relaxed):
         if weight.options.policy == "sqnr" and weight.kind != "rows":
             changed = changed or weight.options.target_sqnr > RELAXED_SQNR
