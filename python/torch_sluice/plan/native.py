@@ -4,7 +4,7 @@ import ctypes
 import functools
 from typing import NoReturn
 
-from torch_sluice import _library
+from torch_sluice.plan import core
 from torch_sluice.plan.shapes import (
     EXCHANGES,
     OVERLAPS,
@@ -63,12 +63,11 @@ STRUCTURES = {
 
 @functools.cache
 def functions() -> ctypes.CDLL:
-    """The operator library, which holds the C core."""
-    library = ctypes.CDLL(_library.library_path())
+    """The C core, with the types of the functions that are called here."""
+    library = core.library()
     pointers = [ctypes.POINTER(STRUCTURES[kind]) for kind in (ModelShape, Cluster, Layout, Estimate)]
     library.sl_plan_predict.argtypes = pointers
     library.sl_plan_check.argtypes = pointers[:3]
-    library.sl_last_error.restype = ctypes.c_char_p
     return library
 
 
