@@ -28,6 +28,14 @@ FOUND = {
     "a bend of scores that are far above the cap": (
         3, dict(kind="dense", n_q=17, n_k=33, square=False, softcap=50.0, scale=1.0, spread=3.0, head_dim=256),
     ),
+    "five numbers, each rounded three times": (
+        1796100807260,
+        dict(kind="packed", heads_kv=1, group=2, n_q=2, n_k=1100, head_dim=1, dtype=torch.bfloat16, mode="post"),
+    ),
+    "a gradient that torch rounds as much": (
+        1796102807042,
+        dict(kind="dense", heads_kv=1, group=3, n_q=130, n_k=15, head_dim=1, dtype=torch.bfloat16, output_gate=True),
+    ),
     "gates that are all but one": (4, {"kind": "dense", "n_q": 65, "spread of a": 30.0, "spread of b": 30.0}),
 }  # fmt: skip
 
