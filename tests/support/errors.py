@@ -11,8 +11,8 @@ def assert_close_as_torch(name, actual, truth, peer, floor=0.0):
 
     1. NaN and infinities are where they are in the truth, once that is rounded to the dtype of ``actual``.
     2. The largest error is at most twice that of ``peer``, plus four units in the last place of the largest value.
-    3. The root mean square of the error, of ``FEW`` numbers or more, is below 0.5 % of that of the truth, or no larger
-       than that of ``peer``.
+    3. The root mean square of the error, of ``FEW`` numbers or more, is below 0.5 % of that of the truth, or at most
+       half as much again as that of ``peer``.
 
     Args:
         name: of the tensor, for the message.
@@ -38,5 +38,5 @@ def assert_close_as_torch(name, actual, truth, peer, floor=0.0):
     if error.numel() < FEW:
         return
     rms, truth_rms, peer_rms = (x.square().mean().sqrt() for x in (error, truth, peer_error))
-    limit = max(RMS_LIMIT * truth_rms, peer_rms) + floor
+    limit = max(RMS_LIMIT * truth_rms, 1.5 * peer_rms) + floor
     assert rms <= limit, f"{name}: rms error {rms:.3g} of {truth_rms:.3g}, expected at most {limit:.3g}"
