@@ -214,7 +214,7 @@ def check_call(seed: int, **pins) -> None:
             most = 8 * exponent if name == "lse" else floor.get(name, 0.0)
             if name != "lse" and right.numel():
                 most += 16 * exponent * float(right.abs().nan_to_num(posinf=0.0).amax())
-            assert_close_as_torch(name, ours, right, theirs, most)
+            assert_close_as_torch(name, ours, right, theirs, most, drawn=True)
     except Exception as error:
         call = ", ".join(f"{name}={value!r}" for name, value in drawn.choices.made.items() if name.isidentifier())
         others = {name: value for name, value in drawn.choices.made.items() if not name.isidentifier()}
